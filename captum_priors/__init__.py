@@ -1,0 +1,2 @@
+from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
+from captum_priors._errors import NotDifferentiableError

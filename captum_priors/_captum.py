@@ -1,0 +1,53 @@
+"""The only module that touches Captum's private helpers, so that an upgrade is checked here."""
+
+from typing import Any
+
+from captum._utils.common import (
+    _format_additional_forward_args,
+    _format_output,
+    _format_tensor_into_tuples,
+    _run_forward,
+)
+from captum.attr._utils.common import _format_callable_baseline
+from captum.log import log_usage
+from torch import Tensor
+
+from captum_priors._types import TensorOrTuple
+
+__all__ = ["as_tuple", "call_baselines", "forward_args", "like_inputs", "log_usage", "run_forward"]
+
+
+def as_tuple(tensors: TensorOrTuple) -> tuple[Tensor, ...]:
+    """Wrap one tensor into a tuple; a tuple stays as it is."""
+    formatted: tuple[Tensor, ...] = _format_tensor_into_tuples(tensors)
+    return formatted
+
+
+def like_inputs(inputs: TensorOrTuple, tensors: tuple[Tensor, ...]) -> TensorOrTuple:
+    """Unwrap a tuple of one when the user passed a bare tensor."""
+    output: TensorOrTuple = _format_output(isinstance(inputs, tuple), tensors)
+    return output
+
+
+def forward_args(additional_forward_args: Any) -> tuple[Any, ...]:
+    """Return the additional arguments as a tuple, empty where there are none."""
+    return _format_additional_forward_args(additional_forward_args) or ()
+
+
+def call_baselines(baselines: Any, inputs: TensorOrTuple) -> tuple[Any, ...]:
+    """Call baselines given as a function of nothing or of the inputs; return a tuple."""
+    formatted: tuple[Any, ...] = _format_callable_baseline(baselines, inputs)
+    return formatted
+
+
+def run_forward(
+    forward_func: Any, inputs: tuple[Any, ...], target: Any, args: tuple[Any, ...]
+) -> Tensor:
+    """Run the model and select the target outputs, exactly as Captum does."""
+    output = _run_forward(forward_func, inputs, target, args or None)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"`forward_func`: expected it to return a torch.Tensor, found {type(output).__name__}. "
+            "Wrap it in a function that returns the logits alone."
+        )
+    return output

@@ -1,0 +1,155 @@
+"""Checks at the public edge: what a user passed, before anything is computed or changed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_priors._errors import expected_found
+
+
+def check_inputs(inputs: Any) -> None:
+    """Require a tensor, or a tuple of tensors of one non-empty batch."""
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    if not tensors:
+        raise ValueError(
+            expected_found("`inputs`", "at least one tensor", "an empty tuple", "Pass a batch.")
+        )
+    for i, tensor in enumerate(tensors):
+        name = f"`inputs[{i}]`" if isinstance(inputs, tuple) else "`inputs`"
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                expected_found(
+                    name,
+                    "a torch.Tensor",
+                    type(tensor).__name__,
+                    "Convert it with torch.as_tensor(..., dtype=..., device=...).",
+                )
+            )
+        if tensor.dim() == 0 or tensor.shape[0] == 0:
+            raise ValueError(
+                expected_found(
+                    name,
+                    "a non-empty batch (dimension 0)",
+                    f"shape {tuple(tensor.shape)}",
+                    "Skip empty batches; unsqueeze a single example.",
+                )
+            )
+        if tensor.shape[0] != tensors[0].shape[0]:
+            raise ValueError(
+                expected_found(
+                    name,
+                    f"{tensors[0].shape[0]} examples as in `inputs[0]`",
+                    str(tensor.shape[0]),
+                    "Inputs of one call share their batch dimension.",
+                )
+            )
+
+
+def check_target(target: Any, n_examples: int) -> None:
+    """Require one target for all examples, or one for each."""
+    if target is None or isinstance(target, (int, tuple)):
+        return
+    if isinstance(target, (list, Tensor)):
+        length = len(target) if isinstance(target, list) or target.dim() else 1
+        single = isinstance(target, Tensor) and target.numel() == 1
+        if not single and length != n_examples:
+            raise ValueError(
+                expected_found(
+                    "`target`", f"one for each of the {n_examples} examples", str(length), "Match."
+                )
+            )
+        if isinstance(target, Tensor) and target.is_floating_point():
+            raise TypeError(
+                expected_found(
+                    "`target`",
+                    "integer class indices",
+                    str(target.dtype),
+                    "For regression with one output leave target out; otherwise use target.long().",
+                )
+            )
+        return
+    raise TypeError(
+        expected_found(
+            "`target`",
+            "an int, a tuple of ints, a tensor or a list of them",
+            type(target).__name__,
+            "Convert it with torch.as_tensor(target).",
+        )
+    )
+
+
+def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:
+    """Require an integer of at least ``least``."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            expected_found(
+                f"`{name}`", f"an integer of at least {least}", repr(value), f"Pass {name}={least}."
+            )
+        )
+
+
+def check_distribution(baselines: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Require a non-empty set of reference rows for each input; numbers become one row."""
+    if len(baselines) != len(inputs):
+        raise ValueError(
+            expected_found(
+                "`baselines`",
+                f"{len(inputs)} tensors, one for each input",
+                str(len(baselines)),
+                "Pass a tuple with one distribution of reference rows for each input.",
+            )
+        )
+    return tuple(
+        _distribution(f"`baselines[{i}]`", baseline, tensor)
+        for i, (baseline, tensor) in enumerate(zip(baselines, inputs, strict=True))
+    )
+
+
+def _distribution(name: str, baseline: Any, inputs: Tensor) -> Tensor:
+    if isinstance(baseline, (int, float)) and not isinstance(baseline, bool):
+        return torch.full_like(inputs[:1], baseline, requires_grad=False)
+    if not isinstance(baseline, Tensor):
+        raise TypeError(
+            expected_found(
+                name,
+                "a tensor of reference rows",
+                type(baseline).__name__,
+                "Pass for example a few hundred training examples stacked along dimension 0.",
+            )
+        )
+    if baseline.shape[1:] != inputs.shape[1:] or baseline.dim() == 0:
+        raise ValueError(
+            expected_found(
+                name,
+                f"rows of shape {tuple(inputs.shape[1:])} as in the inputs",
+                f"shape {tuple(baseline.shape)}",
+                "The first dimension counts reference rows; the others match the inputs.",
+            )
+        )
+    if baseline.shape[0] == 0:
+        raise ValueError(
+            expected_found(name, "at least one reference row", "none", "Pass a non-empty set.")
+        )
+    if baseline.dtype != inputs.dtype:
+        raise TypeError(
+            expected_found(
+                name,
+                f"dtype {inputs.dtype} as in the inputs",
+                str(baseline.dtype),
+                f"Convert it with .to({inputs.dtype}).",
+            )
+        )
+    if baseline.device != inputs.device:
+        raise ValueError(
+            expected_found(
+                name,
+                f"device {inputs.device} as for the inputs",
+                str(baseline.device),
+                f"Move it once with .to({str(inputs.device)!r}).",
+            )
+        )
+    return baseline

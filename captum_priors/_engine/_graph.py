@@ -1,0 +1,77 @@
+"""Read autograd graphs: which leaves a result depends on, and where it cannot be differentiated."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_priors._errors import NotDifferentiableError
+
+# Nodes that raise when a second backward pass reaches them. The first two are torch's placeholders
+# for "no derivative" and for once-differentiable functions; the others raise only when executed.
+_PLACEHOLDERS = {"torch::autograd::NotImplemented", "torch::autograd::Error"}
+_DEAD_ENDS = _PLACEHOLDERS | {
+    "CompiledFunctionBackwardBackward",
+    "CdistBackwardBackward0",
+    "CudnnRnnBackwardBackward0",
+}
+
+
+def nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Walk the graph behind the tensors, each node once."""
+    seen: set[Any] = set()
+    stack = [tensor.grad_fn for tensor in tensors]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(following for following, _ in node.next_functions)
+
+
+def leaves(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Leaf tensors that the graph behind the tensors reaches, by identity."""
+    tensors = tuple(tensors)
+    found = {id(t): t for t in tensors if t.requires_grad and t.grad_fn is None}
+    for node in nodes(tensors):
+        leaf = getattr(node, "variable", None)  # only AccumulateGrad nodes hold one
+        if leaf is not None:
+            found[id(leaf)] = leaf
+    return found
+
+
+def refuse_dead_ends(gradients: tuple[Tensor, ...]) -> None:
+    """Raise while the attribution is computed, not when the training loss is differentiated."""
+    for node in nodes(gradients):
+        if node.name() in _DEAD_ENDS:
+            raise NotDifferentiableError(no_second_derivative(_culprit(node, gradients)))
+
+
+def _culprit(node: Any, gradients: tuple[Tensor, ...]) -> str:
+    """Torch names the operator only when the node runs, so run it, on the way to the error."""
+    name: str = node.name()
+    if name in _PLACEHOLDERS:
+        connected = [g for g in gradients if g.requires_grad]
+        sources = list(leaves(connected).values())
+        try:
+            torch.autograd.grad(
+                sum(g.sum() for g in connected), sources, retain_graph=True, allow_unused=True
+            )
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+    return name
+
+
+def no_second_derivative(culprit: str) -> str:
+    """Word the error for an operator without a second derivative."""
+    return (
+        "double backpropagation: expected every operator of the model to have a second derivative, "
+        f"found one that has none ({culprit}). Ways out: differentiation='finite_difference', "
+        "which needs first derivatives only; for fused attention, run the forward under "
+        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH); for a compiled module, "
+        "attribute its eager twin (compiled._orig_mod); for a cuDNN recurrent module, run the "
+        "forward under torch.backends.cudnn.flags(enabled=False); for reentrant activation "
+        "checkpointing, use_reentrant=False."
+    )

@@ -1,0 +1,115 @@
+"""Random streams: what a prior draws must not move the streams that training draws from."""
+
+import pickle
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# The default generators belong to the process, so two priors in two threads take turns.
+_turn = threading.RLock()
+
+
+@dataclass(frozen=True)
+class GlobalRandomState:
+    """The state of every global generator that an attribution may draw from."""
+
+    cpu: Tensor
+    cuda: tuple[Tensor, ...]
+    numpy: dict[str, Any]
+    python: Any
+
+    @classmethod
+    def now(cls) -> "GlobalRandomState":
+        """Read the generators without moving them."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(
+            torch.get_rng_state(), tuple(cuda), np.random.get_state(legacy=False), random.getstate()
+        )
+
+    def restore(self) -> None:
+        """Put the generators back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+    def moved(self) -> bool:
+        """Whether any generator has been drawn from since."""
+        now = GlobalRandomState.now()
+        ours = (self.cpu, *self.cuda)
+        theirs = (now.cpu, *now.cuda)
+        return (
+            any(not torch.equal(a, b) for a, b in zip(ours, theirs, strict=False))
+            or pickle.dumps(self.numpy) != pickle.dumps(now.numpy)
+            or self.python != now.python
+        )
+
+
+def seed_global(seed: int) -> None:
+    """Seed every global generator; torch's own ``manual_seed`` also queues work for idle GPUs."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
+
+
+@contextmanager
+def swapped_in(state: GlobalRandomState | int) -> Iterator[None]:
+    """Draw from the given state or seed for the duration; the global streams are left in place."""
+    with _turn:
+        before = GlobalRandomState.now()
+        try:
+            if isinstance(state, int):
+                seed_global(state)
+            else:
+                state.restore()
+            yield
+        finally:
+            before.restore()
+
+
+def _mix(seed: int, step: int) -> int:
+    """Spread (seed, step) over 63 bits (the finaliser of SplitMix64, Steele et al. 2014)."""
+    mask = (1 << 64) - 1
+    z = (seed + (step + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) & ((1 << 63) - 1)
+
+
+class RandomStream(nn.Module):
+    """A stream of seeds, one for each training step, kept in the ``state_dict``.
+
+    Evaluation (``advance=False``) uses one seed of its own, so that validating in between does not
+    change what training draws.
+    """
+
+    seed: Tensor
+    step: Tensor
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        # The name keeps nested priors (a subsample of an attribution prior) from sharing draws.
+        seed = (torch.initial_seed() ^ crc32(name.encode())) & ((1 << 63) - 1)
+        self.register_buffer("seed", torch.tensor(seed, device="cpu"))
+        self.register_buffer("step", torch.tensor(0, device="cpu"))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "RandomStream":
+        return self  # two counters that the host reads at every step: they stay on the CPU
+
+    def next_seed(self, *, advance: bool) -> int:
+        """Seed of the current step."""
+        seed = _mix(int(self.seed), int(self.step) if advance else -1)
+        if advance:
+            self.step += 1
+        return seed

@@ -1,0 +1,40 @@
+"""Take some examples of what travels beside the inputs: targets, extra arguments, annotations."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def take(value: Any, rows: slice | Tensor, n_examples: int) -> Any:
+    """Select examples of a value that has one entry for each, return anything else unchanged."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() > 0 and value.shape[0] == n_examples else value
+    if isinstance(value, list) and len(value) == n_examples:
+        if isinstance(rows, slice):
+            return value[rows]
+        return [value[i] for i in rows.tolist()]
+    return value
+
+
+def take_each(values: Any, rows: slice | Tensor, n_examples: int) -> Any:
+    """Select examples of a value, or of each entry of a tuple of them."""
+    if isinstance(values, tuple):
+        return tuple(take(value, rows, n_examples) for value in values)
+    return take(values, rows, n_examples)
+
+
+def tile(value: Any, times: int, n_examples: int) -> Any:
+    """Repeat a value that has one entry for each example, as a whole, ``times`` times."""
+    if times == 1:
+        return value
+    if isinstance(value, Tensor):
+        if value.dim() > 0 and value.shape[0] == n_examples:
+            return torch.cat([value] * times)
+        return value
+    return value * times if isinstance(value, list) and len(value) == n_examples else value
+
+
+def length_of(rows: slice, n_examples: int) -> int:
+    """Count the examples that a slice selects."""
+    return len(range(*rows.indices(n_examples)))

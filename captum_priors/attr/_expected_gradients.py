@@ -1,0 +1,210 @@
+"""Expected gradients (Erion et al. 2021) as a Captum attribution method."""
+
+from typing import Any, Literal
+
+import torch
+from captum.attr import GradientAttribution
+from torch import Tensor
+
+from captum_priors._captum import as_tuple, call_baselines, forward_args, like_inputs, log_usage
+from captum_priors._captum import run_forward
+from captum_priors._checks import check_count, check_distribution, check_inputs, check_target
+from captum_priors._engine._inference import leaves_inference_mode
+from captum_priors._errors import expected_found, one_of
+from captum_priors._rows import length_of, take, tile
+from captum_priors._types import DIFFERENTIATIONS, Differentiation, TensorOrTuple
+from captum_priors.attr._draws import Draws
+from captum_priors.attr._path_sum import FieldOf, PathSum
+
+Estimator = Literal["control_variate", "monte_carlo"]
+ESTIMATORS = ("control_variate", "monte_carlo")
+
+
+class ExpectedGradients(GradientAttribution):
+    r"""Attributions averaged over reference inputs, which a loss can be built on.
+
+    .. math:: \mathrm{EG}(x) = \mathbb{E}_{x' \sim D,\, \alpha \sim U(0, 1)}
+        \left[(x - x') \odot \nabla f(x' + \alpha (x - x'))\right]
+
+    (Erion, Janizek, Sturmfels, Lundberg, Lee 2021, equation 2). The attributions of an example sum
+    to :math:`f(x) - \mathbb{E}_{x'} f(x')` (completeness). Takes every call that
+    :class:`captum.attr.GradientShap` takes. The result carries its graph to the model's parameters,
+    and to inputs that require gradients; under ``torch.no_grad`` it is detached.
+
+    Args:
+        forward_func: A model, or any function of the inputs.
+        multiply_by_inputs: Whether to multiply by :math:`x - x'`; without, the result is the
+            expected gradient itself.
+        differentiation: ``"double_backprop"`` (exact), ``"recompute"`` (exact, in memory that does
+            not grow with the number of samples) or ``"finite_difference"`` (first derivatives
+            only: for fused attention and compiled models).
+
+    Example:
+        For a linear model any number of samples gives :math:`w \odot (x - \mu)`.
+
+        >>> import torch
+        >>> from captum_priors import ExpectedGradients
+        >>> model = torch.nn.Linear(3, 1)
+        >>> x, background = torch.randn(4, 3), torch.randn(20, 3)
+        >>> attributions = ExpectedGradients(model).attribute(x, background, n_samples=2)
+        >>> torch.allclose(attributions, model.weight * (x - background.mean(0)), atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        forward_func: Any,
+        multiply_by_inputs: bool = True,
+        *,
+        differentiation: Differentiation = "double_backprop",
+    ) -> None:
+        if not callable(forward_func):
+            raise TypeError(
+                expected_found(
+                    "`forward_func`",
+                    "a model or another callable",
+                    type(forward_func).__name__,
+                    "Pass the model itself, not its output.",
+                )
+            )
+        one_of("differentiation", differentiation, DIFFERENTIATIONS)
+        super().__init__(forward_func)
+        self._multiply_by_inputs = multiply_by_inputs
+        self.differentiation: Differentiation = differentiation
+
+    @log_usage()
+    @leaves_inference_mode
+    def attribute(
+        self,
+        inputs: TensorOrTuple,
+        baselines: Any,
+        n_samples: int = 5,
+        stdevs: float | tuple[float, ...] = 0.0,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        *,
+        estimator: Estimator = "control_variate",
+        internal_batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        r"""Explain a batch.
+
+        Args:
+            inputs: Tensor ``(batch, ...)`` or a tuple of them.
+            baselines: The reference distribution: rows ``(n_rows, ...)``, a tuple with one such
+                tensor for each input, or a function of nothing or of the inputs that returns them.
+                Tensors with equally many rows are drawn jointly, row by row.
+            n_samples: Samples for each example; each draws its reference without replacement as
+                long as the rows last.
+            stdevs: Standard deviation of Gaussian noise added to the inputs, for each tensor.
+            target: Which output to explain, in any form that Captum takes.
+            additional_forward_args: Further arguments of ``forward_func``; tensors with one entry
+                for each example are repeated along with it.
+            return_convergence_delta: Also return, for each sample of each example, the sum of its
+                attribution minus :math:`f(x) - f(x')`: shape ``(batch * n_samples,)``, detached.
+            estimator: ``"monte_carlo"`` is the paper's. ``"control_variate"`` has the same
+                expectation and less variance: :math:`(x - \mu) \odot \bar g` plus the covariance
+                of :math:`x - x'` and :math:`g` over samples spread evenly along the path. With one
+                sample there is no covariance and the two are the same.
+            internal_batch_size: At most this many rows go through the model at once.
+            generator: Source of the draws; by default torch's global generator.
+
+        Returns:
+            Attributions like ``inputs``, and the deltas if asked for.
+
+        Raises:
+            TypeError: If an argument has another type or dtype.
+            ValueError: If shapes, devices or counts do not match.
+            NotDifferentiableError: If no correct parameter gradient exists.
+        """
+        check_inputs(inputs)
+        tensors = as_tuple(inputs)
+        check_target(target, tensors[0].shape[0])
+        table = check_distribution(call_baselines(baselines, inputs), tensors)
+        args = forward_args(additional_forward_args)
+        draws, control_variate = self._draw(
+            tensors[0], tuple(t.shape[0] for t in table), n_samples, estimator, generator
+        )
+        path_sum = self._path_sum(
+            self._field_of(tensors[0].shape[0], target, args),
+            draws,
+            check_stdevs(stdevs, len(tensors)),
+            control_variate,
+            internal_batch_size,
+        )
+        attributions = like_inputs(inputs, path_sum.attributions(tensors, table))
+        if not return_convergence_delta:
+            return attributions
+        return attributions, path_sum.convergence_delta(tensors, table)
+
+    def _field_of(self, batch: int, target: Any, args: tuple[Any, ...]) -> FieldOf:
+        def field_of(examples: slice, times: int) -> Any:
+            chosen = tile(take(target, examples, batch), times, length_of(examples, batch))
+            extra = tuple(
+                tile(take(arg, examples, batch), times, length_of(examples, batch)) for arg in args
+            )
+            return lambda points: run_forward(self.forward_func, points, chosen, extra)
+
+        return field_of
+
+    def _draw(
+        self,
+        like: Tensor,
+        n_rows: tuple[int, ...],
+        n_samples: int,
+        estimator: str,
+        generator: torch.Generator | None,
+    ) -> tuple[Draws, bool]:
+        """Draw references and positions; say whether there is a covariance to estimate."""
+        check_count("n_samples", n_samples)
+        one_of("estimator", estimator, ESTIMATORS)
+        control_variate = estimator == "control_variate" and n_samples > 1
+        draws = Draws.new(
+            n_samples, like.shape[0], n_rows, stratified=control_variate, generator=generator
+        )
+        return draws.to(like.device), control_variate
+
+    def _path_sum(
+        self,
+        field_of: FieldOf,
+        draws: Draws,
+        stdevs: tuple[float, ...],
+        control_variate: bool,
+        internal_batch_size: int | None,
+    ) -> PathSum:
+        check_count("internal_batch_size", internal_batch_size, optional=True)
+        if internal_batch_size is None and self.differentiation == "recompute":
+            internal_batch_size = draws.alphas.shape[1]  # the memory of one pass over the batch
+        return PathSum(
+            field_of,
+            draws,
+            stdevs,
+            self._multiply_by_inputs,
+            control_variate,
+            self.differentiation,
+            internal_batch_size,
+        )
+
+    def has_convergence_delta(self) -> bool:
+        """Whether ``attribute`` takes ``return_convergence_delta`` (Captum's protocol)."""
+        return True
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Whether attributions are multiplied by the displacement (Captum's protocol)."""
+        return self._multiply_by_inputs
+
+
+def check_stdevs(stdevs: float | tuple[float, ...], n_inputs: int) -> tuple[float, ...]:
+    each = stdevs if isinstance(stdevs, tuple) else (stdevs,) * n_inputs
+    if len(each) != n_inputs or any(not 0 <= s < float("inf") for s in each):
+        raise ValueError(
+            expected_found(
+                "`stdevs`",
+                f"a non-negative number, or a tuple of {n_inputs}",
+                repr(stdevs),
+                "Pass 0.0 for no noise.",
+            )
+        )
+    return tuple(float(s) for s in each)
