@@ -1,2 +1,40 @@
-from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
+"""Train PyTorch models on their own explanations.
+
+An explainer says what a model looks at; this package lets you train on it. Make any supported
+explainer :func:`differentiable`, or use :class:`ExpectedGradients`; put a penalty on what it says;
+add the prior to the loss:
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from captum_priors import AttributionPrior, ExpectedGradients
+    >>> from captum_priors.penalties import total_variation
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> x, y, background = torch.randn(8, 1, 8, 8), torch.randint(10, (8,)), torch.randn(50, 1, 8, 8)
+    >>> explainer = ExpectedGradients(model)
+    >>> prior = 0.1 * AttributionPrior(explainer, total_variation, baselines=background)
+    >>> loss = F.cross_entropy(model(x), y) + prior(x, target=y)
+    >>> loss.backward()
+
+Penalties live in :mod:`captum_priors.penalties`, distances in :mod:`captum_priors.distances`, the
+papers' priors in :mod:`captum_priors.priors`, smooth activations in
+:mod:`captum_priors.stability`, and the certificate in :mod:`captum_priors.testing`.
+"""
+
 from captum_priors._errors import NotDifferentiableError
+from captum_priors.adapters import CaptumAdapter, differentiable
+from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
+from captum_priors.priors import AttributionPrior, Lazy, StabilityPrior, Subsample
+
+__all__ = [
+    "AttributionPrior",
+    "CaptumAdapter",
+    "ExpectedGradients",
+    "Lazy",
+    "LayerExpectedGradients",
+    "NotDifferentiableError",
+    "StabilityPrior",
+    "Subsample",
+    "differentiable",
+]
+
+__version__ = "0.1.0"

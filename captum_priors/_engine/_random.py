@@ -87,7 +87,27 @@ def _mix(seed: int, step: int) -> int:
     return (z ^ (z >> 31)) & ((1 << 63) - 1)
 
 
-class RandomStream(nn.Module):
+class Counter(nn.Module):
+    """A step counter kept in the ``state_dict``; the host reads it every step, so on the CPU."""
+
+    step: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.tensor(0, device="cpu"))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Counter":
+        return self
+
+    def __int__(self) -> int:
+        return int(self.step)
+
+    def advance(self) -> None:
+        """Count one step."""
+        self.step += 1
+
+
+class RandomStream(Counter):
     """A stream of seeds, one for each training step, kept in the ``state_dict``.
 
     Evaluation (``advance=False``) uses one seed of its own, so that validating in between does not
@@ -95,21 +115,16 @@ class RandomStream(nn.Module):
     """
 
     seed: Tensor
-    step: Tensor
 
     def __init__(self, name: str) -> None:
         super().__init__()
         # The name keeps nested priors (a subsample of an attribution prior) from sharing draws.
         seed = (torch.initial_seed() ^ crc32(name.encode())) & ((1 << 63) - 1)
         self.register_buffer("seed", torch.tensor(seed, device="cpu"))
-        self.register_buffer("step", torch.tensor(0, device="cpu"))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "RandomStream":
-        return self  # two counters that the host reads at every step: they stay on the CPU
 
     def next_seed(self, *, advance: bool) -> int:
         """Seed of the current step."""
-        seed = _mix(int(self.seed), int(self.step) if advance else -1)
+        seed = _mix(int(self.seed), int(self) if advance else -1)
         if advance:
-            self.step += 1
+            self.advance()
         return seed

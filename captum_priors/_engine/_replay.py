@@ -8,7 +8,7 @@ import torch
 
 from captum_priors._engine._modules import submodules_of
 from captum_priors._engine._random import GlobalRandomState
-from captum_priors._engine._smooth import current_beta, relu_as_softplus
+from captum_priors._engine._smooth import Smoothing
 from captum_priors._engine._still import as_recorded, snapshot
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -25,7 +25,7 @@ class Conditions:
         self._modules = snapshot(submodules_of(forward_func))
         self._random = GlobalRandomState.now()
         self._stochastic = False
-        self._beta = current_beta()
+        self._smoothing = Smoothing.now()
         self._autocast = [
             (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in _AUTOCAST_DEVICES
@@ -48,7 +48,7 @@ class Conditions:
                 stack.callback(GlobalRandomState.now().restore)
                 self._random.restore()
             stack.enter_context(as_recorded(self._modules))
-            stack.enter_context(relu_as_softplus(self._beta))
+            stack.enter_context(self._smoothing.again())
             for device, enabled, dtype in self._autocast:
                 if enabled or torch.is_autocast_enabled(device):
                     stack.enter_context(

@@ -3,11 +3,12 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _thread = threading.local()
@@ -59,6 +60,73 @@ def relu_as_softplus(beta: float | None) -> Iterator[None]:
             yield
         finally:
             _thread.beta = before
+
+
+class SmoothedModule:
+    """Smooth one module's forward passes between ``enter`` and ``leave``, in every thread."""
+
+    def __init__(self, module: nn.Module, beta: float) -> None:
+        self._module, self._beta = module, beta
+        self._handles: list[Any] = []
+        self._running = threading.local()
+
+    def enter(self) -> None:
+        """Start smoothing."""
+        self._handles = [
+            self._module.register_forward_pre_hook(self._begin, prepend=True),
+            # always_call: also when the model raises
+            self._module.register_forward_hook(self._end, always_call=True),
+        ]
+        _entered.append(self)
+
+    def leave(self) -> None:
+        """Stop smoothing."""
+        _entered.remove(self)
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        only = getattr(_thread, "only", None)
+        applies = only is None or self in only
+        block = relu_as_softplus(self._beta if applies else current_beta())
+        block.__enter__()
+        self._running.__dict__.setdefault("blocks", []).append(block)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.blocks.pop().__exit__(None, None, None)
+
+
+_entered: list[SmoothedModule] = []
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """All smoothing in force in this thread, to be put in force again elsewhere or later."""
+
+    beta: float | None
+    modules: tuple[SmoothedModule, ...]
+
+    @classmethod
+    def now(cls) -> "Smoothing":
+        """Record what is in force."""
+        only = getattr(_thread, "only", None)
+        return cls(current_beta(), tuple(_entered) if only is None else only)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Put exactly this in force for the duration."""
+        missing = [module for module in self.modules if module not in _entered]
+        before = getattr(_thread, "only", None)
+        for module in missing:
+            module.enter()
+        _thread.only = self.modules
+        try:
+            with relu_as_softplus(self.beta):
+                yield
+        finally:
+            _thread.only = before
+            for module in missing:
+                module.leave()
 
 
 def check_beta(name: str, beta: float) -> float:

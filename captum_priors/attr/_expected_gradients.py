@@ -26,7 +26,7 @@ class ExpectedGradients(GradientAttribution):
     .. math:: \mathrm{EG}(x) = \mathbb{E}_{x' \sim D,\, \alpha \sim U(0, 1)}
         \left[(x - x') \odot \nabla f(x' + \alpha (x - x'))\right]
 
-    (Erion, Janizek, Sturmfels, Lundberg, Lee 2021, equation 2). The attributions of an example sum
+    (Erion, Janizek, Sturmfels, Lundberg, Lee 2021). The attributions of an example sum
     to :math:`f(x) - \mathbb{E}_{x'} f(x')` (completeness). Takes every call that
     :class:`captum.attr.GradientShap` takes. The result carries its graph to the model's parameters,
     and to inputs that require gradients; under ``torch.no_grad`` it is detached.
@@ -50,6 +50,8 @@ class ExpectedGradients(GradientAttribution):
         >>> torch.allclose(attributions, model.weight * (x - background.mean(0)), atol=1e-6)
         True
     """
+
+    draws_baselines = True
 
     def __init__(
         self,

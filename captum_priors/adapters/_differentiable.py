@@ -1,0 +1,155 @@
+"""``differentiable``: the closed table of explainers that may be trained on."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from captum.attr import Attribution, InputXGradient, IntegratedGradients, Saliency
+
+from captum_priors._errors import NotDifferentiableError, expected_found, one_of
+from captum_priors._types import DIFFERENTIATIONS, Differentiation
+from captum_priors.adapters._captum_adapter import (
+    CaptumAdapter,
+    DifferentiableInputXGradient,
+    DifferentiableIntegratedGradients,
+    DifferentiableSaliency,
+)
+from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
+
+Convert = Callable[[Any, Differentiation], Any]
+
+# Exact types, because a subclass may override the very step that keeps the graph.
+_ADAPTERS: dict[type, type[CaptumAdapter]] = {
+    Saliency: DifferentiableSaliency,
+    InputXGradient: DifferentiableInputXGradient,
+    IntegratedGradients: DifferentiableIntegratedGradients,
+}
+_OWN = (ExpectedGradients, LayerExpectedGradients, CaptumAdapter)
+_registered: dict[type, Convert] = {}
+
+_INSTEAD = {
+    "GradientShap": "Use captum_priors.ExpectedGradients, which takes the same calls.",
+    "LayerGradientShap": "Use captum_priors.LayerExpectedGradients, which takes the same calls.",
+    "LayerIntegratedGradients": "Use captum_priors.LayerExpectedGradients with one baseline row.",
+    "LayerGradCam": "Use captum_priors.priors.RRRGradCAM or HINT.",
+}
+
+
+class Differentiable:
+    r"""Give an explainer the graph from its attributions to the model's parameters.
+
+    ``differentiable(explainer)`` returns an explainer with the same ``attribute`` and the same
+    numbers whose result can be differentiated; given a Captum class it returns a subclass of it.
+    The explainer passed in is left untouched, and converting twice is converting once. What has no
+    certified conversion is refused.
+
+    Args:
+        explainer: A Captum explainer or class, or any object with Captum's ``attribute`` whose
+            result already carries its graph.
+        differentiation: How the parameter gradient is taken; see :class:`ExpectedGradients`. By
+            default ``"double_backprop"``, or what an explainer that has one was made with. Not
+            with a class: apply it to the instance.
+
+    Returns:
+        The differentiable explainer or class.
+
+    Raises:
+        NotDifferentiableError: If no conversion of this explainer is certified.
+        TypeError: If it is no explainer at all.
+
+    Example:
+        >>> import torch
+        >>> from captum.attr import IntegratedGradients
+        >>> from captum_priors import differentiable
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh())
+        >>> stock = IntegratedGradients(model)
+        >>> x = torch.randn(2, 3)
+        >>> attributions = differentiable(stock).attribute(x, target=1)
+        >>> torch.equal(attributions, stock.attribute(x, target=1)), attributions.requires_grad
+        (True, True)
+    """
+
+    def __call__(self, explainer: Any, *, differentiation: Differentiation | None = None) -> Any:
+        if differentiation is not None:
+            one_of("differentiation", differentiation, DIFFERENTIATIONS)
+        if isinstance(explainer, type):
+            return self._convert_class(explainer, differentiation)
+        convert = _registered.get(type(explainer))
+        if convert is not None:
+            return convert(explainer, differentiation or "double_backprop")
+        if isinstance(explainer, _OWN):
+            if differentiation in (None, explainer.differentiation):
+                return explainer
+            explainer = copy.copy(explainer)
+            explainer.differentiation = differentiation
+            return explainer
+        adapter = _ADAPTERS.get(type(explainer))
+        if adapter is not None:
+            return adapter.of(explainer, differentiation or "double_backprop")
+        if isinstance(explainer, Attribution) or _is_shap(explainer):
+            raise NotDifferentiableError(_refusal(type(explainer)))
+        if not callable(getattr(explainer, "attribute", None)):
+            raise TypeError(
+                expected_found(
+                    "`explainer`",
+                    "an object with Captum's attribute(inputs, ...)",
+                    type(explainer).__name__,
+                    "Pass for example ExpectedGradients(model).",
+                )
+            )
+        return explainer
+
+    @staticmethod
+    def _convert_class(cls: type, differentiation: Differentiation | None) -> type:
+        if differentiation is not None:
+            raise TypeError(
+                expected_found(
+                    "`differentiation`",
+                    "an explainer to apply it to",
+                    f"the class {cls.__name__}",
+                    f"Write differentiable({cls.__name__}(model), differentiation=...).",
+                )
+            )
+        if issubclass(cls, _OWN):
+            return cls
+        if cls not in _ADAPTERS:
+            raise NotDifferentiableError(_refusal(cls))
+        return _ADAPTERS[cls]
+
+    @staticmethod
+    def register(cls: type, convert: Callable[..., Any]) -> None:
+        """Let ``convert(explainer, differentiation)`` make explainers of this class differentiable.
+
+        Certify the result with :func:`captum_priors.testing.check_differentiable`.
+        """
+        if not isinstance(cls, type) or not callable(convert):
+            raise TypeError(
+                expected_found(
+                    "`register`",
+                    "a class and a function",
+                    f"{cls!r} and {convert!r}",
+                    "Pass differentiable.register(MyExplainer, convert).",
+                )
+            )
+        _registered[cls] = convert
+
+
+differentiable = Differentiable()
+differentiable.__doc__ = Differentiable.__doc__
+
+
+def _is_shap(explainer: Any) -> bool:
+    return any(cls.__module__.partition(".")[0] == "shap" for cls in type(explainer).__mro__)
+
+
+def _refusal(cls: type) -> str:
+    names = ", ".join(sorted(known.__name__ for known in _ADAPTERS))
+    instead = _INSTEAD.get(
+        cls.__name__,
+        "Use one of these, or register a conversion of your own with differentiable.register and "
+        "certify it with captum_priors.testing.check_differentiable.",
+    )
+    return (
+        f"`explainer`: expected one with a certified conversion ({names}), found {cls.__name__}, "
+        f"whose attributions carry no correct gradient to the model's parameters. {instead}"
+    )

@@ -1,0 +1,245 @@
+"""What attribution and stability priors share: explaining without leaving a trace."""
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from captum_priors._captum import as_tuple
+from captum_priors._checks import check_inputs, check_target
+from captum_priors._engine._inference import leaves_inference_mode
+from captum_priors._engine._modules import submodules_of
+from captum_priors._engine._random import RandomStream, swapped_in
+from captum_priors._engine._smooth import check_beta, relu_as_softplus
+from captum_priors._engine._still import held
+from captum_priors._errors import NotDifferentiableError, expected_found, one_of
+from captum_priors._types import TensorOrTuple
+from captum_priors.adapters import differentiable
+from captum_priors.priors._base import Prior
+
+Reduction = Literal["mean", "sum"]
+_PASSED_AT_CALL = ("inputs", "target", "additional_forward_args")
+
+
+class ExplainerPrior(Prior):
+    """A prior on what one explainer says; concrete priors say what they ask of it."""
+
+    def __init__(
+        self,
+        explainer: Any,
+        score: Any,
+        *,
+        reduction: Reduction,
+        smooth: float | None,
+        options: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        one_of("reduction", reduction, ("mean", "sum"))
+        if not callable(score):
+            raise TypeError(
+                expected_found(
+                    f"`{self._score_name}`",
+                    "a function of attributions",
+                    type(score).__name__,
+                    f"Pass one of captum_priors.{self._score_module}, or your own.",
+                )
+            )
+        # Past nn.Module's registration: the explained model's parameters are not the prior's.
+        self.__dict__["explainer"] = differentiable(explainer)
+        self._parameters_of_attribute = inspect.signature(self.explainer.attribute).parameters
+        self._check_options(options)
+        self.options = options
+        self.score = score
+        self.reduction: Reduction = reduction
+        self.smooth = None if smooth is None else check_beta("smooth", smooth)
+        self.stream = RandomStream(type(self).__name__)
+
+    explainer: Any
+    _score_name = "penalty"
+    _score_module = "penalties"
+
+    @leaves_inference_mode
+    def forward(
+        self,
+        inputs: TensorOrTuple,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        **annotations: Any,
+    ) -> Tensor:
+        """Return the value of the prior on a batch, shape ``()``."""
+        check_inputs(inputs)
+        batch = as_tuple(inputs)[0].shape[0]
+        check_target(target, batch)
+        for name in annotations:
+            if not self.takes(name):
+                raise TypeError(
+                    expected_found(
+                        f"prior {self!r}",
+                        f"annotations that {_name(self.score)} takes",
+                        repr(name),
+                        "Leave it out, or use a penalty that declares it.",
+                    )
+                )
+        call = self._call(baselines, target, additional_forward_args)
+        seed = self.stream.next_seed(advance=self.training_step())
+        with swapped_in(seed):
+            scores = self._scores(inputs, call, annotations, seed)
+        return self._reduce(scores, batch)
+
+    def _scores(
+        self, inputs: TensorOrTuple, call: dict[str, Any], annotations: dict[str, Any], seed: int
+    ) -> Any:
+        raise NotImplementedError
+
+    @contextmanager
+    def model_held(self) -> Iterator[None]:
+        """Hold the explained model still, smoothed if so configured."""
+        with ExitStack() as stack:
+            stack.enter_context(held(submodules_of(self.explainer)))
+            if self.smooth is not None:
+                stack.enter_context(relu_as_softplus(self.smooth))
+            yield
+
+    def explain(self, inputs: TensorOrTuple, call: dict[str, Any]) -> Any:
+        """Attribute with the model held, and insist on a graph where there is one to have."""
+        attributions = self.explainer.attribute(inputs, **call)
+        if torch.is_grad_enabled() and not any(
+            isinstance(t, Tensor) and t.requires_grad for t in _each(attributions)
+        ):
+            trainable = [
+                p for m in submodules_of(self.explainer) for p in m.parameters(recurse=False)
+            ]
+            if any(p.requires_grad for p in trainable):
+                raise NotDifferentiableError(
+                    expected_found(
+                        "`explainer`",
+                        "attributions with a graph to the model's trainable parameters",
+                        f"none from {type(self.explainer).__name__}",
+                        "Look for detach() or torch.no_grad() in its attribute, and certify it "
+                        "with captum_priors.testing.check_differentiable.",
+                    )
+                )
+        return attributions
+
+    @property
+    def draws_baselines(self) -> bool:
+        """Whether baselines are a distribution to draw from, rather than one for each example."""
+        return bool(getattr(self.explainer, "draws_baselines", False))
+
+    def takes(self, name: str) -> bool:
+        """Whether the explainer takes baselines, or the score this annotation."""
+        if name == "baselines":
+            return name in self._parameters_of_attribute or _is_open(self._parameters_of_attribute)
+        parameters = _signature(self.score)
+        return _is_open(parameters) or (
+            name in parameters and parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+        )
+
+    def formula(self) -> str:
+        """Return the prior as it would be written."""
+        options = {**self.options}
+        if self.smooth is not None:
+            options["smooth"] = self.smooth
+        if self.reduction != "mean":
+            options["reduction"] = self.reduction
+        shown = [f"{k}={v!r}" for k, v in options.items() if isinstance(v, (bool, int, float, str))]
+        parts = [_name(self.explainer), *map(_name, self._described()), *shown]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _described(self) -> list[Any]:
+        return [self.score]
+
+    def _call(self, baselines: Any, target: Any, additional_forward_args: Any) -> dict[str, Any]:
+        """Keywords of this call; Captum's positional orders differ from class to class."""
+        call = dict(self.options)
+        given = {
+            "baselines": baselines,
+            "target": target,
+            "additional_forward_args": additional_forward_args,
+        }
+        parameters = self._parameters_of_attribute
+        for name, value in given.items():
+            if value is None:
+                continue
+            if name not in parameters and not _is_open(parameters):
+                raise TypeError(
+                    expected_found(
+                        f"`{name}`",
+                        "none",
+                        type(value).__name__,
+                        f"{type(self.explainer).__name__}.attribute does not take it: leave it out.",
+                    )
+                )
+            call[name] = value
+        needed = parameters.get("baselines")
+        if needed is not None and needed.default is needed.empty and "baselines" not in call:
+            raise TypeError(
+                expected_found(
+                    "`baselines`",
+                    f"the reference rows that {type(self.explainer).__name__} averages over",
+                    "none",
+                    "Pass baselines=... when the prior is made or when it is called; a few hundred "
+                    "training examples, or the batch itself, are common choices.",
+                )
+            )
+        return call
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        parameters = self._parameters_of_attribute
+        for name in options:
+            if name in _PASSED_AT_CALL:
+                raise TypeError(
+                    expected_found(
+                        f"`{name}`", "it when the prior is called", "it at construction", "Move it."
+                    )
+                )
+            if name not in parameters and not _is_open(parameters):
+                known = ", ".join(p for p in parameters if p not in _PASSED_AT_CALL)
+                raise TypeError(
+                    expected_found(
+                        f"`{name}`",
+                        f"an option of {type(self.explainer).__name__}.attribute ({known})",
+                        "something else",
+                        "Check the spelling.",
+                    )
+                )
+
+    def _reduce(self, scores: Any, batch: int) -> Tensor:
+        if not isinstance(scores, Tensor) or tuple(scores.shape) not in ((), (batch,)):
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                expected_found(
+                    f"`{self._score_name}`",
+                    f"a tensor of shape ({batch},), or () for the batch",
+                    str(found),
+                    "Return one unreduced number for each example.",
+                )
+            )
+        return scores.mean() if self.reduction == "mean" else scores.sum()
+
+
+def _each(attributions: Any) -> tuple[Any, ...]:
+    return attributions if isinstance(attributions, tuple) else (attributions,)
+
+
+def _signature(score: Any) -> Any:
+    return inspect.signature(score.forward if isinstance(score, nn.Module) else score).parameters
+
+
+def _is_open(parameters: Any) -> bool:
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _name(thing: Any) -> str:
+    if isinstance(thing, functools.partial):
+        options = [f"{k}={v!r}" for k, v in thing.keywords.items() if not isinstance(v, Tensor)]
+        return f"{_name(thing.func)}({', '.join(options)})" if options else _name(thing.func)
+    if isinstance(thing, nn.Module):
+        return repr(thing)
+    name = getattr(thing, "__name__", type(thing).__name__)
+    return str(name).removeprefix("Differentiable")

@@ -1,0 +1,120 @@
+"""The stability prior: attributions that stay when the input moves a little."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_priors._captum import as_tuple, like_inputs
+from captum_priors._engine._random import seed_global
+from captum_priors._errors import expected_found
+from captum_priors._types import Distance, TensorOrTuple
+from captum_priors.priors._explainer_prior import ExplainerPrior, Reduction
+
+
+class StabilityPrior(ExplainerPrior):
+    r"""Penalise how far attributions move when the inputs are perturbed.
+
+    .. math:: \mathbb{E}\; d\left(\Phi(\theta, x), \Phi(\theta, \tilde x)\right),
+        \qquad \tilde x = \mathrm{perturb}(x)
+
+    Both sides use the same random numbers: otherwise the prior would penalise the sampling of the
+    explainer. The perturbed inputs are constants; the gradient flows through both attributions.
+
+    Args:
+        explainer: An explainer that :func:`captum_priors.differentiable` takes.
+        distance: ``distance(attributions, other)`` of shape ``(batch,)``.
+        perturbation: A :class:`captum.robust.Perturbation`, or a function, of the inputs. It is
+            also given ``target`` and ``additional_forward_args`` where it takes them.
+        reduction: ``"mean"`` or ``"sum"`` over the examples.
+        smooth: As in :class:`AttributionPrior`.
+        attribute_options: As in :class:`AttributionPrior`.
+
+    Raises:
+        NotDifferentiableError: If the explainer cannot be trained on.
+        TypeError: If an option is not one of the explainer's.
+
+    Example:
+        >>> import torch
+        >>> from captum.attr import Saliency
+        >>> from captum_priors import StabilityPrior
+        >>> from captum_priors.distances import mse
+        >>> noise = lambda x: x + 0.1 * torch.randn_like(x)
+        >>> prior = StabilityPrior(Saliency(torch.nn.Linear(3, 1)), mse, noise)
+        >>> prior(torch.randn(4, 3)).item()  # a linear model has the same gradient everywhere
+        0.0
+    """
+
+    _score_name = "distance"
+    _score_module = "distances"
+
+    def __init__(
+        self,
+        explainer: Any,
+        distance: Distance,
+        perturbation: Any,
+        *,
+        reduction: Reduction = "mean",
+        smooth: float | None = None,
+        **attribute_options: Any,
+    ) -> None:
+        super().__init__(
+            explainer, distance, reduction=reduction, smooth=smooth, options=attribute_options
+        )
+        perturb = getattr(perturbation, "perturb", perturbation)
+        if not callable(perturb):
+            raise TypeError(
+                expected_found(
+                    "`perturbation`",
+                    "a captum.robust.Perturbation or a function of the inputs",
+                    type(perturbation).__name__,
+                    "Pass for example lambda x: x + 0.1 * torch.randn_like(x).",
+                )
+            )
+        # Past nn.Module's registration, like the explainer: an attack may hold the model.
+        self.__dict__["perturbation"] = perturbation
+        self.__dict__["_perturb"] = perturb
+
+    perturbation: Any
+    _perturb: Any
+
+    @property
+    def distance(self) -> Distance:
+        """The distance."""
+        distance: Distance = self.score
+        return distance
+
+    def _scores(
+        self, inputs: TensorOrTuple, call: dict[str, Any], annotations: dict[str, Any], seed: int
+    ) -> Tensor:
+        generator = call.get("generator")
+        with self.model_held():
+            moved = self._moved(inputs, call)
+            state = generator.get_state() if isinstance(generator, torch.Generator) else None
+            seed_global(seed)
+            here = self.explain(inputs, call)
+            seed_global(seed)
+            if state is not None:
+                generator.set_state(state)
+            there = self.explain(moved, call)
+        return self.distance(here, there, **annotations)
+
+    def _moved(self, inputs: TensorOrTuple, call: dict[str, Any]) -> TensorOrTuple:
+        known = inspect.signature(self._perturb).parameters
+        extra = {k: call[k] for k in ("target", "additional_forward_args") if k in call}
+        moved = self._perturb(inputs, **{k: v for k, v in extra.items() if k in known})
+        shapes = [tuple(t.shape) for t in as_tuple(inputs)]
+        if [tuple(t.shape) for t in as_tuple(moved)] != shapes:
+            raise ValueError(
+                expected_found(
+                    "`perturbation`",
+                    f"perturbed inputs of shapes {shapes}",
+                    str([tuple(t.shape) for t in as_tuple(moved)]),
+                    "Return tensors like the inputs.",
+                )
+            )
+        return like_inputs(inputs, tuple(t.detach() for t in as_tuple(moved)))
+
+    def _described(self) -> list[Any]:
+        return [self.score, self.perturbation]

@@ -1,0 +1,81 @@
+"""Softplus in place of ReLU (Dombrowski et al. 2019, 2022)."""
+
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from captum_priors._engine._smooth import SmoothedModule, check_beta, relu_as_softplus
+from captum_priors._errors import expected_found
+
+
+class smooth_activations(nn.Module):  # noqa: N801  # used like a function, as torch.no_grad is
+    r"""Run a model with every ReLU replaced by Softplus, module or function, in place or not.
+
+    .. math:: \mathrm{softplus}_\beta(x) = \tfrac1\beta \log(1 + e^{\beta x})
+
+    tends to ReLU as :math:`\beta` grows and has curvature where ReLU has a kink, which bounds how
+    far an explanation can be manipulated (Dombrowski et al. 2019, 2022).
+    Use the result in place of the model, whose parameters it shares, or as a context in which the
+    model itself runs smoothed. Max-pooling and other piecewise linear operations stay as they are;
+    so does ReLU inside TorchScript.
+
+    Args:
+        model: The module to smooth.
+        beta: Steepness :math:`\beta > 0`.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
+        ValueError: If ``beta`` is not positive and finite.
+
+    Example:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from captum_priors.stability import smooth_activations
+        >>> model, x = torch.nn.Sequential(torch.nn.ReLU()), torch.randn(5)
+        >>> torch.equal(smooth_activations(model, beta=10)(x), F.softplus(x, beta=10))
+        True
+        >>> with smooth_activations(model, beta=10):
+        ...     inside = model(x)
+        >>> torch.equal(inside, F.softplus(x, beta=10)), torch.equal(model(x), F.relu(x))
+        (True, True)
+    """
+
+    def __init__(self, model: nn.Module, beta: float) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                expected_found(
+                    "`model`",
+                    "a torch.nn.Module",
+                    type(model).__name__,
+                    "Pass the model; a prior smooths any function with smooth=beta.",
+                )
+            )
+        self.model = model
+        self.beta = check_beta("beta", beta)
+        self._entered: list[SmoothedModule] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model smoothed."""
+        with relu_as_softplus(self.beta):
+            return self.model(*args, **kwargs)
+
+    def __enter__(self) -> nn.Module:
+        """Smooth the model itself until the block ends; returns the model."""
+        self._entered.append(SmoothedModule(self.model, self.beta))
+        self._entered[-1].enter()
+        return self.model  # type: ignore[no-any-return]  # nn.Module types its children loosely
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Put ReLU back."""
+        self._entered.pop().leave()
+
+    def extra_repr(self) -> str:
+        """Steepness for ``repr``."""
+        return f"beta={self.beta:g}"

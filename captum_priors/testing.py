@@ -1,0 +1,214 @@
+"""The certificate: is the gradient of an attribution the derivative of its value?"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_priors._captum import as_tuple
+from captum_priors._engine._modules import modules_of
+from captum_priors._engine._random import GlobalRandomState, seed_global
+from captum_priors._errors import NotDifferentiableError, expected_found
+
+__all__ = ["Certificate", "check_differentiable"]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What :func:`check_differentiable` measured.
+
+    Example:
+        >>> from captum_priors.testing import Certificate
+        >>> Certificate(error=3e-10, errors={"weight": 3e-10}, tolerance=1e-6).passed
+        True
+    """
+
+    error: float
+    errors: dict[str, float]
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the largest error is within the tolerance."""
+        return self.error <= self.tolerance
+
+
+def check_differentiable(
+    explainer: Any,
+    inputs: Any,
+    *,
+    parameters: Iterable[tuple[str, Tensor]] | None = None,
+    tolerance: float = 1e-6,
+    step: float = 1e-6,
+    seed: int = 0,
+    raise_exception: bool = True,
+    **attribute_options: Any,
+) -> Certificate:
+    r"""Compare the gradient of an explainer's attributions with central differences.
+
+    For random directions :math:`u` and weights :math:`w`, and each parameter tensor :math:`\theta`,
+
+    .. math:: \langle u, \nabla_\theta \langle w, \Phi(\theta)\rangle\rangle \approx
+        \frac{\langle w, \Phi(\theta + h u)\rangle - \langle w, \Phi(\theta - h u)\rangle}{2h},
+
+    and likewise for inputs that require gradients. That a result has a ``grad_fn`` proves nothing:
+    graphs that miss a part of the computation are common, and their gradients are wrong by half.
+    Explainers that draw random numbers from the global generators are given the same ones at each
+    evaluation. Nothing is left changed.
+
+    Args:
+        explainer: Any object with Captum's ``attribute``.
+        inputs: A batch in float64.
+        parameters: Named tensors to check; by default every parameter that requires a gradient of
+            every module that the explainer refers to, reached by the graph or not.
+        tolerance: Largest accepted difference, relative to the largest derivative of any tensor.
+        step: :math:`h`, relative to the size of the tensor's entries.
+        seed: Seed of the directions and of the explainer's own draws.
+        raise_exception: Raise when the certificate fails.
+        attribute_options: Passed to ``attribute``.
+
+    Returns:
+        The errors, over all and for each tensor.
+
+    Raises:
+        NotDifferentiableError: If the error exceeds the tolerance, or there is no graph at all.
+        TypeError: If the inputs or parameters are not float64.
+        ValueError: If there are no parameters to check.
+
+    Example:
+        >>> import torch
+        >>> from captum.attr import IntegratedGradients
+        >>> from captum_priors import differentiable
+        >>> from captum_priors.testing import check_differentiable
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()).double()
+        >>> x = torch.randn(2, 3, dtype=torch.float64)
+        >>> explainer = differentiable(IntegratedGradients(model))
+        >>> check_differentiable(explainer, x, target=1, n_steps=8).passed
+        True
+        >>> check_differentiable(
+        ...     IntegratedGradients(model), x, target=1, raise_exception=False
+        ... ).passed
+        False
+    """
+    tensors = _checked(explainer, inputs, parameters)
+    directions = torch.Generator().manual_seed(seed)
+    state = GlobalRandomState.now()
+    weights: list[Tensor] = []
+
+    def value() -> Tensor:
+        seed_global(seed)
+        attributions = as_tuple(explainer.attribute(inputs, **attribute_options))
+        if not weights:
+            weights.extend(_random_like(a, directions) for a in attributions)
+        return torch.stack(
+            [(w * a).sum() for w, a in zip(weights, attributions, strict=True)]
+        ).sum()
+
+    try:
+        with torch.enable_grad():
+            attributed = value()
+            gradients: Sequence[Tensor | None] = [None] * len(tensors)
+            if attributed.requires_grad:
+                gradients = torch.autograd.grad(
+                    attributed, [tensor for _, tensor in tensors], allow_unused=True
+                )
+        analytic, numeric = [], []
+        for (_, tensor), gradient in zip(tensors, gradients, strict=True):
+            direction = _random_like(tensor, directions)
+            analytic.append(0.0 if gradient is None else float((gradient * direction).sum()))
+            numeric.append(_central_difference(value, tensor, direction, step))
+    finally:
+        state.restore()
+    return _verdict([name for name, _ in tensors], analytic, numeric, tolerance, raise_exception)
+
+
+def _verdict(
+    names: list[str],
+    analytic: list[float],
+    numeric: list[float],
+    tolerance: float,
+    raise_exception: bool,
+) -> Certificate:
+    scale = max(map(abs, [*analytic, *numeric]))
+    if scale == 0:
+        raise ValueError(
+            expected_found(
+                "`explainer`",
+                "attributions that depend on at least one of the parameters",
+                "derivatives that are all zero, which certifies nothing",
+                "Choose a nonlinear model, or other parameters.",
+            )
+        )
+    errors = {
+        name: abs(a - n) / scale for name, a, n in zip(names, analytic, numeric, strict=True)
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    certificate = Certificate(errors[worst], errors, tolerance)
+    if raise_exception and not certificate.passed:
+        raise NotDifferentiableError(
+            expected_found(
+                "`explainer`",
+                f"a gradient within {tolerance:g} of central differences",
+                f"an error of {certificate.error:.2g}, the largest at {worst!r}",
+                "Do not train on it: a part of the computation is missing from its graph, or is "
+                "random, or has a kink within the step.",
+            )
+        )
+    return certificate
+
+
+def _checked(
+    explainer: Any, inputs: Any, parameters: Iterable[tuple[str, Tensor]] | None
+) -> list[tuple[str, Tensor]]:
+    if parameters is None:
+        parameters = (
+            (name, parameter)
+            for module in modules_of(explainer)
+            for name, parameter in module.named_parameters()
+        )
+    named = {id(p): (name, p) for name, p in parameters if p.requires_grad}
+    for i, tensor in enumerate(as_tuple(inputs)):
+        if tensor.requires_grad:
+            named[id(tensor)] = (f"inputs[{i}]", tensor)
+    if not named:
+        raise ValueError(
+            expected_found(
+                "`parameters`",
+                f"parameters behind {type(explainer).__name__} that require gradients",
+                "none",
+                "Pass parameters=model.named_parameters().",
+            )
+        )
+    for name, tensor in named.values():
+        if tensor.dtype != torch.float64 or not tensor.is_leaf:
+            raise TypeError(
+                expected_found(
+                    f"`{name}`",
+                    "a leaf tensor in torch.float64",
+                    f"{tensor.dtype}, leaf: {tensor.is_leaf}",
+                    "Certify a copy of the model made with copy.deepcopy(model).double(): in lower "
+                    "precision a difference quotient cannot tell right from wrong.",
+                )
+            )
+    return list(named.values())
+
+
+def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    random = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    return random.to(device=tensor.device, dtype=tensor.dtype)
+
+
+@torch.no_grad()
+def _central_difference(value: Any, tensor: Tensor, direction: Tensor, step: float) -> float:
+    original = tensor.detach().clone()
+    h = step * max(1.0, float(original.abs().max())) / max(1.0, float(direction.abs().max()))
+    try:
+        tensor.copy_(original + h * direction)
+        above = float(value())
+        tensor.copy_(original - h * direction)
+        below = float(value())
+    finally:
+        tensor.copy_(original)
+    return (above - below) / (2 * h)
