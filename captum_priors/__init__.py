@@ -9,7 +9,8 @@ add the prior to the loss:
     >>> from captum_priors import AttributionPrior, ExpectedGradients
     >>> from captum_priors.penalties import total_variation
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    >>> x, y, background = torch.randn(8, 1, 8, 8), torch.randint(10, (8,)), torch.randn(50, 1, 8, 8)
+    >>> x, y = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
+    >>> background = torch.randn(50, 1, 8, 8)
     >>> explainer = ExpectedGradients(model)
     >>> prior = 0.1 * AttributionPrior(explainer, total_variation, baselines=background)
     >>> loss = F.cross_entropy(model(x), y) + prior(x, target=y)
@@ -29,8 +30,8 @@ __all__ = [
     "AttributionPrior",
     "CaptumAdapter",
     "ExpectedGradients",
-    "Lazy",
     "LayerExpectedGradients",
+    "Lazy",
     "NotDifferentiableError",
     "StabilityPrior",
     "Subsample",

@@ -43,9 +43,7 @@ def lift_penalty(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         given: Any = dict(kwargs)
         attributions: Any = args[0] if args else given.pop("attributions")
-        each: tuple[Any, ...] = (
-            attributions if isinstance(attributions, tuple) else (attributions,)
-        )
+        each: tuple[Any, ...] = attributions if isinstance(attributions, tuple) else (attributions,)
         terms = []
         for i, tensor in enumerate(each):
             own = {

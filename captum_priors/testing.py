@@ -141,9 +141,7 @@ def _verdict(
                 "Choose a nonlinear model, or other parameters.",
             )
         )
-    errors = {
-        name: abs(a - n) / scale for name, a, n in zip(names, analytic, numeric, strict=True)
-    }
+    errors = {name: abs(a - n) / scale for name, a, n in zip(names, analytic, numeric, strict=True)}
     worst = max(errors, key=lambda name: errors[name])
     certificate = Certificate(errors[worst], errors, tolerance)
     if raise_exception and not certificate.passed:

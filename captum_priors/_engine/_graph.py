@@ -1,4 +1,4 @@
-"""Read autograd graphs: which leaves a result depends on, and where it cannot be differentiated."""
+"""Read autograd graphs: the leaves that they reach, and the operators without a derivative."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -57,7 +57,7 @@ def _culprit(node: Any, gradients: tuple[Tensor, ...]) -> str:
         sources = list(leaves(connected).values())
         try:
             torch.autograd.grad(
-                sum(g.sum() for g in connected), sources, retain_graph=True, allow_unused=True
+                [g.sum() for g in connected], sources, retain_graph=True, allow_unused=True
             )
         except RuntimeError as error:
             return str(error).splitlines()[0]
@@ -68,7 +68,8 @@ def no_second_derivative(culprit: str) -> str:
     """Word the error for an operator without a second derivative."""
     return (
         "double backpropagation: expected every operator of the model to have a second derivative, "
-        f"found one that has none ({culprit}). Ways out: differentiation='finite_difference', "
+        f"found one that has none ({culprit}). Ways out: "
+        "differentiation='finite_difference', "
         "which needs first derivatives only; for fused attention, run the forward under "
         "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH); for a compiled module, "
         "attribute its eager twin (compiled._orig_mod); for a cuDNN recurrent module, run the "

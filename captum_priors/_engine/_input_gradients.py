@@ -23,9 +23,7 @@ def input_gradients(
     if differentiation == "finite_difference":
         return finite_difference(field, points)
     # An alias, because the field may also use the user's own tensor: only the argument counts.
-    points = tuple(
-        p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in points
-    )
+    points = tuple(p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in points)
     gradients = differentiate(field(points), points, create_graph=True)
     refuse_dead_ends(gradients)
     return gradients

@@ -3,7 +3,7 @@
 import pickle
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ class GlobalRandomState:
     @classmethod
     def now(cls) -> "GlobalRandomState":
         """Read the generators without moving them."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        cuda = torch.cuda.get_rng_state_all() if _cuda_is_in_use() else []
         return cls(
             torch.get_rng_state(), tuple(cuda), np.random.get_state(legacy=False), random.getstate()
         )
@@ -54,10 +54,15 @@ class GlobalRandomState:
         )
 
 
+def _cuda_is_in_use() -> bool:
+    in_use: Callable[[], bool] = torch.cuda.is_initialized
+    return in_use()
+
+
 def seed_global(seed: int) -> None:
     """Seed every global generator; torch's own ``manual_seed`` also queues work for idle GPUs."""
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if _cuda_is_in_use():
         torch.cuda.manual_seed_all(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)

@@ -37,7 +37,9 @@ def keep_graph(term: tuple[Tensor, ...], rows: slice = slice(None)) -> tuple[Ten
     return term
 
 
-def recompute(program: Program, arguments: tuple[Tensor, ...], *, forward_func: Any) -> Any:
+def recompute(
+    program: Program, arguments: tuple[Tensor, ...], *, forward_func: Any
+) -> tuple[Tensor, ...]:
     """Evaluate a program whose backward pass runs it again, term by term."""
     if not torch.is_grad_enabled():
         return program(arguments, keep_graph)

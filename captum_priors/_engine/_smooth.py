@@ -27,7 +27,11 @@ class _ReluAsSoftplus(TorchFunctionMode):
     """Reads the steepness in force, so that an inner block can change it or switch it off."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         beta = current_beta()

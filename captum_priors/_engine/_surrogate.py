@@ -36,8 +36,8 @@ def with_pullback(
     """Return the values as differentiable functions of the sources."""
     if not any(source.requires_grad for source in sources):
         return tuple(values)
-    outputs: tuple[Tensor, ...] = _WithPullback.apply(pullback, len(values), *values, *sources)
-    return outputs
+    apply: Callable[..., tuple[Tensor, ...]] = _WithPullback.apply
+    return apply(pullback, len(values), *values, *sources)
 
 
 def pull(

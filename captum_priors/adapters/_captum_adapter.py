@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from captum.attr import GradientAttribution, InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor
@@ -54,7 +54,7 @@ class CaptumAdapter(GradientAttribution):
         attribute.__doc__ = f"As :meth:`captum.attr.{cls._stock.__name__}.attribute`."
         attribute.__signature__ = stock  # type: ignore[attr-defined]  # what inspect reads
         attribute.__qualname__ = f"{cls.__name__}.attribute"
-        cls.attribute = log_usage()(leaves_inference_mode(attribute))  # type: ignore[method-assign]
+        cls.attribute = log_usage()(leaves_inference_mode(attribute))
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
         inputs = given.pop("inputs")
@@ -154,7 +154,7 @@ class DifferentiableIntegratedGradients(CaptumAdapter, IntegratedGradients):
         worker = copy.copy(self)
         worker.gradient_func = worker._gradients
         worker._visit = keep_graph
-        worker._add_chunk = add
+        worker._add_chunk = cast("Visit", add)
         CaptumAdapter._evaluate(worker, inputs, given)
         return chunks[0]
 

@@ -6,8 +6,14 @@ import torch
 from captum.attr import GradientAttribution
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, call_baselines, forward_args, like_inputs, log_usage
-from captum_priors._captum import run_forward
+from captum_priors._captum import (
+    as_tuple,
+    call_baselines,
+    forward_args,
+    like_inputs,
+    log_usage,
+    run_forward,
+)
 from captum_priors._checks import check_count, check_distribution, check_inputs, check_target
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._errors import expected_found, one_of

@@ -62,7 +62,7 @@ class GradCam:
             return visit(((weights * arguments[0]).sum(1, keepdim=True).relu(),))
 
         if self.differentiation == "recompute":
-            (cam,) = recompute(program, activations, forward_func=field)
+            maps = recompute(program, activations, forward_func=field)
         else:
-            (cam,) = program(activations, keep_graph)
-        return cam
+            maps = program(activations, keep_graph)
+        return maps[0]

@@ -28,8 +28,8 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
 
     and sum to :math:`f(x) - \mathbb{E} f(x')` where all of :math:`f` passes through the layer. The
     path runs in the layer's space, as in :class:`captum.attr.LayerIntegratedGradients`, so token
-    ids work; :class:`captum.attr.LayerGradientShap` interpolates the inputs instead. Gradients reach
-    the parameters on both sides of the layer. Source: Erion et al. 2021, applied to :math:`h`.
+    ids work; :class:`captum.attr.LayerGradientShap` interpolates the inputs instead. Gradients
+    reach the parameters on both sides of the layer. Source: Erion et al. 2021, applied to :math:`h`.
 
     Args:
         forward_func: A model, or any function of the inputs.
@@ -74,7 +74,7 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
 
     @log_usage()
     @leaves_inference_mode
-    def attribute(  # type: ignore[override]  # Captum's layer methods take one argument more
+    def attribute(
         self,
         inputs: TensorOrTuple,
         baselines: Any,
@@ -134,14 +134,13 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
             reference_inputs = tuple(t[used] for t in table)
         else:
             rows = torch.arange(n_samples * batch, device=draws.alphas.device).reshape(-1, batch)
-            reference_inputs = tuple(
-                t[r.flatten()] for t, r in zip(table, draws.rows, strict=True)
-            )
+            reference_inputs = tuple(t[r.flatten()] for t, r in zip(table, draws.rows, strict=True))
             args = tuple(tile(arg, n_samples, batch) for arg in args)
         references = self._activations(reference_inputs, args, attribute_to_layer_input)
         path_sum = self._path_sum(
-            self._layer_field_of(tensors, target, forward_args(additional_forward_args),
-                attribute_to_layer_input),
+            self._layer_field_of(
+                tensors, target, forward_args(additional_forward_args), attribute_to_layer_input
+            ),
             replace(draws, rows=(rows,) * len(activations)),
             check_stdevs(stdevs, len(activations)),
             control_variate,

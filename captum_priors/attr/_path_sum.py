@@ -9,7 +9,7 @@ d_k)` and differ in the weights: :math:`w_k = d_k` for the paper's, and for the 
 which is :math:`(x - \mu) \odot \bar g` plus the sample covariance of :math:`d` and :math:`g`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +42,7 @@ class PathSum:
         arguments = (*inputs, *baselines)
         program = self._program(len(inputs))
         if self.differentiation == "recompute":
-            result: Tensors = recompute(program, arguments, forward_func=self.field_of)
-            return result
+            return recompute(program, arguments, forward_func=self.field_of)
         return program(arguments, keep_graph)
 
     @torch.no_grad()
@@ -52,9 +51,12 @@ class PathSum:
         deltas: list[list[Tensor]] = []
         for samples, examples in self._chunks(inputs[0].shape[0]):
             ends, references, weights, gradients = self._terms(inputs, baselines, samples, examples)
-            explained = sum(
-                (w * g).flatten(2).sum(2) for w, g in zip(weights, gradients, strict=True)
-            )
+            explained = torch.stack(
+                [
+                    (g if w is None else w * g).flatten(2).sum(2)
+                    for w, g in zip(weights, gradients, strict=True)
+                ]
+            ).sum(0)
             n = len(range(*samples.indices(self.n_samples)))
             field = self.field_of(examples, n)
             start, end = (
@@ -97,11 +99,15 @@ class PathSum:
                 )
                 block.append(visit(term, examples))
                 if examples.stop == batch:
-                    whole = block[0] if len(block) == 1 else tuple(
-                        torch.cat(parts) for parts in zip(*block, strict=True)
+                    whole = (
+                        block[0]
+                        if len(block) == 1
+                        else tuple(torch.cat(parts) for parts in zip(*block, strict=True))
                     )
-                    total = whole if not total else tuple(
-                        t + w for t, w in zip(total, whole, strict=True)
+                    total = (
+                        whole
+                        if not total
+                        else tuple(t + w for t, w in zip(total, whole, strict=True))
                     )
                     block = []
             return total
@@ -158,10 +164,10 @@ class PathSum:
             mean = reference.mean(0)
         else:
             rows = self.draws.rows[t][:, examples]
-            mean = sum(table[rows[k]] for k in range(n)) / n
+            mean = _mean(table[rows[k]] for k in range(n))
         weight = (x[examples] - table.mean(0) + factor * mean) - factor * reference
         if self.stdevs[t] > 0:
-            mean_noise = sum(self._noise(x, t, range(k, k + 1), examples)[0] for k in range(n)) / n
+            mean_noise = _mean(self._noise(x, t, range(k, k + 1), examples)[0] for k in range(n))
             noise = self._noise(x, t, ks, examples)
             weight = weight + (noise - mean_noise) * (n / (n - 1))
         return weight
@@ -169,3 +175,12 @@ class PathSum:
     def _noise(self, x: Tensor, t: int, ks: range, examples: slice) -> Tensor:
         like = x.detach()
         return torch.stack([self.draws.noise(like, k, t, self.stdevs[t])[examples] for k in ks])
+
+
+def _mean(tensors: Iterable[Tensor]) -> Tensor:
+    """Average without holding more than two of them."""
+    iterator = iter(tensors)
+    total, count = next(iterator), 1
+    for tensor in iterator:
+        total, count = total + tensor, count + 1
+    return total / count

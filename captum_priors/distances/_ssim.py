@@ -49,7 +49,9 @@ def ssim(attributions: Tensor, other: Tensor) -> Tensor:
                 "Use mse, cosine or pearson for attributions that are not maps.",
             )
         )
-    a, b = (t.sum(1, keepdim=True) if t.dim() == 4 else t.unsqueeze(1) for t in (attributions, other))
+    a, b = (
+        t.sum(1, keepdim=True) if t.dim() == 4 else t.unsqueeze(1) for t in (attributions, other)
+    )
     window = _window(a)
     mean_a, mean_b = F.conv2d(a, window), F.conv2d(b, window)
     var_a = F.conv2d(a.square(), window) - mean_a.square()

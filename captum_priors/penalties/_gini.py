@@ -35,4 +35,4 @@ def gini(attributions: Tensor) -> Tensor:
     p = importance.numel()
     rank = torch.arange(1 - p, p, 2, dtype=importance.dtype, device=importance.device)
     tiny = torch.finfo(importance.dtype).tiny
-    return -(rank * importance).sum() / (p * importance.sum()).clamp_min(tiny ** 0.5)
+    return -(rank * importance).sum() / (p * importance.sum()).clamp_min(tiny**0.5)

@@ -51,8 +51,10 @@ class GraphLaplacian(nn.Module):
                     "Pass the weight of the edge between every two features.",
                 )
             )
-        weights = adjacency.to_sparse_coo().coalesce() if not adjacency.is_sparse else (
-            adjacency.coalesce()
+        weights = (
+            adjacency.to_sparse_coo().coalesce()
+            if not adjacency.is_sparse
+            else (adjacency.coalesce())
         )
         mirrored = weights.t().coalesce()
         if not (
@@ -75,7 +77,8 @@ class GraphLaplacian(nn.Module):
 
     def forward(self, attributions: Tensor) -> Tensor:
         """Return the penalty of a batch ``(batch, features)``: shape ``()``."""
-        return lift_penalty(self._penalty)(attributions)
+        penalty: Tensor = lift_penalty(self._penalty)(attributions)
+        return penalty
 
     def _penalty(self, attributions: Tensor) -> Tensor:
         importance = attributions.flatten(1).abs().mean(0)
@@ -89,7 +92,7 @@ class GraphLaplacian(nn.Module):
                 )
             )
         here, there = importance[self.edges]
-        return (self.weights.to(importance.dtype) * (here - there).square()).sum()
+        return torch.sum(self.weights.to(importance.dtype) * (here - there).square())
 
     def extra_repr(self) -> str:
         """Sizes for ``repr``."""

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,7 @@ class Prior(nn.Module, ABC):
             return NotImplemented
         return SumPrior((self, other))
 
-    def __radd__(self, other: Any) -> "Prior":
-        return self + other
+    __radd__ = __add__
 
     def __mul__(self, weight: Any) -> "Prior":
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
@@ -87,6 +86,9 @@ class WeightedPrior(Prior):
         1 * AttributionPrior(ExpectedGradients, l1)
     """
 
+    weight: float
+    prior: Prior
+
     def __init__(self, weight: float, prior: Prior) -> None:
         super().__init__()
         if not abs(weight) < float("inf"):
@@ -100,7 +102,7 @@ class WeightedPrior(Prior):
         self.weight = weight
         self.prior = prior
 
-    def forward(self, *data: Any, **named: Any) -> Tensor:  # type: ignore[override]  # passes on
+    def forward(self, *data: Any, **named: Any) -> Tensor:
         """Return the weighted value."""
         value: Tensor = self.weight * self.prior(*data, **named)
         return value
@@ -134,7 +136,7 @@ class SumPrior(Prior):
     def __init__(self, terms: Sequence[Prior]) -> None:
         super().__init__()
         flat = [t for term in terms for t in (term.terms if isinstance(term, SumPrior) else [term])]
-        self.terms = nn.ModuleList(flat)  # type: ignore[assignment]  # a sequence of priors
+        self.terms = cast("Sequence[Prior]", nn.ModuleList(flat))
 
     def forward(
         self,

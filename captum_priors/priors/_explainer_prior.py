@@ -172,7 +172,7 @@ class ExplainerPrior(Prior):
                         f"`{name}`",
                         "none",
                         type(value).__name__,
-                        f"{type(self.explainer).__name__}.attribute does not take it: leave it out.",
+                        f"{type(self.explainer).__name__}.attribute does not take it: omit it.",
                     )
                 )
             call[name] = value

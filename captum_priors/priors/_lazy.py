@@ -43,7 +43,7 @@ class Lazy(Prior):
         self.every = every
         self.counter = Counter()
 
-    def forward(self, inputs: TensorOrTuple, *data: Any, **named: Any) -> Tensor:  # type: ignore[override]  # passes on
+    def forward(self, inputs: TensorOrTuple, *data: Any, **named: Any) -> Tensor:
         """Return the weighted value on every k-th step, and zero on the others."""
         if not self.training_step():
             value: Tensor = self.prior(inputs, *data, **named)

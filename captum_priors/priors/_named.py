@@ -294,4 +294,4 @@ def _resized(annotation: Tensor, cam: Tensor) -> Tensor:
         annotation = annotation.unsqueeze(1)
     if annotation.shape[2:] == cam.shape[2:] or cam.dim() != 4:
         return annotation
-    return F.adaptive_avg_pool2d(annotation.to(cam.dtype), cam.shape[2:])
+    return F.adaptive_avg_pool2d(annotation.to(cam.dtype), (cam.shape[2], cam.shape[3]))

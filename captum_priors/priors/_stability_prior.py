@@ -88,14 +88,14 @@ class StabilityPrior(ExplainerPrior):
     def _scores(
         self, inputs: TensorOrTuple, call: dict[str, Any], annotations: dict[str, Any], seed: int
     ) -> Tensor:
-        generator = call.get("generator")
+        generator: torch.Generator | None = call.get("generator")
         with self.model_held():
             moved = self._moved(inputs, call)
-            state = generator.get_state() if isinstance(generator, torch.Generator) else None
             seed_global(seed)
+            state = generator.get_state() if generator is not None else torch.empty(0)
             here = self.explain(inputs, call)
             seed_global(seed)
-            if state is not None:
+            if generator is not None:
                 generator.set_state(state)
             there = self.explain(moved, call)
         return self.distance(here, there, **annotations)

@@ -42,11 +42,15 @@ class Subsample(Prior):
     def __init__(self, prior: Prior, fraction: float) -> None:
         super().__init__()
         check_prior(prior)
-        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not (
-            0 < fraction <= 1
+        if (
+            isinstance(fraction, bool)
+            or not isinstance(fraction, (int, float))
+            or not (0 < fraction <= 1)
         ):
             raise ValueError(
-                expected_found("`fraction`", "a number in (0, 1]", repr(fraction), "Pass 0.25, say.")
+                expected_found(
+                    "`fraction`", "a number in (0, 1]", repr(fraction), "Pass 0.25, say."
+                )
             )
         if any(m.reduction != "mean" for m in _leaves(prior)):
             raise ValueError(

@@ -65,7 +65,7 @@ class smooth_activations(nn.Module):  # noqa: N801  # used like a function, as t
         """Smooth the model itself until the block ends; returns the model."""
         self._entered.append(SmoothedModule(self.model, self.beta))
         self._entered[-1].enter()
-        return self.model  # type: ignore[no-any-return]  # nn.Module types its children loosely
+        return self.model
 
     def __exit__(
         self,

@@ -1,0 +1,100 @@
+"""One function for each law."""
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def as_tuple(value: Any) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def assert_same_numbers(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    """Equal structure, shapes and dtypes; values within a tolerance relative to the largest."""
+    assert isinstance(actual, tuple) == isinstance(expected, tuple)
+    for a, b in zip(as_tuple(actual), as_tuple(expected), strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        scale = max(1e-30, float(b.detach().abs().max()))
+        assert float((a - b).detach().abs().max()) <= tolerance * scale
+
+
+def parameter_gradients(value: Any, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Gradient of a fixed nonlinear function of the attributions, zeros where there is none."""
+    loss = torch.stack([(a.square() + torch.sin(3 * a)).sum() for a in as_tuple(value)]).sum()
+    found = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+
+def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Distance of two gradients, relative to the second, all tensors together."""
+    difference = sum(float((a - b).square().sum()) for a, b in zip(actual, expected, strict=True))
+    size = sum(float(b.square().sum()) for b in expected)
+    assert size > 0
+    return (difference / size) ** 0.5
+
+
+def state_of(*models: nn.Module, tensors: Sequence[Tensor] = ()) -> dict[str, Any]:
+    """Everything that a prior must not change."""
+    modules = [m for model in models for m in model.modules()]
+    return {
+        "state_dict": [copy.deepcopy(model.state_dict()) for model in models],
+        "training": [m.training for m in modules],
+        "attributes": [sorted(vars(m)) for m in modules],
+        "hooks": [
+            [len(getattr(m, n)) for n in vars(m) if n.endswith("_hooks") and vars(m)[n] is not None]
+            for m in modules
+        ],
+        "requires_grad": [p.requires_grad for m in models for p in m.parameters()]
+        + [t.requires_grad for t in tensors],
+        "grad": [
+            None if p.grad is None else p.grad.clone()
+            for p in [*(p for m in models for p in m.parameters()), *tensors]
+        ],
+        "values": [t.detach().clone() for t in tensors],
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].copy(),  # noqa: NPY002  # Captum's generator
+        "python": random.getstate(),
+        "dtype": torch.get_default_dtype(),
+        "grad_mode": torch.is_grad_enabled(),
+    }
+
+
+def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for name, value in before.items():
+        assert _equal(value, after[name]), name
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)
+
+
+@contextmanager
+def leaves_no_trace(*models: nn.Module, tensors: Sequence[Tensor] = ()) -> Iterator[None]:
+    """The block changes nothing of the training state, whether it succeeds or raises."""
+    before = state_of(*models, tensors=tensors)
+    try:
+        yield
+    finally:
+        assert_same_state(before, state_of(*models, tensors=tensors))
+
+
+def assert_unbiased(draw: Callable[[], Tensor], expected: Tensor, n: int) -> None:
+    """The mean of n draws is within four standard errors everywhere (one test in 10^4 / entries)."""
+    draws = torch.stack([draw().detach() for _ in range(n)])
+    error = (draws.mean(0) - expected).abs()
+    assert float((error / (draws.std(0) / n**0.5 + 1e-12)).max()) < 4
