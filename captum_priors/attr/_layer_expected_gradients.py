@@ -29,7 +29,7 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
     and sum to :math:`f(x) - \mathbb{E} f(x')` where all of :math:`f` passes through the layer. The
     path runs in the layer's space, as in :class:`captum.attr.LayerIntegratedGradients`, so token
     ids work; :class:`captum.attr.LayerGradientShap` interpolates the inputs instead. Gradients
-    reach the parameters on both sides of the layer. Source: Erion et al. 2021, applied to :math:`h`.
+    reach the parameters on both sides of the layer. (Erion et al. 2021, applied to :math:`h`.)
 
     Args:
         forward_func: A model, or any function of the inputs.

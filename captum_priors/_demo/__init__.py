@@ -1,0 +1,1 @@
+"""The main job: train small networks with and without a pixel prior, and compare them."""
