@@ -107,18 +107,18 @@ def check_differentiable(
         ).sum()
 
     try:
-        with torch.enable_grad():
+        with torch.enable_grad():  # throughout: some explainers of users need it for their values
             attributed = value()
             gradients: Sequence[Tensor | None] = [None] * len(tensors)
             if attributed.requires_grad:
                 gradients = torch.autograd.grad(
                     attributed, [tensor for _, tensor in tensors], allow_unused=True
                 )
-        analytic, numeric = [], []
-        for (_, tensor), gradient in zip(tensors, gradients, strict=True):
-            direction = _random_like(tensor, directions)
-            analytic.append(0.0 if gradient is None else float((gradient * direction).sum()))
-            numeric.append(_central_difference(value, tensor, direction, step))
+            analytic, numeric = [], []
+            for (_, tensor), gradient in zip(tensors, gradients, strict=True):
+                direction = _random_like(tensor, directions)
+                analytic.append(0.0 if gradient is None else float((gradient * direction).sum()))
+                numeric.append(_central_difference(value, tensor, direction, step))
     finally:
         state.restore()
     return _verdict([name for name, _ in tensors], analytic, numeric, tolerance, raise_exception)
@@ -198,15 +198,19 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return random.to(device=tensor.device, dtype=tensor.dtype)
 
 
-@torch.no_grad()
 def _central_difference(value: Any, tensor: Tensor, direction: Tensor, step: float) -> float:
     original = tensor.detach().clone()
     h = step * max(1.0, float(original.abs().max())) / max(1.0, float(direction.abs().max()))
     try:
-        tensor.copy_(original + h * direction)
-        above = float(value())
-        tensor.copy_(original - h * direction)
-        below = float(value())
+        _write(tensor, original + h * direction)
+        above = float(value().detach())
+        _write(tensor, original - h * direction)
+        below = float(value().detach())
     finally:
-        tensor.copy_(original)
+        _write(tensor, original)
     return (above - below) / (2 * h)
+
+
+@torch.no_grad()
+def _write(tensor: Tensor, values: Tensor) -> None:
+    tensor.copy_(values)

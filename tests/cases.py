@@ -37,14 +37,16 @@ class Case:
 class Cnn(nn.Module):
     """Convolutions, pooling and a functional activation."""
 
-    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, activation: Callable[[Tensor], Tensor], pool: Callable[[Tensor, int], Tensor]
+    ) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation, self.pool = activation, pool
         self.conv1, self.conv2 = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 4, 2)
         self.head = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(self.activation(self.conv1(x)), 2)
+        x = self.pool(self.activation(self.conv1(x)), 2)
         return self.head(self.activation(self.conv2(x)).flatten(1))
 
 
@@ -81,7 +83,9 @@ def linear() -> Case:
 
 
 def mlp() -> Case:
-    model = nn.Sequential(nn.Linear(4, 6), nn.Softplus(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.Softplus(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)
+    )
     return Case(model, torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 1, 2, 1, 0]))
 
 
@@ -91,11 +95,15 @@ def relu_mlp() -> Case:
 
 
 def cnn() -> Case:
-    return Case(Cnn(F.gelu), torch.randn(3, 1, 8, 8), torch.randn(6, 1, 8, 8), [0, 2, 1])
+    return Case(
+        Cnn(F.gelu, F.avg_pool2d), torch.randn(3, 1, 8, 8), torch.randn(6, 1, 8, 8), [0, 2, 1]
+    )
 
 
 def relu_cnn() -> Case:
-    return Case(Cnn(F.relu), torch.randn(3, 1, 8, 8), torch.randn(6, 1, 8, 8), 1, smooth=False)
+    return Case(
+        Cnn(F.relu, F.max_pool2d), torch.randn(3, 1, 8, 8), torch.randn(6, 1, 8, 8), 1, smooth=False
+    )
 
 
 def tuple_inputs() -> Case:

@@ -99,7 +99,8 @@ def _draw(
     from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
 
     figure = plt.figure(figsize=(13, 7), layout="constrained")
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(1, 1.1)))
+    halves = figure.add_gridspec(1, 2, width_ratios=(1, 1.1))
+    left, right = (figure.add_subfigure(halves[0, i]) for i in (0, 1))
     left.suptitle("Expected gradients of the true class\n(red: for it, blue: against it)")
     grid = left.subplots(_SHOWN, 1 + len(runs))
     shown, labels = (t[:_SHOWN] for t in images.test)

@@ -68,10 +68,10 @@ def no_second_derivative(culprit: str) -> str:
     """Word the error for an operator without a second derivative."""
     return (
         "double backpropagation: expected every operator of the model to have a second derivative, "
-        f"found one that has none ({culprit}). Ways out: differentiation='finite_difference', "
-        "which needs first derivatives only; for fused attention, run the forward under "
+        f"found one that has none ({culprit}). Ways out: differentiation='finite_difference' needs "
+        "first derivatives only; for fused attention, run the forward under "
         "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH); for a compiled "
-        "module, attribute its eager twin (compiled._orig_mod); for a cuDNN recurrent module, run the "
-        "forward under torch.backends.cudnn.flags(enabled=False); for reentrant activation "
+        "module, attribute its eager twin (compiled._orig_mod); for a cuDNN recurrent module, run "
+        "the forward under torch.backends.cudnn.flags(enabled=False); for reentrant activation "
         "checkpointing, use_reentrant=False."
     )

@@ -129,7 +129,9 @@ class ExpectedGradients(GradientAttribution):
         check_inputs(inputs)
         tensors = as_tuple(inputs)
         check_target(target, tensors[0].shape[0])
-        table = check_distribution(call_baselines(baselines, inputs), tensors)
+        noise = check_stdevs(stdevs, len(tensors))
+        check_count("internal_batch_size", internal_batch_size, optional=True)
+        table = reference_rows(baselines, inputs)
         args = forward_args(additional_forward_args)
         draws, control_variate = self._draw(
             tensors[0], tuple(t.shape[0] for t in table), n_samples, estimator, generator
@@ -137,7 +139,7 @@ class ExpectedGradients(GradientAttribution):
         path_sum = self._path_sum(
             self._field_of(tensors[0].shape[0], target, args),
             draws,
-            check_stdevs(stdevs, len(tensors)),
+            noise,
             control_variate,
             internal_batch_size,
         )
@@ -181,7 +183,6 @@ class ExpectedGradients(GradientAttribution):
         control_variate: bool,
         internal_batch_size: int | None,
     ) -> PathSum:
-        check_count("internal_batch_size", internal_batch_size, optional=True)
         if internal_batch_size is None and self.differentiation == "recompute":
             internal_batch_size = draws.alphas.shape[1]  # the memory of one pass over the batch
         return PathSum(
@@ -202,6 +203,20 @@ class ExpectedGradients(GradientAttribution):
     def multiplies_by_inputs(self) -> bool:
         """Whether attributions are multiplied by the displacement (Captum's protocol)."""
         return self._multiply_by_inputs
+
+
+def reference_rows(baselines: Any, inputs: TensorOrTuple) -> tuple[Tensor, ...]:
+    """Evaluate and check the reference distribution: one table of rows for each input."""
+    if baselines is None:
+        raise TypeError(
+            expected_found(
+                "`baselines`",
+                "a tensor of reference rows",
+                "None",
+                "Pass for example a few hundred training examples stacked along dimension 0.",
+            )
+        )
+    return check_distribution(call_baselines(baselines, inputs), as_tuple(inputs))
 
 
 def check_stdevs(stdevs: float | tuple[float, ...], n_inputs: int) -> tuple[float, ...]:

@@ -7,14 +7,19 @@ import torch
 from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
-from captum_priors._captum import as_tuple, call_baselines, forward_args, log_usage, run_forward
-from captum_priors._checks import check_distribution, check_inputs, check_target
+from captum_priors._captum import as_tuple, forward_args, log_usage, run_forward
+from captum_priors._checks import check_count, check_inputs, check_target
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._engine._layers import only_activation, recorded, replaced
 from captum_priors._errors import expected_found
 from captum_priors._rows import length_of, take, tile
 from captum_priors._types import Differentiation, TensorOrTuple
-from captum_priors.attr._expected_gradients import Estimator, ExpectedGradients, check_stdevs
+from captum_priors.attr._expected_gradients import (
+    Estimator,
+    ExpectedGradients,
+    check_stdevs,
+    reference_rows,
+)
 from captum_priors.attr._path_sum import FieldOf
 
 
@@ -118,7 +123,8 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         tensors = as_tuple(inputs)
         batch = tensors[0].shape[0]
         check_target(target, batch)
-        table = check_distribution(call_baselines(baselines, inputs), tensors)
+        check_count("internal_batch_size", internal_batch_size, optional=True)
+        table = reference_rows(baselines, inputs)
         args = forward_args(additional_forward_args)
 
         activations = self._activations(tensors, args, attribute_to_layer_input)
