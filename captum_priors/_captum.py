@@ -12,9 +12,18 @@ from captum.attr._utils.common import _format_callable_baseline
 from captum.log import log_usage
 from torch import Tensor
 
+from captum_priors._rows import tile
 from captum_priors._types import TensorOrTuple
 
-__all__ = ["as_tuple", "call_baselines", "forward_args", "like_inputs", "log_usage", "run_forward"]
+__all__ = [
+    "as_tuple",
+    "call_baselines",
+    "forward_args",
+    "like_inputs",
+    "log_usage",
+    "run_forward",
+    "run_repeated",
+]
 
 
 def as_tuple(tensors: TensorOrTuple) -> tuple[Tensor, ...]:
@@ -38,6 +47,19 @@ def call_baselines(baselines: Any, inputs: TensorOrTuple) -> tuple[Any, ...]:
     """Call baselines given as a function of nothing or of the inputs; return a tuple."""
     formatted: tuple[Any, ...] = _format_callable_baseline(baselines, inputs)
     return formatted
+
+
+def run_repeated(
+    forward_func: Any,
+    points: tuple[Tensor, ...],
+    target: Any,
+    args: tuple[Any, ...],
+    n_rows: int,
+) -> Tensor:
+    """Run the model on rows that repeat those that the target and arguments are made for."""
+    times = points[0].shape[0] // n_rows
+    extra = tuple(tile(arg, times, n_rows) for arg in args)
+    return run_forward(forward_func, points, tile(target, times, n_rows), extra)
 
 
 def run_forward(

@@ -5,7 +5,9 @@ For a loss :math:`P` of :math:`g = \nabla_z f(z)` with cotangent :math:`v = \par
 .. math:: \nabla_\theta \langle v, g\rangle = \nabla_\theta \, \partial_v f(z) \approx
     \nabla_\theta \, \lVert v\rVert \, \frac{f(z + h\hat v) - f(z - h\hat v)}{2h},
 
-so the model is differentiated once by its parameters and never twice.
+so the model is differentiated once by its parameters and never twice. Both sides go through it in
+one batch: in half precision the cancellation must happen within the accumulators of its matrix
+products, before their results are rounded.
 """
 
 from collections.abc import Sequence
@@ -20,9 +22,10 @@ from captum_priors._engine._surrogate import pull, with_pullback
 from captum_priors._errors import NotDifferentiableError
 
 # Step relative to the norm of the point. 1 % keeps the truncation error of smooth networks near
-# 1e-4; half precision rounds at 2^-8 to 2^-11 and needs a step well above that.
+# 1e-4. Half precision rounds at 2^-8 to 2^-11 and needs a step well above that: in bfloat16 the
+# error has its minimum of 1 to 4 % between 5 and 20 % (small convolutional and linear networks).
 STEP = 0.01
-STEP_HALF = 0.05
+STEP_HALF = 0.1
 
 
 def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -46,35 +49,30 @@ def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor,
     ) -> Sequence[Tensor | None]:
         with conditions.again():
             at = tuple(sources[i].detach().requires_grad_(wanted[i]) for i in range(n_points))
-            directions, norm, step = _directions(cotangents, at, relative_step)
-            difference = _evaluate(field, at, directions, 1.0) - _evaluate(
-                field, at, directions, -1.0
+            moves, norm, step = _moves(cotangents, at, relative_step)
+            moved = tuple(
+                torch.cat([p + m.to(p.dtype), p - m.to(p.dtype)])
+                for p, m in zip(at, moves, strict=True)
             )
-            slope = (difference * (norm / (2 * step))).sum()
+            above, below = _one_each(field(moved), moved[0].shape[0]).chunk(2)
+            slope = ((above - below) * (norm / (2 * step))).sum()
             return pull([slope], [*at, *sources[n_points:]], wanted, [torch.ones_like(slope)])
 
     return with_pullback(gradients, [*points, *found.values()], pullback)
 
 
-def _evaluate(
-    field: Field,
-    points: tuple[Tensor, ...],
-    moves: tuple[Tensor, ...],
-    sign: float,
-) -> Tensor:
-    moved = tuple(p + sign * m.to(p.dtype) for p, m in zip(points, moves, strict=True))
-    outputs = field(moved)
-    n_rows = points[0].shape[0]
+def _one_each(outputs: Tensor, n_rows: int) -> Tensor:
     if outputs.numel() != n_rows:
         raise NotDifferentiableError(
             f"`forward_func`: expected one output for each of the {n_rows} examples, found shape "
             f"{tuple(outputs.shape)}: a finite difference takes a step of its own for each "
             "example. Return shape (batch,), or use differentiation='double_backprop'."
         )
-    return outputs.reshape(n_rows).float() if _is_half(outputs) else outputs.reshape(n_rows)
+    outputs = outputs.reshape(n_rows)
+    return outputs.float() if _is_half(outputs) else outputs
 
 
-def _directions(
+def _moves(
     cotangents: Sequence[Tensor], points: tuple[Tensor, ...], relative_step: float
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Displacements ``h v / |v|`` of each tensor, with ``|v|`` and ``h`` of each example.

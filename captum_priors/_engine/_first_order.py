@@ -11,9 +11,18 @@ from captum_priors._engine._graph import leaves, no_second_derivative
 from captum_priors._errors import NotDifferentiableError
 
 Field = Callable[[tuple[Tensor, ...]], Tensor]
-"""The explained output, one number for each row, as a function of the points."""
+"""The explained output, one number for each row, as a function of the points.
+
+It is made for some number of rows, and takes any multiple of them as that many repetitions.
+"""
 
 _thread = threading.local()
+
+# What torch's own refusals have in their text, and what stands behind them.
+_REFUSALS = {
+    "use_reentrant": "reentrant activation checkpointing",
+    "donated buffer": "CompiledFunctionBackward",
+}
 
 
 def values(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -49,15 +58,17 @@ def differentiate(
             "`forward_func`: expected an output that depends on the inputs, found one without a "
             "graph. Look for detach(), torch.no_grad(), .data or a NumPy step inside it."
         )
+    # The cotangent of ones requires a gradient in its turn, because torch marks a function as
+    # differentiable only once where its cotangent does, and drops its graph in silence elsewhere.
+    ones = torch.ones_like(outputs, requires_grad=create_graph)
     try:
         gradients = torch.autograd.grad(
-            outputs.sum(), points, create_graph=create_graph, allow_unused=True
+            outputs, points, ones, create_graph=create_graph, allow_unused=True
         )
     except RuntimeError as error:
-        if "use_reentrant" in str(error):
-            raise NotDifferentiableError(
-                no_second_derivative("reentrant activation checkpointing")
-            ) from error
+        for sign, culprit in _REFUSALS.items():
+            if sign in str(error):
+                raise NotDifferentiableError(no_second_derivative(culprit)) from error
         raise
     for i, gradient in enumerate(gradients):
         if gradient is None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_priors._engine._graph import nodes
 from captum_priors._errors import NotDifferentiableError
 
 Pullback = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[bool]], Sequence[Tensor | None]]
@@ -57,8 +58,9 @@ def pull(
             [o for o, _ in connected],
             [sources[i] for i in places],
             [c for _, c in connected],
-            # A model may close over tensors whose graph the training loss still needs.
-            retain_graph=True,
+            # A model may close over tensors whose graph the training loss still needs. Compiled
+            # modules cannot be asked to keep theirs.
+            retain_graph=not any(n.name() == "CompiledFunctionBackward" for n in nodes(outputs)),
             allow_unused=True,
         )
     except RuntimeError as error:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 from captum.attr import GradientAttribution, InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, forward_args, like_inputs, log_usage, run_forward
+from captum_priors._captum import as_tuple, forward_args, like_inputs, log_usage, run_repeated
 from captum_priors._checks import check_inputs, check_target
 from captum_priors._engine import Visit, input_gradients, keep_graph, recompute
 from captum_priors._engine._inference import leaves_inference_mode
@@ -112,10 +112,10 @@ class CaptumAdapter(GradientAttribution):
         additional_forward_args: Any = None,
     ) -> tuple[Tensor, ...]:
         """Stand in for Captum's ``compute_gradients``; its names, because Captum uses them."""
-        args = forward_args(additional_forward_args)
+        args, n = forward_args(additional_forward_args), as_tuple(inputs)[0].shape[0]
 
         def field(points: tuple[Tensor, ...]) -> Tensor:
-            return run_forward(forward_fn, points, target_ind, args)
+            return run_repeated(forward_fn, points, target_ind, args, n)
 
         way = "double_backprop" if self.differentiation == "recompute" else self.differentiation
         return input_gradients(field, as_tuple(inputs), way)

@@ -12,12 +12,13 @@ from captum_priors._captum import (
     forward_args,
     like_inputs,
     log_usage,
-    run_forward,
+    run_repeated,
 )
 from captum_priors._checks import check_count, check_distribution, check_inputs, check_target
+from captum_priors._engine._first_order import check_points
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._errors import expected_found, one_of
-from captum_priors._rows import length_of, take, tile
+from captum_priors._rows import length_of, take
 from captum_priors._types import DIFFERENTIATIONS, Differentiation, TensorOrTuple
 from captum_priors.attr._draws import Draws
 from captum_priors.attr._path_sum import FieldOf, PathSum
@@ -128,6 +129,7 @@ class ExpectedGradients(GradientAttribution):
         """
         check_inputs(inputs)
         tensors = as_tuple(inputs)
+        check_points(tensors)
         check_target(target, tensors[0].shape[0])
         noise = check_stdevs(stdevs, len(tensors))
         check_count("internal_batch_size", internal_batch_size, optional=True)
@@ -149,12 +151,11 @@ class ExpectedGradients(GradientAttribution):
         return attributions, path_sum.convergence_delta(tensors, table)
 
     def _field_of(self, batch: int, target: Any, args: tuple[Any, ...]) -> FieldOf:
-        def field_of(examples: slice, times: int) -> Any:
-            chosen = tile(take(target, examples, batch), times, length_of(examples, batch))
-            extra = tuple(
-                tile(take(arg, examples, batch), times, length_of(examples, batch)) for arg in args
-            )
-            return lambda points: run_forward(self.forward_func, points, chosen, extra)
+        def field_of(examples: slice) -> Any:
+            n = length_of(examples, batch)
+            chosen = take(target, examples, batch)
+            extra = tuple(take(arg, examples, batch) for arg in args)
+            return lambda points: run_repeated(self.forward_func, points, chosen, extra, n)
 
         return field_of
 
@@ -185,6 +186,8 @@ class ExpectedGradients(GradientAttribution):
     ) -> PathSum:
         if internal_batch_size is None and self.differentiation == "recompute":
             internal_batch_size = draws.alphas.shape[1]  # the memory of one pass over the batch
+        if internal_batch_size is not None and self.differentiation == "finite_difference":
+            internal_batch_size = max(1, internal_batch_size // 2)  # rows go through in pairs
         return PathSum(
             field_of,
             draws,

@@ -4,10 +4,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from captum_priors._captum import as_tuple, forward_args, run_forward
+from captum_priors._captum import as_tuple, forward_args, run_forward, run_repeated
 from captum_priors._engine import Visit, input_gradients, keep_graph, recompute
 from captum_priors._engine._layers import only_activation, recorded, replaced
 from captum_priors._errors import expected_found, one_of
+from captum_priors._rows import tile
 from captum_priors._types import DIFFERENTIATIONS, Differentiation, TensorOrTuple
 
 
@@ -38,6 +39,7 @@ class GradCam:
     ) -> Tensor:
         """Return the map ``(batch, 1, height, width)`` at the layer's resolution."""
         tensors, args = as_tuple(inputs), forward_args(additional_forward_args)
+        n = tensors[0].shape[0]
         with recorded(self.layer) as seen:
             run_forward(self.forward_func, tensors, None, args)
         activations = only_activation(seen)
@@ -52,8 +54,9 @@ class GradCam:
             )
 
         def field(points: tuple[Tensor, ...]) -> Tensor:
+            repeated = tuple(tile(x, points[0].shape[0] // n, n) for x in tensors)
             with replaced(self.layer, points, to_input=False):
-                return run_forward(self.forward_func, tensors, target, args)
+                return run_repeated(self.forward_func, repeated, target, args, n)
 
         def program(arguments: tuple[Tensor, ...], visit: Visit) -> tuple[Tensor, ...]:
             way = "double_backprop" if self.differentiation == "recompute" else self.differentiation

@@ -7,7 +7,7 @@ import torch
 from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
-from captum_priors._captum import as_tuple, forward_args, log_usage, run_forward
+from captum_priors._captum import as_tuple, forward_args, log_usage, run_forward, run_repeated
 from captum_priors._checks import check_count, check_inputs, check_target
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._engine._layers import only_activation, recorded, replaced
@@ -170,15 +170,16 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
     ) -> FieldOf:
         batch = inputs[0].shape[0]
 
-        def field_of(examples: slice, times: int) -> Any:
+        def field_of(examples: slice) -> Any:
             n = length_of(examples, batch)
-            around = tuple(tile(x[examples], times, n) for x in inputs)
-            chosen = tile(take(target, examples, batch), times, n)
-            extra = tuple(tile(take(arg, examples, batch), times, n) for arg in args)
+            around = tuple(x[examples] for x in inputs)
+            chosen = take(target, examples, batch)
+            extra = tuple(take(arg, examples, batch) for arg in args)
 
             def field(points: tuple[Tensor, ...]) -> Tensor:
+                repeated = tuple(tile(x, points[0].shape[0] // n, n) for x in around)
                 with replaced(self.layer, points, to_input=to_input):
-                    return run_forward(self.forward_func, around, chosen, extra)
+                    return run_repeated(self.forward_func, repeated, chosen, extra, n)
 
             return field
 

@@ -19,8 +19,8 @@ from captum_priors._engine import Program, Visit, input_gradients, keep_graph, r
 from captum_priors._types import Differentiation
 from captum_priors.attr._draws import Draws, covariance_factor
 
-FieldOf = Callable[[slice, int], Callable[[tuple[Tensor, ...]], Tensor]]
-"""The explained output at points that repeat the given examples the given number of times."""
+FieldOf = Callable[[slice], Callable[[tuple[Tensor, ...]], Tensor]]
+"""The explained output at points that repeat the given examples any number of times."""
 
 Tensors = tuple[Tensor, ...]
 
@@ -58,7 +58,7 @@ class PathSum:
                 ]
             ).sum(0)
             n = len(range(*samples.indices(self.n_samples)))
-            field = self.field_of(examples, n)
+            field = self.field_of(examples)
             start, end = (
                 field(tuple(p.flatten(0, 1) for p in points)).reshape(n, -1)
                 for points in (references, ends)
@@ -130,7 +130,7 @@ class PathSum:
             ends.append(end.expand_as(reference))
             references.append(reference)
             points.append(torch.lerp(reference, ends[t], alpha.expand_as(reference)))
-        field = self.field_of(examples, len(ks))
+        field = self.field_of(examples)
         shape = (len(ks), points[0].shape[1])
         flat = input_gradients(
             field,

@@ -44,7 +44,7 @@ def test_linear_model_one_sample_takes_one_reference_each() -> None:
     """w (x - x') for some row x'; without replacement over as many samples as rows, all rows."""
     weight, x, references = torch.rand(3) + 1, torch.randn(4, 3), torch.randn(6, 3)
     explainer = ExpectedGradients(lambda z: z @ weight)
-    drawn = x - explainer.attribute(x, references, 1) / weight
+    drawn = x - explainer.attribute(x, references, 1).detach() / weight
     distance = (drawn.unsqueeze(1) - references).abs().amax(2)
     assert float(distance.amin(1).max()) < 1e-13
     paper = explainer.attribute(x, references, 6, estimator="monte_carlo")
@@ -435,7 +435,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("none", {"baselines": None}, TypeError, "a tensor of reference rows"),
     ("count", {"baselines": (torch.zeros(3, 4),) * 2}, ValueError, "one for each input"),
     ("array", {"inputs": np.zeros((2, 4))}, TypeError, "torch.as_tensor"),
-    ("integers", {"inputs": torch.ones(5, 4).long()}, TypeError, "dtype"),
+    ("integers", {"inputs": torch.ones(5, 4).long()}, TypeError, "floating-point tensor"),
     ("no examples", {"inputs": torch.zeros(0, 4)}, ValueError, "non-empty batch"),
     ("samples", {"n_samples": 0}, ValueError, "n_samples"),
     ("samples", {"n_samples": 2.5}, ValueError, "n_samples"),
