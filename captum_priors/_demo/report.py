@@ -109,7 +109,7 @@ def _draw(
         for name, run in runs.items()
     }
     for i, row in enumerate(grid):
-        row[0].imshow(shown[i, 0], cmap="gray_r")
+        row[0].imshow(shown[i, 0].numpy(), cmap="gray_r")
         for axis, (name, attributions) in zip(row[1:], maps.items(), strict=True):
             _show_map(axis, attributions[i, 0])
             if i == 0:
@@ -140,7 +140,7 @@ def _draw(
 
 def _show_map(axis: Any, attributions: Tensor) -> None:
     limit = float(np.percentile(attributions.abs().numpy(), 99)) or 1.0
-    axis.imshow(attributions, cmap="seismic", vmin=-limit, vmax=limit)
+    axis.imshow(attributions.numpy(), cmap="seismic", vmin=-limit, vmax=limit)
 
 
 def show(console: Console, images: Images, runs: dict[str, Run], result: Table) -> None:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from captum_priors._engine._checkpointing import without_checkpointing
+
 _thread = threading.local()
 
 _RELU = (F.relu, torch.relu, Tensor.relu)
@@ -58,6 +60,12 @@ def relu_as_softplus(beta: float | None) -> Iterator[None]:
     before = current_beta()
     with ExitStack() as stack:
         if before is None and beta is not None:
+            stack.enter_context(
+                without_checkpointing(
+                    "a smoothed forward pass would be run again with ReLU. Call the model without "
+                    "checkpointing while it is smoothed, or leave smoothing out."
+                )
+            )
             stack.enter_context(_ReluAsSoftplus())
         _thread.beta = beta
         try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_inputs, check_target
+from captum_priors._engine._checkpointing import without_checkpointing
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._engine._modules import submodules_of
 from captum_priors._engine._random import RandomStream, swapped_in
@@ -107,7 +108,15 @@ class ExplainerPrior(Prior):
 
     def explain(self, inputs: TensorOrTuple, call: dict[str, Any]) -> Any:
         """Attribute with the model held, and insist on a graph where there is one to have."""
-        with _no_later_forward_passes(self.explainer):
+        way = getattr(self.explainer, "differentiation", "double_backprop")
+        with ExitStack() as stack:
+            if way == "double_backprop" and torch.is_grad_enabled():
+                stack.enter_context(
+                    without_checkpointing(
+                        "double backpropagation would run the model again when the prior no longer "
+                        "holds it still. Use differentiation='recompute' or 'finite_difference'."
+                    )
+                )
             attributions = self.explainer.attribute(inputs, **call)
         if torch.is_grad_enabled() and not any(
             isinstance(t, Tensor) and t.requires_grad for t in _each(attributions)
@@ -222,33 +231,6 @@ class ExplainerPrior(Prior):
                 )
             )
         return scores.mean() if self.reduction == "mean" else scores.sum()
-
-
-@contextmanager
-def _no_later_forward_passes(explainer: Any) -> Iterator[None]:
-    """Refuse activation checkpointing where it would run parts of the model after the prior.
-
-    Under double backpropagation torch does so in ``loss.backward()``, when nothing holds the model
-    any more: with dropout, BatchNorm or smoothing the gradient would be that of another network.
-    """
-    way = getattr(explainer, "differentiation", "double_backprop")
-    if way != "double_backprop" or not torch.is_grad_enabled():
-        yield
-        return
-    try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED):
-            yield
-    except RuntimeError as error:
-        if _CHECKPOINTED not in str(error):
-            raise
-        raise NotDifferentiableError(_CHECKPOINTED) from error
-
-
-_CHECKPOINTED = (
-    "prior: expected a model without activation checkpointing (or other saved-tensor hooks), found "
-    "some: double backpropagation would run the model again when the prior no longer holds it "
-    "still. Use differentiation='recompute' or 'finite_difference'."
-)
 
 
 def _each(attributions: Any) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from captum_priors import AttributionPrior, ExpectedGradients, NotDifferentiableError
 from captum_priors.penalties import l2
+from captum_priors.stability import smooth_activations
 from tests.asserts import parameter_gradients, relative_error
 
 
@@ -15,7 +16,7 @@ class Checkpointed(nn.Module):
 
     def __init__(self, *, active: bool) -> None:
         super().__init__()
-        self.block = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5))
+        self.block = nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.ReLU(), nn.Dropout(0.5))
         self.head = nn.Linear(8, 1)
         self.active = active
 
@@ -24,11 +25,13 @@ class Checkpointed(nn.Module):
         return self.head(hidden)
 
 
-def gradients(model: Checkpointed, way: str, x: Tensor) -> list[Tensor]:
+def gradients(
+    model: Checkpointed, way: str, x: Tensor, smooth: float | None = None
+) -> list[Tensor]:
     prior = AttributionPrior(
         ExpectedGradients(model, differentiation=way),  # type: ignore[arg-type]
         l2,
-        smooth=5.0,
+        smooth=smooth,
         baselines=x,
     )
     return parameter_gradients(prior(x), list(model.parameters()))
@@ -40,7 +43,7 @@ def test_replaying_differentiations_hold_the_model_for_the_second_run_too(way: s
     found = gradients(model, way, x)
     model.active = False
     expected = gradients(model, "double_backprop", x)
-    # Sums in another order; truncation of a 1 % step through Softplus of steepness 5.
+    # Sums in another order; truncation of a 1 % step.
     assert relative_error(found, expected) < (1e-12 if way == "recompute" else 1e-2)
 
 
@@ -60,3 +63,14 @@ def test_other_code_may_use_saved_tensor_hooks_afterwards() -> None:
     with torch.autograd.graph.saved_tensors_hooks(packed.append, lambda p: p):
         torch.randn(2, requires_grad=True).square()
     assert len(packed) == 1
+
+
+@pytest.mark.parametrize("way", ["double_backprop", "recompute", "finite_difference"])
+def test_smoothing_refuses_it(way: str) -> None:
+    """The backward pass runs the block again out of reach of the smoothing."""
+    x, model = torch.randn(6, 4), Checkpointed(active=True)
+    with pytest.raises(NotDifferentiableError, match=r"run again with ReLU|no longer holds"):
+        gradients(model, way, x, smooth=5.0)
+    with pytest.raises(NotDifferentiableError, match="run again with ReLU"):
+        smooth_activations(model, beta=5.0)(x)
+    gradients(Checkpointed(active=False), way, x, smooth=5.0)
