@@ -85,9 +85,9 @@ class SmoothedModule:
     def enter(self) -> None:
         """Start smoothing."""
         self._handles = [
-            self._module.register_forward_pre_hook(self._begin, prepend=True),
-            # always_call: also when the model raises
-            self._module.register_forward_hook(self._end, always_call=True),
+            # The last to enter begins last and ends first; always_call: also if the model raises.
+            self._module.register_forward_pre_hook(self._begin),
+            self._module.register_forward_hook(self._end, prepend=True, always_call=True),
         ]
         _entered.append(self)
 

@@ -1,0 +1,295 @@
+"""Every distance against its oracle and the laws that it states."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import Tensor
+
+from captum_priors.distances import SoftTopK, cosine, mse, pearson, ssim
+from tests import oracles
+from tests.cases import rows
+
+# Sums of a hundred terms in another order differ by a hundred float64 roundings (1e-16).
+ROUNDING = 1e-12
+
+
+def _soft_top_3(a: Any, b: Any) -> Any:
+    return oracles.soft_top_k_distance(a, b, 3, 0.2)
+
+
+def _ssim_over_channels(a: Any, b: Any) -> Any:
+    return oracles.ssim(a.sum(1), b.sum(1))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A distance, what it is checked against, and what it promises."""
+
+    name: str
+    distance: Callable[..., Tensor]
+    oracle: Callable[..., Any]
+    shape: tuple[int, ...] = (4, 2, 3, 5)
+    high: float = math.inf
+    ignores_scale: bool = True
+    """Whether one factor on both sides changes nothing."""
+    ignores_each_scale: bool = False
+    """Whether a factor on one side changes nothing."""
+    tolerance: float = ROUNDING
+
+    def draw(self, *, seed: int = 1) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(2, *self.shape, generator=generator)
+        return a, b
+
+
+DISTANCES = [
+    Row("mse", mse, oracles.mse, ignores_scale=False),
+    Row("cosine", cosine, oracles.cosine, high=2, ignores_each_scale=True),
+    Row("pearson", pearson, oracles.pearson, high=2, ignores_each_scale=True),
+    # Variances as a difference of moments lose the digits that mean^2 / variance costs.
+    Row("ssim", ssim, _ssim_over_channels, (3, 2, 9, 10), high=2, tolerance=1e-10),
+    Row("ssim-maps", ssim, oracles.ssim, (3, 8, 7), high=2, tolerance=1e-10),
+    Row("ssim-small", ssim, oracles.ssim, (3, 4, 3), high=2, tolerance=1e-10),
+    Row("soft-top-3", SoftTopK(3, temperature=0.2), _soft_top_3, high=1, ignores_each_scale=True),
+]
+
+every_distance = pytest.mark.parametrize("row", rows(DISTANCES))
+few = settings(max_examples=15, deadline=None, derandomize=True)
+
+
+@every_distance
+def test_equals_its_oracle(row: Row) -> None:
+    a, b = row.draw()
+    expected = torch.as_tensor(row.oracle(a.numpy(), b.numpy()))
+    assert row.distance(a, b).shape == (row.shape[0],)
+    torch.testing.assert_close(row.distance(a, b), expected, rtol=row.tolerance, atol=ROUNDING)
+
+
+@every_distance
+def test_tuple_is_the_sum_of_its_tensors(row: Row) -> None:
+    (a, b), (c, d) = row.draw(), row.draw(seed=2)
+    value = row.distance((a, c), (b, d))
+    expected = row.distance(a, b) + row.distance(c, d)
+    torch.testing.assert_close(value, expected, rtol=ROUNDING, atol=0)
+
+
+@every_distance
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(row: Row, dtype: torch.dtype) -> None:
+    a, b = (t.to(dtype) for t in row.draw())
+    value = row.distance(a, b)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, row.distance(a.float(), b.float()), rtol=0, atol=0)
+
+
+@every_distance
+def test_gradient_is_the_derivative(row: Row) -> None:
+    a, b = row.draw()
+    free = torch.ones(row.shape)
+    if row.distance is ssim:
+        # The joint range of a pair is a constant by design: pin the two pixels that set it.
+        free[..., 0, 0] = 0
+        a[..., 0, 0], b[..., 0, 0] = 50.0, -50.0
+
+    def distance(u: Tensor, v: Tensor) -> Tensor:
+        return row.distance(torch.lerp(a, u, free), torch.lerp(b, v, free))
+
+    assert torch.autograd.gradcheck(
+        distance, (a.clone().requires_grad_(), b.clone().requires_grad_())
+    )
+
+
+@every_distance
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-20, 1e-10])
+@pytest.mark.parametrize("other", ["random", "zero", "same"])
+def test_gradient_is_finite_at_and_near_zero(
+    row: Row, dtype: torch.dtype, size: float, other: str
+) -> None:
+    a, b = (t.to(dtype) for t in row.draw())
+    a = (size * a).requires_grad_()
+    b = {"random": b, "zero": torch.zeros_like(b), "same": a.detach().clone()}[other]
+    b = b.requires_grad_()
+    value = row.distance(a, b)
+    value.sum().backward()
+    for tensor in (value, a.grad, b.grad):
+        assert tensor is not None
+        assert tensor.isfinite().all()
+
+
+@every_distance
+@few
+@given(data=st.data())
+def test_is_a_distance(row: Row, data: st.DataObject) -> None:
+    entries = st.floats(-1e3, 1e3, allow_subnormal=False)
+    a, b = (
+        torch.as_tensor(data.draw(arrays(np.float64, row.shape, elements=entries))) for _ in "ab"
+    )
+    value = row.distance(a, b)
+    # Normalised sums can pass their limit by a few roundings; SSIM loses digits as above.
+    slack = 100 * row.tolerance
+    assert float(value.min()) >= -slack
+    assert float(value.max()) <= row.high + slack
+    torch.testing.assert_close(row.distance(b, a), value, rtol=slack, atol=slack)
+    zero = torch.zeros(row.shape[0])
+    torch.testing.assert_close(row.distance(a, a), zero, rtol=0, atol=slack)
+
+
+@every_distance
+def test_different_attributions_are_apart(row: Row) -> None:
+    a, b = row.draw()
+    # Independent normal entries: every distance of this table is of order 1.
+    assert float(row.distance(a, b).min()) > 0.05
+
+
+@every_distance
+@few
+@given(scale=st.sampled_from([1e-6, 1e-3, 0.5, 30.0, 1e6]))
+def test_scale(row: Row, scale: float) -> None:
+    a, b = row.draw()
+    same = row.distance(a, b)
+    together, alone = row.distance(scale * a, scale * b), row.distance(scale * a, b)
+    assert torch.allclose(together, same, rtol=row.tolerance, atol=0) == row.ignores_scale
+    assert torch.allclose(alone, same, rtol=row.tolerance, atol=0) == row.ignores_each_scale
+
+
+@every_distance
+@few
+@given(order=st.permutations(range(3)))
+def test_permuted_batch_permutes_the_result(row: Row, order: list[int]) -> None:
+    a, b = (t[:3] for t in row.draw())
+    expected = row.distance(a, b)[order]
+    torch.testing.assert_close(
+        row.distance(a[order], b[order]), expected, rtol=row.tolerance, atol=ROUNDING
+    )
+
+
+def test_cosine_of_opposite_and_zero_maps() -> None:
+    a, zero = torch.randn(2, 6), torch.zeros(2, 6)
+    # Unit vectors are off by a few roundings.
+    torch.testing.assert_close(cosine(a, -a), torch.full((2,), 2.0), rtol=ROUNDING, atol=0)
+    torch.testing.assert_close(cosine(a, zero), torch.ones(2), rtol=ROUNDING, atol=0)
+    torch.testing.assert_close(cosine(zero, a), torch.ones(2), rtol=ROUNDING, atol=0)
+    assert cosine(zero, zero).tolist() == [0, 0]
+
+
+def test_cosine_of_nearly_equal_maps_keeps_its_digits() -> None:
+    # The angle is 1e-9, the distance half its square: 1 - cos would round to zero.
+    a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1e-9]])
+    assert cosine(a, b).item() == pytest.approx(5e-19, rel=1e-6)
+
+
+def test_pearson_ignores_offsets() -> None:
+    a, b = torch.randn(2, 6), torch.randn(2, 6)
+    # Adding 5 costs one digit of the deviations.
+    torch.testing.assert_close(pearson(a + 5, 2 * b - 3), pearson(a, b), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 0.3])
+def test_pearson_of_constant_maps_has_no_direction(constant: float) -> None:
+    # The mean of seven times 0.1 or 0.7 is not the number itself: what is left is rounding.
+    flat = torch.full((1, 7), constant, dtype=torch.float32)
+    other = torch.full((1, 7), 0.7, dtype=torch.float32)
+    assert pearson(flat, other).item() == 0
+    varied = torch.randn(1, 7, dtype=torch.float32)
+    # A float32 unit vector is off by a few 1e-7.
+    assert pearson(flat, varied).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_ssim_ignores_how_channels_share_a_map() -> None:
+    a, b = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(ssim(a, b), ssim(a.sum(1), b.sum(1)), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_soft_top_k_tends_to_the_intersection(k: int) -> None:
+    # Distinct sizes 1 to 12, hence gaps of at least 1: memberships differ from 0 and 1 by e^-70.
+    a = torch.stack([torch.randperm(12) + 1.0 for _ in range(5)])
+    b = torch.stack([torch.randperm(12) + 1.0 for _ in range(5)])
+    expected = torch.as_tensor(oracles.top_k_distance(a.numpy(), b.numpy(), k))
+    value = SoftTopK(k, temperature=1e-3)(a, -b)
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-10)
+
+
+def test_soft_top_k_says_its_settings() -> None:
+    assert repr(SoftTopK(3, temperature=0.2)) == "SoftTopK(k=3, temperature=0.2)"
+
+
+BAD_CALLS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
+    (
+        "shapes",
+        lambda: mse(torch.ones(2, 3), torch.ones(2, 4)),
+        ValueError,
+        r"`other`: expected shapes \[\(2, 3\)\] as in `attributions`, found \[\(2, 4\)\]\. Compare",
+    ),
+    (
+        "counts",
+        lambda: cosine((torch.ones(2, 3),), (torch.ones(2, 3),) * 2),
+        ValueError,
+        r"`other`: expected shapes \[\(2, 3\)\] .*, found \[\(2, 3\), \(2, 3\)\]",
+    ),
+    (
+        "no-tensors",
+        lambda: mse([[1.0]], [[1.0]]),
+        TypeError,
+        r"`attributions`: expected a tensor or a tuple of tensors, found list\. Pass what",
+    ),
+    (
+        "one-no-tensor",
+        lambda: mse(torch.ones(1, 1), [[1.0]]),
+        TypeError,
+        r"`other`: expected a tensor or a tuple of tensors, found list",
+    ),
+    (
+        "no-features",
+        lambda: pearson(torch.ones(3), torch.ones(3)),
+        ValueError,
+        r"`attributions`: expected shape \(batch, \.\.\.\).*, found shape \(3,\)\. Unsqueeze",
+    ),
+    (
+        "no-maps",
+        lambda: ssim(torch.ones(2, 9), torch.ones(2, 9)),
+        ValueError,
+        r"`attributions`: expected \(batch, channels, height, width\) or .*, found shape \(2, 9\)\."
+        r" Use mse",
+    ),
+    (
+        "k-zero",
+        lambda: SoftTopK(0),
+        ValueError,
+        r"`k`: expected an integer of at least 1, found 0\. Pass k=1",
+    ),
+    (
+        "k-too-large",
+        lambda: SoftTopK(3)(torch.ones(2, 3), torch.ones(2, 3)),
+        ValueError,
+        r"`k`: expected fewer than the 3 features, found 3\. Lower k",
+    ),
+    *(
+        (
+            f"temperature-{value}",
+            lambda value=value: SoftTopK(1, temperature=value),
+            ValueError,
+            rf"`temperature`: expected a positive number, found {value}\. Pass for example 0\.1",
+        )
+        for value in (0.0, -1.0, math.inf, math.nan)
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"), [pytest.param(*bad[1:], id=bad[0]) for bad in BAD_CALLS]
+)
+def test_bad_input_gives_one_clear_error(
+    call: Callable[[], Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        call()

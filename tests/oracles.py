@@ -1,0 +1,163 @@
+"""Slow references in NumPy and plain loops, written from the formulas; nothing here is shared."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def total_variation(attributions: Array, *, spatial_dims: int, standardize: bool = True) -> Array:
+    """Neighbours one by one, in each of the last dimensions, of the sum over channels."""
+    totals = []
+    for example in attributions:
+        size = example.shape[-spatial_dims:]
+        image = example.reshape(-1, *size).sum(0)
+        if standardize:
+            image = image / image.std()
+        total = 0.0
+        for at in np.ndindex(*size):
+            for axis in range(spatial_dims):
+                if at[axis] + 1 < size[axis]:
+                    after = (*at[:axis], at[axis] + 1, *at[axis + 1 :])
+                    total += abs(image[after] - image[at])
+        totals.append(total)
+    return np.array(totals)
+
+
+def mean_importance(attributions: Array) -> Array:
+    return np.abs(attributions.reshape(len(attributions), -1)).mean(0)
+
+
+def gini(attributions: Array) -> Array:
+    """Half the mean absolute difference of all pairs over the mean."""
+    importance = mean_importance(attributions)
+    pairs = [abs(a - b) for a, b in itertools.product(importance, repeat=2)]
+    return np.array(-0.5 * np.mean(pairs) / importance.mean())
+
+
+def graph_laplacian(attributions: Array, adjacency: Array) -> Array:
+    importance = mean_importance(attributions)
+    total = 0.0
+    for i in range(len(importance)):
+        for j in range(i):
+            total += adjacency[i, j] * (importance[i] - importance[j]) ** 2
+    return np.array(total)
+
+
+def l1(attributions: Array) -> Array:
+    return np.array([sum(abs(v) for v in example.flat) for example in attributions])
+
+
+def l2(attributions: Array) -> Array:
+    return np.array([sum(v * v for v in example.flat) for example in attributions])
+
+
+def group_sparsity(attributions: Array, groups: Sequence[Sequence[int]]) -> Array:
+    rows = attributions.reshape(len(attributions), -1)
+    return np.array(
+        [sum(math.sqrt(len(g)) * math.hypot(*(row[i] for i in g)) for g in groups) for row in rows]
+    )
+
+
+def entropy(attributions: Array) -> Array:
+    totals = []
+    for example in attributions:
+        sizes = [abs(v) for v in example.flat]
+        shares = [size / sum(sizes) for size in sizes]
+        totals.append(-sum(q * math.log(q) for q in shares if q > 0))
+    return np.array(totals)
+
+
+def outside(attributions: Array, mask: Array) -> Array:
+    forbidden = (1 - np.broadcast_to(mask, attributions.shape)) * attributions
+    return np.array([sum(v * v for v in example.flat) for example in forbidden])
+
+
+def energy_outside(attributions: Array, mask: Array) -> Array:
+    """The mask has the channels of the attributions; sum those first where it should have one."""
+    totals = []
+    for example, allowed in zip(
+        attributions, np.broadcast_to(mask, attributions.shape), strict=True
+    ):
+        positive = [max(v, 0.0) for v in example.flat]
+        inside = sum(m * v for m, v in zip(allowed.flat, positive, strict=True))
+        totals.append(1 - inside / sum(positive))
+    return np.array(totals)
+
+
+def alignment(attributions: Array, given: Array, *, measure: str = "cosine") -> Array:
+    given = np.broadcast_to(given, attributions.shape)
+    return cosine(attributions, given) if measure == "cosine" else mse(attributions, given)
+
+
+def mse(a: Array, b: Array) -> Array:
+    return np.array([((x - y) ** 2).mean() for x, y in zip(a, b, strict=True)])
+
+
+def cosine(a: Array, b: Array) -> Array:
+    return np.array(
+        [
+            1 - (x * y).sum() / (np.linalg.norm(x.ravel()) * np.linalg.norm(y.ravel()))
+            for x, y in zip(a, b, strict=True)
+        ]
+    )
+
+
+def pearson(a: Array, b: Array) -> Array:
+    return np.array(
+        [1 - np.corrcoef(x.ravel(), y.ravel())[0, 1] for x, y in zip(a, b, strict=True)]
+    )
+
+
+def ssim(a: Array, b: Array) -> Array:
+    """Wang et al. 2004 window by window, on maps ``(batch, height, width)``."""
+    totals = []
+    for x, y in zip(a, b, strict=True):
+        both = np.concatenate([x.ravel(), y.ravel()])
+        span = both.max() - both.min()
+        c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+        # The largest odd window that fits, up to 7.
+        height, width = (min(7, n if n % 2 else n - 1) for n in x.shape)
+        weights = np.outer(_gaussian(height), _gaussian(width))
+        similarities = []
+        for i in range(x.shape[0] - height + 1):
+            for j in range(x.shape[1] - width + 1):
+                u, v = x[i : i + height, j : j + width], y[i : i + height, j : j + width]
+                mean_u, mean_v = (weights * u).sum(), (weights * v).sum()
+                var_u = (weights * (u - mean_u) ** 2).sum()
+                var_v = (weights * (v - mean_v) ** 2).sum()
+                covariance = (weights * (u - mean_u) * (v - mean_v)).sum()
+                luminance = (2 * mean_u * mean_v + c1) / (mean_u**2 + mean_v**2 + c1)
+                structure = (2 * covariance + c2) / (var_u + var_v + c2)
+                similarities.append(luminance * structure)
+        totals.append(1 - np.mean(similarities))
+    return np.array(totals)
+
+
+def _gaussian(size: int) -> Array:
+    weights = np.array([math.exp(-((i - size // 2) ** 2) / (2 * 1.5**2)) for i in range(size)])
+    return weights / weights.sum()
+
+
+def top_k_distance(a: Array, b: Array, k: int) -> Array:
+    """One minus the share of the k largest absolute entries that two examples have in common."""
+    totals = []
+    for x, y in zip(a, b, strict=True):
+        top_x, top_y = (set(np.argsort(-np.abs(v.ravel()))[:k]) for v in (x, y))
+        totals.append(1 - len(top_x & top_y) / k)
+    return np.array(totals)
+
+
+def soft_top_k_distance(a: Array, b: Array, k: int, temperature: float) -> Array:
+    def membership(values: Array) -> Array:
+        sizes = np.abs(values.ravel())
+        ordered = sorted(sizes, reverse=True)
+        threshold = (ordered[k - 1] + ordered[k]) / 2
+        softness = temperature * sizes.mean()
+        return np.array([1 / (1 + math.exp(-(v - threshold) / softness)) for v in sizes])
+
+    return cosine(np.array([membership(x) for x in a]), np.array([membership(y) for y in b]))

@@ -1,0 +1,217 @@
+"""A prior never disturbs training: not when it succeeds, fails, or is replayed in backward."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from captum.attr import Saliency
+from torch import Tensor, nn
+
+from captum_priors import (
+    AttributionPrior,
+    ExpectedGradients,
+    Lazy,
+    StabilityPrior,
+    Subsample,
+    differentiable,
+)
+from captum_priors.distances import mse
+from captum_priors.penalties import l1
+from captum_priors.priors import Prior
+from tests.asserts import assert_same_state, leaves_no_trace, state_of
+from tests.cases import DIFFERENTIATIONS, rows
+
+
+class Everything(nn.Module):
+    """What a prior could disturb: running statistics, dropout and a recurrent module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.lstm = nn.LSTM(4, 3, num_layers=2, dropout=0.3, batch_first=True)
+        self.dropout = nn.Dropout(0.4)
+        self.head = nn.Linear(3, 2)
+        self.fails_after: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.lstm(self.norm(x))[0].mean(1))
+        if self.fails_after is not None:
+            if self.fails_after == 0:
+                raise RuntimeError("the model fails midway")
+            self.fails_after -= 1
+        return self.head(self.dropout(hidden))
+
+
+def _attribution(model: nn.Module, x: Tensor, way: Any) -> Prior:
+    explainer = ExpectedGradients(model, differentiation=way)
+    return AttributionPrior(explainer, l1, baselines=x, smooth=20, n_samples=3)
+
+
+def _stability(model: nn.Module, x: Tensor, way: Any) -> Prior:
+    explainer = differentiable(Saliency(model), differentiation=way)
+    return StabilityPrior(explainer, mse, lambda x: x + 0.1 * torch.randn_like(x))
+
+
+def _wrapped(model: nn.Module, x: Tensor, way: Any) -> Prior:
+    return 0.5 * (Subsample(_attribution(model, x, way), 0.5) + Lazy(_stability(model, x, way), 1))
+
+
+every_prior = pytest.mark.parametrize("make", rows([_attribution, _stability, _wrapped]))
+every_way = pytest.mark.parametrize("way", DIFFERENTIATIONS)
+
+
+def _trained() -> tuple[Everything, Tensor, Tensor]:
+    """A model in the middle of training, with gradients and statistics."""
+    model, x = Everything(), torch.randn(8, 6, 4)
+    y = torch.randint(2, (8,))
+    F.cross_entropy(model(x), y).backward()
+    return model, x, y
+
+
+@every_prior
+@every_way
+def test_call_and_backward(make: Any, way: Any) -> None:
+    model, x, y = _trained()
+    prior = make(model, x, way)
+    with leaves_no_trace(model, tensors=[x]):
+        value = prior(x, target=y)
+    before = state_of(model, tensors=[x])
+    value.backward()
+    after = state_of(model, tensors=[x])
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before["grad"][:-1], after["grad"][:-1], strict=True)
+    )
+    # Backward adds to the parameters' gradients, and to nothing else, the inputs' included.
+    assert after["grad"][-1] is None
+    assert_same_state({k: v for k, v in before.items() if k != "grad"}, after)
+
+
+@every_prior
+@every_way
+@pytest.mark.parametrize("fails_after", [0, 1])
+def test_model_that_raises(make: Any, way: Any, fails_after: int) -> None:
+    model, x, y = _trained()
+    prior = make(model, x, way)
+    model.fails_after = fails_after
+    if make is _attribution and fails_after:
+        prior = prior + _stability(model, x, way)  # a single pass would not fail
+    with leaves_no_trace(model, tensors=[x]), pytest.raises(RuntimeError, match="fails midway"):
+        prior(x, target=y)
+    assert F.relu(-torch.ones(1)).item() == 0
+
+
+@pytest.mark.parametrize("way", ["recompute", "finite_difference"])
+def test_model_that_raises_in_the_replay(way: Any) -> None:
+    model, x, y = _trained()
+    value = _attribution(model, x, way)(x, target=y)
+    model.fails_after = 0
+    with leaves_no_trace(model, tensors=[x]), pytest.raises(RuntimeError, match="fails midway"):
+        value.backward()
+    assert F.relu(-torch.ones(1)).item() == 0
+
+
+@pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
+def test_call_without_gradients(block: Any) -> None:
+    model, x, y = _trained()
+    prior = _wrapped(model, x, "double_backprop")
+    with leaves_no_trace(model, prior, tensors=[x]), block():
+        prior(x, target=y)
+
+
+def test_refused_call_changes_nothing_of_the_prior() -> None:
+    model, x, y = _trained()
+    prior = _wrapped(model, x, "double_backprop")
+    with leaves_no_trace(model, prior, tensors=[x]), pytest.raises(TypeError, match="annotation"):
+        prior(x, target=y, annotation=x)
+
+
+@every_prior
+@every_way
+def test_training_with_weight_zero_is_training_without(make: Any, way: Any) -> None:
+    start, x, y = _trained()
+    twins = [copy.deepcopy(start), copy.deepcopy(start)]
+    ends = []
+    for model, has_prior in zip(twins, (False, True), strict=True):
+        torch.manual_seed(1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        prior = 0 * make(model, x, way)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if has_prior:
+                loss = loss + prior(x, target=y)
+            loss.backward()
+            optimizer.step()
+        ends.append(state_of(model))
+    assert_same_state(*ends)
+    moved = zip(start.parameters(), twins[0].parameters(), strict=True)
+    assert all(not torch.equal(a, b) for a, b in moved)
+
+
+def _values(prior: Prior, x: Tensor, n: int) -> list[float]:
+    return [prior(x, target=1).item() for _ in range(n)]
+
+
+@every_prior
+def test_draws_differ_and_continue_from_the_state_dict(make: Any) -> None:
+    model, x, _ = _trained()
+    prior = make(model, x, "double_backprop")
+    _values(prior, x, 2)
+    saved = copy.deepcopy(prior.state_dict())
+    continued = _values(prior, x, 4)
+    assert len(set(continued)) == 4
+    torch.manual_seed(99)  # a prior made under another seed
+    resumed = make(model, x, "double_backprop")
+    assert _values(resumed, x, 4) != continued
+    resumed.load_state_dict(saved)
+    assert _values(resumed, x, 4) == continued
+
+
+@every_prior
+def test_draws_follow_the_seed_and_not_the_draws_of_training(make: Any) -> None:
+    model, x, _ = _trained()
+    seen = []
+    for seed in (7, 7, 8):
+        torch.manual_seed(seed)
+        prior = make(model, x, "double_backprop")
+        torch.randn(3 + len(seen))  # training draws another number of times
+        seen.append(_values(prior, x, 3))
+    assert seen[0] == seen[1]
+    assert seen[0] != seen[2]
+
+
+@every_prior
+def test_validation_does_not_change_what_training_draws(make: Any) -> None:
+    model, x, _ = _trained()
+    torch.manual_seed(7)
+    expected = _values(make(model, x, "double_backprop"), x, 4)
+    torch.manual_seed(7)
+    prior = make(model, x, "double_backprop")
+    found = []
+    for _ in range(4):
+        found.extend(_values(prior, x, 1))
+        with torch.no_grad():
+            first = _values(prior, x, 1)
+        second = _values(prior.eval(), x, 1)
+        prior.train()
+        assert first == second  # evaluation has one seed of its own
+    assert found == expected
+
+
+def test_equal_priors_of_a_sum_do_not_share_a_stream_with_subsample() -> None:
+    model, x, _ = _trained()
+    prior = _attribution(model, x, "double_backprop")
+    part = Subsample(prior, 0.5)
+    assert int(prior.stream.seed) != int(part.stream.seed)
+
+
+def test_moving_a_prior_keeps_its_counters_whole() -> None:
+    model, x, _ = _trained()
+    prior = _wrapped(model, x, "double_backprop")
+    prior(x, target=1)
+    before = copy.deepcopy(prior.state_dict())
+    prior.to(torch.float16)
+    assert_same_state(before, prior.state_dict())
+    assert all(t.dtype == torch.int64 for t in prior.state_dict().values())
