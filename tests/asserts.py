@@ -94,7 +94,7 @@ def leaves_no_trace(*models: nn.Module, tensors: Sequence[Tensor] = ()) -> Itera
 
 
 def assert_unbiased(draw: Callable[[], Tensor], expected: Tensor, n: int) -> None:
-    """The mean of n draws is within four standard errors everywhere (one test in 10^4 / entries)."""
+    """The mean of n draws is within four standard errors everywhere."""
     draws = torch.stack([draw().detach() for _ in range(n)])
     error = (draws.mean(0) - expected).abs()
     assert float((error / (draws.std(0) / n**0.5 + 1e-12)).max()) < 4

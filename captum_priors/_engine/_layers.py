@@ -21,11 +21,18 @@ def _hooked(layer: nn.Module, hook: Any, *, to_input: bool) -> Iterator[None]:
         handle.remove()
 
 
+def _copied(found: Any) -> Any:
+    """Copy tensors, because the operator that follows may work in place."""
+    if isinstance(found, tuple):
+        return tuple(map(_copied, found))
+    return found.clone() if isinstance(found, Tensor) else found
+
+
 @contextmanager
 def recorded(layer: nn.Module, *, to_input: bool = False) -> Iterator[list[Any]]:
     """Record what the layer returns (or receives) each time it runs in this block."""
     seen: list[Any] = []
-    with _hooked(layer, seen.append, to_input=to_input):
+    with _hooked(layer, lambda found: seen.append(_copied(found)), to_input=to_input):
         yield seen
 
 
@@ -34,7 +41,7 @@ def replaced(layer: nn.Module, values: tuple[Tensor, ...], *, to_input: bool) ->
     """Let the layer return (or receive) the given values."""
 
     def hook(found: Any) -> Any:
-        return values if to_input or isinstance(found, tuple) else values[0]
+        return _copied(values) if to_input or isinstance(found, tuple) else values[0].clone()
 
     with _hooked(layer, hook, to_input=to_input):
         yield

@@ -60,9 +60,10 @@ def ssim(attributions: Tensor, other: Tensor) -> Tensor:
     joint = torch.cat([a, b], 1).flatten(1).detach()
     span = (joint.amax(1) - joint.amin(1)).clamp_min(torch.finfo(a.dtype).tiny ** 0.25)
     c1, c2 = ((k * span).square().reshape(-1, 1, 1, 1) for k in (_K1, _K2))
-    similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / (
-        (mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2)
-    )
+    # Two ratios rather than one: the product of the constants underflows for tiny maps.
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
+    structure = (2 * covariance + c2) / (var_a + var_b + c2)
+    similarity = luminance * structure
     return 1 - similarity.flatten(1).mean(1)
 
 

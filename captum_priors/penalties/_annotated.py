@@ -1,12 +1,12 @@
 """Attributions against a person's annotation of where the evidence is."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from captum_priors._errors import expected_found, one_of
-from captum_priors._lift import flat, lift_penalty
+from captum_priors._lift import NEGLIGIBLE, flat, lift_penalty
 
 
 @lift_penalty
@@ -66,13 +66,15 @@ def energy_outside(attributions: Tensor, *, annotation: Tensor) -> Tensor:
         >>> energy_outside(phi, annotation=allowed).item()
         0.25
     """
-    if attributions.dim() == 4 and (annotation.dim() == 3 or annotation.shape[1] == 1):
-        attributions = attributions.sum(1, keepdim=True)
-        annotation = annotation.reshape(annotation.shape[0], 1, *annotation.shape[-2:])
+    annotation = _tensor(annotation)
+    if attributions.dim() == 4:
+        if annotation.dim() == 3 and len(annotation) == len(attributions):
+            annotation = annotation.unsqueeze(1)
+        if annotation.dim() < 3 or annotation.shape[-3] == 1:
+            attributions = attributions.sum(1, keepdim=True)
     mask = _mask(attributions, annotation)
     positive = flat(attributions.relu())
-    tiny = torch.finfo(positive.dtype).tiny ** 0.5
-    return (positive * flat(1 - mask)).sum(1) / positive.sum(1).clamp_min(tiny)
+    return (positive * flat(1 - mask)).sum(1) / positive.sum(1).clamp_min(NEGLIGIBLE)
 
 
 @lift_penalty
@@ -110,13 +112,18 @@ def alignment(
     return 1 - torch.cosine_similarity(rows, given, dim=1)
 
 
-def _fit(attributions: Tensor, annotation: Tensor) -> Tensor:
+def _tensor(annotation: Any) -> Tensor:
     if not isinstance(annotation, Tensor):
         raise TypeError(
             expected_found(
                 "`annotation`", "a tensor", type(annotation).__name__, "Use torch.as_tensor."
             )
         )
+    return annotation
+
+
+def _fit(attributions: Tensor, annotation: Tensor) -> Tensor:
+    annotation = _tensor(annotation)
     if annotation.dim() == attributions.dim() - 1 > 1 and len(annotation) == len(attributions):
         annotation = annotation.unsqueeze(1)  # one map for each example, shared by its channels
     try:
@@ -134,7 +141,7 @@ def _fit(attributions: Tensor, annotation: Tensor) -> Tensor:
 
 def _mask(attributions: Tensor, annotation: Tensor) -> Tensor:
     mask = _fit(attributions, annotation)
-    if bool(((mask < 0) | (mask > 1)).any()):
+    if not bool(((mask >= 0) & (mask <= 1)).all()):  # also true of NaN
         raise ValueError(
             expected_found(
                 "`annotation`",

@@ -147,16 +147,10 @@ class SumPrior(Prior):
         **annotations: Any,
     ) -> Tensor:
         """Return the sum of the terms' values."""
+        check_keywords(self, baselines, annotations)
         shared = dict(annotations)
         if baselines is not None:
             shared["baselines"] = baselines
-        for name in shared:
-            if not self.takes(name):
-                raise TypeError(
-                    expected_found(
-                        "prior", f"keywords that a term of {self!r} takes", repr(name), "Leave out."
-                    )
-                )
         values = [
             term(
                 inputs,
@@ -185,3 +179,18 @@ def check_prior(prior: Any) -> None:
                 "`prior`", "a prior", type(prior).__name__, "Pass an AttributionPrior, or a sum."
             )
         )
+
+
+def check_keywords(prior: Prior, baselines: Any, annotations: dict[str, Any]) -> None:
+    """Refuse baselines or annotations that nobody would look at."""
+    given = [*annotations] if baselines is None else ["baselines", *annotations]
+    for name in given:
+        if not prior.takes(name):
+            raise TypeError(
+                expected_found(
+                    f"prior {prior!r}",
+                    "keywords that a term of it takes",
+                    repr(name),
+                    "Leave it out, or use a penalty that declares it.",
+                )
+            )

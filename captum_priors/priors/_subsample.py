@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from captum_priors._captum import as_tuple
-from captum_priors._checks import check_inputs
+from captum_priors._checks import check_inputs, check_target
 from captum_priors._engine._random import RandomStream
 from captum_priors._errors import expected_found
 from captum_priors._rows import take_each
 from captum_priors._types import TensorOrTuple
-from captum_priors.priors._base import Prior, SumPrior, WeightedPrior, check_prior
+from captum_priors.priors._base import Prior, SumPrior, WeightedPrior, check_keywords, check_prior
 from captum_priors.priors._explainer_prior import ExplainerPrior
 
 
@@ -77,6 +77,8 @@ class Subsample(Prior):
         check_inputs(inputs)
         like = as_tuple(inputs)[0]
         n = like.shape[0]
+        check_target(target, n)
+        check_keywords(self, baselines, annotations)
         generator = torch.Generator().manual_seed(
             self.stream.next_seed(advance=self.training_step())
         )

@@ -241,6 +241,18 @@ def test_running_model_does_not_smooth_other_threads() -> None:
     assert all(torch.equal(value, x.clamp_min(0)) for value in elsewhere)
 
 
+def test_threads_smooth_with_their_own_steepness() -> None:
+    elsewhere = []
+
+    def forward(x: Tensor) -> Tensor:
+        elsewhere.append(_in_a_thread(lambda: smooth_activations(nn.ReLU(), 20.0)(x)))
+        return F.relu(x)
+
+    x = torch.randn(5)
+    _close(smooth_activations(Function(forward), BETA)(x), _softplus(x))
+    _close(elsewhere[0], _softplus(x, 20.0))
+
+
 EXPLAINERS: dict[str, Callable[[Any], Any]] = {
     "Saliency": Saliency,
     "IntegratedGradients": IntegratedGradients,

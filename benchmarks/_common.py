@@ -1,0 +1,79 @@
+"""What the benchmarks share: arguments, timing, tables, and results with their versions."""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import captum
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import captum_priors
+
+mpl.use("Agg")
+torch.set_num_threads(1)
+# Stock GradientShap and IntegratedGradients say so at every call with plain inputs.
+warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments that every benchmark takes."""
+    arguments = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and plot")
+    arguments.add_argument("--quick", action="store_true", help="fewer settings and repeats")
+    return arguments
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each run; the runs take turns, so that load on the machine hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table; numbers to three significant digits."""
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row))
+    Console(width=max(100, 14 * len(columns))).print(table)
+
+
+def save(output: Path, name: str, settings: dict[str, Any], results: Any) -> None:
+    """Write settings, versions and figures as JSON."""
+    output.mkdir(parents=True, exist_ok=True)
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "captum": captum.__version__,
+        "captum_priors": captum_priors.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    settings.pop("output", None)
+    document = {"benchmark": name, "settings": settings, "versions": versions, "results": results}
+    (output / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def save_plot(output: Path, name: str, figure: Figure) -> None:
+    """Write a figure."""
+    output.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output / f"{name}.png", dpi=120, bbox_inches="tight")
