@@ -8,6 +8,7 @@ from captum._utils.common import (
     _format_tensor_into_tuples,
     _run_forward,
 )
+from captum._utils.gradient import compute_gradients
 from captum.attr._utils.common import _format_callable_baseline
 from captum.log import log_usage
 from torch import Tensor
@@ -18,6 +19,7 @@ from captum_priors._types import TensorOrTuple
 __all__ = [
     "as_tuple",
     "call_baselines",
+    "compute_gradients",
     "forward_args",
     "like_inputs",
     "log_usage",

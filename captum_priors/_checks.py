@@ -1,6 +1,7 @@
 """Checks at the public edge: what a user passed, before anything is computed or changed."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -49,9 +50,18 @@ def check_inputs(inputs: Any) -> None:
 
 def check_target(target: Any, n_examples: int) -> None:
     """Require one target for all examples, or one for each."""
-    if target is None or isinstance(target, (int, tuple)):
+    if target is None or (isinstance(target, (int, tuple)) and not isinstance(target, bool)):
         return
     if isinstance(target, (list, Tensor)):
+        if isinstance(target, Tensor) and target.dim() > 1:
+            raise ValueError(
+                expected_found(
+                    "`target`",
+                    "at most one dimension",
+                    f"shape {tuple(target.shape)}",
+                    "Pass class indices of shape (batch,): target.flatten(), or argmax(1).",
+                )
+            )
         length = len(target) if isinstance(target, list) or target.dim() else 1
         single = isinstance(target, Tensor) and target.numel() == 1
         if not single and length != n_examples:
@@ -84,7 +94,7 @@ def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False
     """Require an integer of at least ``least``."""
     if optional and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise ValueError(
             expected_found(
                 f"`{name}`", f"an integer of at least {least}", repr(value), f"Pass {name}={least}."
@@ -109,18 +119,23 @@ def check_distribution(baselines: Sequence[Any], inputs: Sequence[Tensor]) -> tu
     )
 
 
-def _distribution(name: str, baseline: Any, inputs: Tensor) -> Tensor:
-    if isinstance(baseline, (int, float)) and not isinstance(baseline, bool):
-        return torch.full_like(inputs[:1], baseline, requires_grad=False)
-    if not isinstance(baseline, Tensor):
+def check_reference(baseline: Any) -> None:
+    """Require a tensor of reference rows, or a number."""
+    if not isinstance(baseline, (Tensor, int, float)) or isinstance(baseline, bool):
         raise TypeError(
             expected_found(
-                name,
+                "`baselines`",
                 "a tensor of reference rows",
                 type(baseline).__name__,
                 "Pass for example a few hundred training examples stacked along dimension 0.",
             )
         )
+
+
+def _distribution(name: str, baseline: Any, inputs: Tensor) -> Tensor:
+    check_reference(baseline)
+    if not isinstance(baseline, Tensor):
+        return torch.full_like(inputs[:1], baseline, requires_grad=False)
     if baseline.shape[1:] != inputs.shape[1:] or baseline.dim() == 0:
         raise ValueError(
             expected_found(

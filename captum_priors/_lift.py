@@ -13,6 +13,56 @@ from captum_priors._types import TensorOrTuple
 P = ParamSpec("P")
 
 
+def lift_penalty(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Sum a penalty over a tuple of attributions; annotations may be tuples of the same length."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        given: Any = dict(kwargs)
+        attributions: Any = args[0] if args else given.pop("attributions")
+        each = _each(attributions, "attributions")
+        terms = []
+        for i, tensor in enumerate(each):
+            own = given
+            if isinstance(attributions, tuple):
+                own = {name: _entry(name, v, i, len(each)) for name, v in given.items()}
+            call: Any = function
+            terms.append(call(tensor, *args[1:], **own))
+        return _sum(terms)
+
+    return wrapper
+
+
+def lift_distance(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Sum a distance over a pair of tuples of attributions."""
+
+    @functools.wraps(function)
+    def wrapper(attributions: TensorOrTuple, other: TensorOrTuple, **options: Any) -> Tensor:
+        left, right = _each(attributions, "attributions"), _each(other, "other")
+        if [t.shape for t in left] != [t.shape for t in right]:
+            raise ValueError(
+                expected_found(
+                    "`other`",
+                    f"shapes {[tuple(t.shape) for t in left]} as in `attributions`",
+                    str([tuple(t.shape) for t in right]),
+                    "Compare attributions of the same inputs.",
+                )
+            )
+        return _sum([function(a, b, **options) for a, b in zip(left, right, strict=True)])
+
+    return wrapper
+
+
+def _each(attributions: Any, name: str) -> tuple[Tensor, ...]:
+    """Check the tensors of a tuple, or the only one, and raise their precision."""
+    each = attributions if isinstance(attributions, tuple) else (attributions,)
+    if not each:
+        raise ValueError(
+            expected_found(f"`{name}`", "at least one tensor", "an empty tuple", "Pass a batch.")
+        )
+    return tuple(_full(tensor, name) for tensor in each)
+
+
 def _full(tensor: Any, name: str) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(
@@ -36,52 +86,24 @@ def _full(tensor: Any, name: str) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def lift_penalty(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Sum a penalty over a tuple of attributions; annotations may be tuples of the same length."""
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        given: Any = dict(kwargs)
-        attributions: Any = args[0] if args else given.pop("attributions")
-        each: tuple[Any, ...] = attributions if isinstance(attributions, tuple) else (attributions,)
-        terms = []
-        for i, tensor in enumerate(each):
-            own = {
-                name: value[i]
-                if isinstance(attributions, tuple) and isinstance(value, tuple)
-                else value
-                for name, value in given.items()
-            }
-            call: Any = function
-            terms.append(call(_full(tensor, "attributions"), *args[1:], **own))
-        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
-
-    return wrapper
-
-
-def lift_distance(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Sum a distance over a pair of tuples of attributions."""
-
-    @functools.wraps(function)
-    def wrapper(attributions: TensorOrTuple, other: TensorOrTuple, **options: Any) -> Tensor:
-        left = attributions if isinstance(attributions, tuple) else (attributions,)
-        right = other if isinstance(other, tuple) else (other,)
-        if [getattr(t, "shape", None) for t in left] != [getattr(t, "shape", None) for t in right]:
-            raise ValueError(
-                expected_found(
-                    "`other`",
-                    f"shapes {[tuple(t.shape) for t in left]} as in `attributions`",
-                    str([tuple(t.shape) for t in right]),
-                    "Compare attributions of the same inputs.",
-                )
+def _entry(name: str, value: Any, i: int, n: int) -> Any:
+    """Annotation of the i-th of n tensors."""
+    if not isinstance(value, tuple):
+        return value
+    if len(value) != n:
+        raise ValueError(
+            expected_found(
+                f"`{name}`",
+                f"one value, or a tuple of {n} as for the attributions",
+                f"a tuple of {len(value)}",
+                "Give one to each input.",
             )
-        terms = [
-            function(_full(a, "attributions"), _full(b, "other"), **options)
-            for a, b in zip(left, right, strict=True)
-        ]
-        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+        )
+    return value[i]
 
-    return wrapper
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -94,3 +116,29 @@ def safe_norm(rows: Tensor) -> Tensor:
     squares = rows.square().sum(1)
     positive = squares > 0
     return torch.where(positive, torch.where(positive, squares, squares + 1).sqrt(), squares)
+
+
+def in_units_of_largest(tensor: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """Divide by the largest absolute value, so that squares and sums stay in the range of floats.
+
+    For formulas that ignore scale only: the divisor counts as a constant. What is so small that its
+    squares would vanish is zero, and has a zero gradient.
+    """
+    largest = tensor.detach().abs().amax(dims, keepdim=True)
+    counts = largest > torch.finfo(tensor.dtype).tiny ** 0.5
+    return torch.where(counts, tensor, 0) / torch.where(counts, largest, 1)
+
+
+def cosine_distance(left: Tensor, right: Tensor) -> Tensor:
+    """``|u - v|^2 / 2`` for unit vectors: no cancellation for nearly equal rows, unlike 1 - cos.
+
+    Zero for two rows of zeros, one for a row of zeros and another.
+    """
+    left, right = in_units_of_largest(left, 1), in_units_of_largest(right, 1)
+    one_is_zero = ((left == 0).all(1) != (right == 0).all(1)).to(left.dtype)
+    return (_unit(left) - _unit(right)).square().sum(1) / 2 + one_is_zero / 2
+
+
+def _unit(rows: Tensor) -> Tensor:
+    norm = safe_norm(rows).unsqueeze(1)
+    return rows / torch.where(norm > 0, norm, 1)

@@ -141,9 +141,9 @@ def _verdict(
                 "Choose a nonlinear model, or other parameters.",
             )
         )
-    errors = {name: abs(a - n) / scale for name, a, n in zip(names, analytic, numeric, strict=True)}
-    worst = max(errors, key=lambda name: errors[name])
-    certificate = Certificate(errors[worst], errors, tolerance)
+    each = [abs(a - n) / scale for a, n in zip(analytic, numeric, strict=True)]
+    worst = names[each.index(max(each))]
+    certificate = Certificate(max(each), dict(zip(names, each, strict=True)), tolerance)
     if raise_exception and not certificate.passed:
         raise NotDifferentiableError(
             expected_found(
@@ -161,11 +161,13 @@ def _checked(
     explainer: Any, inputs: Any, parameters: Iterable[tuple[str, Tensor]] | None
 ) -> list[tuple[str, Tensor]]:
     if parameters is None:
-        parameters = (
-            (name, parameter)
-            for module in modules_of(explainer)
+        modules = modules_of(explainer)
+        parameters = [
+            # Several modules may have parameters of one name.
+            (f"{i}:{type(module).__name__}.{name}" if len(modules) > 1 else name, parameter)
+            for i, module in enumerate(modules)
             for name, parameter in module.named_parameters()
-        )
+        ]
     named = {id(p): (name, p) for name, p in parameters if p.requires_grad}
     for i, tensor in enumerate(as_tuple(inputs)):
         if tensor.requires_grad:

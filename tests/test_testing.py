@@ -120,3 +120,21 @@ def test_parameters_can_be_chosen() -> None:
         Gradient(model), torch.randn(2, 3), parameters=model[0].named_parameters()
     )
     assert set(found.errors) == {"weight", "bias"}
+
+
+def test_parameters_of_one_name_in_two_modules() -> None:
+    """The first of them is missing from the graph; the last of them is right."""
+    first, second = nn.Linear(3, 3), nn.Linear(3, 1)
+
+    class Forgetful:
+        def __init__(self) -> None:
+            self.first, self.second = first, second
+
+        def attribute(self, inputs: Tensor) -> Tensor:
+            hidden = torch.tanh(inputs @ first.weight.detach().T + first.bias)
+            return (second.weight * (1 - hidden.square())) @ first.weight.detach()
+
+    found = check_differentiable(Forgetful(), torch.randn(2, 3), raise_exception=False)
+    assert not found.passed
+    assert max(found.errors, key=lambda name: found.errors[name]) == "0:Linear.weight"
+    assert len(found.errors) == 4

@@ -77,6 +77,8 @@ def _run(options: argparse.Namespace) -> None:
             f"the demo needs {error.name}: run pip install 'captum_priors[demo]'"
         ) from None
     from captum_priors._demo.comparison import compare
+    from captum_priors._demo.data import load
 
-    weight, epochs = _DEFAULTS[options.data.partition("=")[0] if "=" in options.data else "digits"]
-    compare(options.data, options.output, options.seed, options.epochs or epochs, weight, _NAMES)
+    images = load(options.data)
+    weight, epochs = _DEFAULTS[options.data.partition("=")[0]]
+    compare(images, options.output, options.seed, options.epochs or epochs, weight, _NAMES)

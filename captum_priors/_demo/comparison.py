@@ -7,17 +7,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from captum_priors._demo import report
-from captum_priors._demo.data import load
+from captum_priors._demo.data import Images
 from captum_priors._demo.evaluation import evaluate
 from captum_priors._demo.training import Epoch, Settings, train
 from captum_priors.priors import PixelPrior, Prior
 
 
 def compare(
-    data: str, output: Path, seed: int, epochs: int, weight: float, names: tuple[str, str]
+    images: Images, output: Path, seed: int, epochs: int, weight: float, names: tuple[str, str]
 ) -> None:
     """Train both models, evaluate them alike, print and write the comparison."""
-    images = load(data)
     settings = Settings(seed=seed, epochs=epochs, weight=weight)
     console = Console()
     makers = dict(zip(names, (None, _pixel_prior), strict=True))

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from captum_priors._engine._first_order import Field, collecting_leaves, values
-from captum_priors._engine._modules import submodules_of
+from captum_priors._engine._first_order import Field, values, without_graph
+from captum_priors._engine._independence import refuse_coupled_examples
 from captum_priors._engine._replay import Conditions
 from captum_priors._engine._surrogate import pull, with_pullback
-from captum_priors._errors import NotDifferentiableError
+from captum_priors._errors import NotDifferentiableError, expected_found
 
 # Step relative to the norm of the point. 1 % keeps the truncation error of smooth networks near
 # 1e-4. Half precision rounds at 2^-8 to 2^-11 and needs a step well above that: in bfloat16 the
@@ -30,18 +30,23 @@ STEP_HALF = 0.1
 
 def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Input gradients whose parameter gradient is a central difference of first derivatives."""
-    _refuse_modules(submodules_of(field))
     conditions = Conditions(field)
-    with collecting_leaves() as found, torch.no_grad():
+    refuse_coupled_examples(conditions.modules, "finite_difference")
+    _refuse_hooks(conditions.modules)
+    with without_graph() as current:
         gradients = values(field, points)
-    if conditions.drew_random_numbers():
+    if conditions.settle():
         raise NotDifferentiableError(
-            "`forward_func`: expected a deterministic forward pass, found one that draws random "
-            "numbers: the two sides of a finite difference would see different networks. Call "
-            "model.eval(), use a prior (which holds the model still), or "
-            "differentiation='double_backprop'."
+            expected_found(
+                "`forward_func`",
+                "a deterministic forward pass",
+                "one that draws random numbers: the two sides of a finite difference would see "
+                "different networks",
+                "Call model.eval(), use a prior (which holds the model still), or "
+                "differentiation='double_backprop'.",
+            )
         )
-    relative_step = STEP_HALF if _half_precision(points) else STEP
+    relative_step, tolerance = (STEP_HALF, 0.5) if _half_precision(points) else (STEP, 0.2)
     n_points = len(points)
 
     def pullback(
@@ -55,18 +60,23 @@ def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor,
                 for p, m in zip(at, moves, strict=True)
             )
             above, below = _one_each(field(moved), moved[0].shape[0]).chunk(2)
-            slope = ((above - below) * (norm / (2 * step))).sum()
+            slopes = (above - below) * (norm / (2 * step))
+            _refuse_another_function(slopes.detach(), cotangents, gradients, tolerance)
+            slope = slopes.sum()
             return pull([slope], [*at, *sources[n_points:]], wanted, [torch.ones_like(slope)])
 
-    return with_pullback(gradients, [*points, *found.values()], pullback)
+    return with_pullback(gradients, [*points, *current.leaves.values()], pullback)
 
 
 def _one_each(outputs: Tensor, n_rows: int) -> Tensor:
     if outputs.numel() != n_rows:
         raise NotDifferentiableError(
-            f"`forward_func`: expected one output for each of the {n_rows} examples, found shape "
-            f"{tuple(outputs.shape)}: a finite difference takes a step of its own for each "
-            "example. Return shape (batch,), or use differentiation='double_backprop'."
+            expected_found(
+                "`forward_func`",
+                f"one output for each of the {n_rows} examples, because each has a step of its own",
+                f"shape {tuple(outputs.shape)}",
+                "Return shape (batch,), or use differentiation='double_backprop'.",
+            )
         )
     outputs = outputs.reshape(n_rows)
     return outputs.float() if _is_half(outputs) else outputs
@@ -112,18 +122,43 @@ def _half_precision(points: tuple[Tensor, ...]) -> bool:
     return any(map(_is_half, points)) or torch.is_autocast_enabled(points[0].device.type)
 
 
-def _refuse_modules(modules: Sequence[nn.Module]) -> None:
-    for module in modules:
-        name = type(module).__name__
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise NotDifferentiableError(
-                f"finite_difference: expected examples that do not influence each other, found "
-                f"{name} in train mode. Call model.eval(), use a prior (which holds the model "
-                "still), or differentiation='double_backprop'."
+def _refuse_another_function(
+    slopes: Tensor, cotangents: Sequence[Tensor], gradients: Sequence[Tensor], tolerance: float
+) -> None:
+    """Check the slopes of the difference against those of the backward pass.
+
+    They disagree where the backward pass is not the derivative of the forward pass (detach,
+    straight-through estimators, hooks), where examples influence each other, where the model draws
+    random numbers of its own, and where the step is too long for the function. The scale is that of
+    a random direction: penalties that ignore the scale of attributions are orthogonal to them.
+    """
+    vectors, known = (torch.cat([_rows(t) for t in each], 1) for each in (cotangents, gradients))
+    expected = (vectors * known).sum(1)
+    typical = vectors.norm(dim=1) * known.norm(dim=1) / vectors.shape[1] ** 0.5
+    scale = expected.norm() + typical.norm()
+    error = (slopes - expected).norm()
+    if not error <= tolerance * scale:
+        raise NotDifferentiableError(
+            expected_found(
+                "finite_difference",
+                "differences of the outputs that agree with the input gradient",
+                f"a relative error of {float(error / scale):.2g}",
+                "Look for detach(), custom backward passes, tensor hooks, operations across the "
+                "batch, random numbers from a generator of the model's own, or inputs far from the "
+                "origin; differentiation='double_backprop' takes the backward pass as it is.",
             )
+        )
+
+
+def _refuse_hooks(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
         if module._backward_hooks or module._backward_pre_hooks:
             raise NotDifferentiableError(
-                f"finite_difference: expected a backward pass without hooks, found one on {name}, "
-                "which may change the gradient behind the difference's back. Remove it, or use "
-                "differentiation='double_backprop'."
+                expected_found(
+                    "finite_difference",
+                    "a backward pass without hooks",
+                    f"one on {type(module).__name__}, which may change the gradient behind the "
+                    "difference's back",
+                    "Remove it, or use differentiation='double_backprop'.",
+                )
             )

@@ -1,13 +1,15 @@
 """Values of input gradients, from one ordinary backward pass."""
 
+import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from captum_priors._engine._graph import leaves, no_second_derivative
+from captum_priors._engine._graph import leaves, no_second_derivative, now
 from captum_priors._errors import NotDifferentiableError
 
 Field = Callable[[tuple[Tensor, ...]], Tensor]
@@ -15,6 +17,9 @@ Field = Callable[[tuple[Tensor, ...]], Tensor]
 
 It is made for some number of rows, and takes any multiple of them as that many repetitions.
 """
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _thread = threading.local()
 
@@ -25,27 +30,79 @@ _REFUSALS = {
 }
 
 
+class Pass:
+    """One evaluation without a graph, remembering the leaves that it depends on."""
+
+    def __init__(self) -> None:
+        self.since = started()
+        self.leaves: dict[int, Tensor] = {}
+
+    def reach(self, tensors: Iterable[Tensor], own: Iterable[Tensor]) -> None:
+        """Remember the leaves behind the tensors, all but its own."""
+        mine = {id(tensor) for tensor in own}
+        found = leaves(tensors, self.since)
+        self.leaves.update({key: leaf for key, leaf in found.items() if key not in mine})
+
+
 def values(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Input gradients without a graph, also under ``torch.no_grad``."""
     with torch.enable_grad():
         points = tuple(p.detach().requires_grad_() for p in points)
-        outputs = field(points)
-        collected: dict[int, Tensor] | None = getattr(_thread, "leaves", None)
-        if collected is not None:
-            found = leaves([outputs])
-            collected.update({k: v for k, v in found.items() if all(v is not p for p in points)})
+        outputs = evaluate(field, points)
+        current = current_pass()
+        if current is not None:
+            current.reach([outputs], points)
         return differentiate(outputs, points, create_graph=False)
 
 
+def evaluate(field: Field, points: tuple[Tensor, ...]) -> Tensor:
+    """Evaluate the field, on copies where the model may work in place on what it is given."""
+    if all(p.is_leaf for p in points):
+        try:
+            return field(points)
+        except RuntimeError as error:  # torch protects leaves, and only them
+            if "leaf Variable that requires grad" not in str(error):
+                raise
+    return field(tuple(p.clone() for p in points))
+
+
+def current_pass() -> Pass | None:
+    """Return the evaluation without a graph that is under way in this thread."""
+    found: Pass | None = getattr(_thread, "current", None)
+    return found
+
+
 @contextmanager
-def collecting_leaves() -> Iterator[dict[int, Tensor]]:
-    """Collect the leaves that every field evaluated without a graph in this block depends on."""
-    before = getattr(_thread, "leaves", None)
-    _thread.leaves = {}
+def without_graph() -> Iterator[Pass]:
+    """Evaluate every input gradient in this block without a graph."""
+    before = current_pass()
+    _thread.current = Pass()
     try:
-        yield _thread.leaves
+        yield _thread.current
     finally:
-        _thread.leaves = before
+        _thread.current = before
+
+
+def started() -> int:
+    """Moment from which on graphs belong to the explainer's call."""
+    since: int | None = getattr(_thread, "since", None)
+    return now() if since is None else since
+
+
+def marks_start(function: Callable[P, T]) -> Callable[P, T]:
+    """Mark the start of an explainer's call, unless it is called by another."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        if getattr(_thread, "since", None) is not None:
+            return function(*args, **kwargs)
+        _thread.since = now()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _thread.since = None
+
+    return wrapper
 
 
 def differentiate(

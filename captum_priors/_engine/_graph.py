@@ -31,15 +31,43 @@ def nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
         stack.extend(following for following, _ in node.next_functions)
 
 
-def leaves(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Leaf tensors that the graph behind the tensors reaches, by identity."""
+def now() -> int:
+    """Mark this moment: nodes made from now on have numbers at least as large in this thread."""
+    with torch.enable_grad():
+        node: Any = torch.zeros((), requires_grad=True).view(()).grad_fn
+    return int(node._sequence_nr())
+
+
+def leaves(tensors: Iterable[Tensor], since: int) -> dict[int, Tensor]:
+    """Leaf tensors that the graph behind the tensors reaches, by identity.
+
+    A graph that was made before the given moment is not entered but refused: whoever made it may
+    ask for the gradient at any of its tensors, and would not get this part of it.
+    """
     tensors = tuple(tensors)
     found = {id(t): t for t in tensors if t.requires_grad and t.grad_fn is None}
     for node in nodes(tensors):
         leaf = getattr(node, "variable", None)  # only AccumulateGrad nodes hold one
         if leaf is not None:
             found[id(leaf)] = leaf
+        elif node._sequence_nr() < since and not _casts_a_leaf(node):
+            raise NotDifferentiableError(CLOSED_OVER)
     return found
+
+
+def _casts_a_leaf(node: Any) -> bool:
+    """Whether the node is one of those that autocast makes once for each parameter and region."""
+    return node.name() == "ToCopyBackward0" and all(
+        hasattr(following, "variable") for following, _ in node.next_functions
+    )
+
+
+CLOSED_OVER = (
+    "`forward_func`: expected it to depend on leaf tensors and on its inputs, found a tensor with "
+    "a graph that was computed before the call (an additional argument or a closed-over one). "
+    "Compute it inside forward_func, detach it if it is a constant, or use "
+    "differentiation='double_backprop'."
+)
 
 
 def refuse_dead_ends(gradients: tuple[Tensor, ...]) -> None:
@@ -54,7 +82,7 @@ def _culprit(node: Any, gradients: tuple[Tensor, ...]) -> str:
     name: str = node.name()
     if name in _PLACEHOLDERS:
         connected = [g for g in gradients if g.requires_grad]
-        sources = list(leaves(connected).values())
+        sources = list(leaves(connected, since=0).values())
         try:
             torch.autograd.grad(
                 [g.sum() for g in connected], sources, retain_graph=True, allow_unused=True

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from captum_priors._engine._finite_difference import finite_difference
-from captum_priors._engine._first_order import Field, check_points, differentiate, values
+from captum_priors._engine._first_order import (
+    Field,
+    check_points,
+    current_pass,
+    differentiate,
+    evaluate,
+    values,
+)
 from captum_priors._engine._graph import refuse_dead_ends
 from captum_priors._types import Differentiation
 
@@ -18,12 +25,13 @@ def input_gradients(
     function without a graph going forward and with one coming back.
     """
     check_points(points)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or current_pass() is not None:
         return values(field, points)
     if differentiation == "finite_difference":
         return finite_difference(field, points)
-    # An alias, because the field may also use the user's own tensor: only the argument counts.
+    # An alias of what has a graph: the field may also use the user's own tensor, and only the
+    # argument counts.
     points = tuple(p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in points)
-    gradients = differentiate(field(points), points, create_graph=True)
+    gradients = differentiate(evaluate(field, points), points, create_graph=True)
     refuse_dead_ends(gradients)
     return gradients

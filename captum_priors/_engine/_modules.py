@@ -3,6 +3,7 @@
 import dis
 import functools
 import types
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,16 +15,38 @@ _MAX_ITEMS = 64
 
 
 @functools.lru_cache(maxsize=1024)
-def _global_names(code: types.CodeType) -> frozenset[str]:
-    names = {
-        str(step.argval)
-        for step in dis.get_instructions(code)
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    }
+def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """Global names that the code loads, and attributes that it looks up on anything."""
+    loaded, looked_up = set(), set()
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            loaded.add(str(step.argval))
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            looked_up.add(str(step.argval))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            names |= _global_names(constant)
-    return frozenset(names)
+            inner = _names(constant)
+            loaded |= inner[0]
+            looked_up |= inner[1]
+    return frozenset(loaded), frozenset(looked_up)
+
+
+def _of_function(function: types.FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a name of the enclosing function that is not bound yet
+            continue
+    yield from function.__defaults__ or ()
+    loaded, looked_up = _names(function.__code__)
+    for name in loaded & function.__globals__.keys():
+        value = function.__globals__[name]
+        if isinstance(value, types.ModuleType):  # package.model: only what the code looks up
+            found = (value.__dict__.get(attribute) for attribute in looked_up)
+            yield from (v for v in found if isinstance(v, nn.Module))
+        else:
+            yield value
+    yield getattr(function, "__wrapped__", None)
 
 
 def _children(holder: Any) -> Iterator[Any]:
@@ -32,44 +55,33 @@ def _children(holder: Any) -> Iterator[Any]:
     elif isinstance(holder, types.MethodType):
         yield from (holder.__self__, holder.__func__)
     elif isinstance(holder, types.FunctionType):
-        for cell in holder.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # a name of the enclosing function that is not bound yet
-                continue
-        yield from holder.__defaults__ or ()
-        for name in _global_names(holder.__code__):
-            if name in holder.__globals__:
-                yield holder.__globals__[name]
-        if hasattr(holder, "__wrapped__"):
-            yield holder.__wrapped__
-    elif isinstance(holder, dict):
-        if len(holder) <= _MAX_ITEMS:
-            yield from holder.values()
-    elif isinstance(holder, (list, tuple, set)):
-        if len(holder) <= _MAX_ITEMS:
-            yield from holder
+        yield from _of_function(holder)
+    elif isinstance(holder, (dict, list, tuple, set)):
+        values = holder.values() if isinstance(holder, dict) else holder
+        # Long ones are data, but a zoo of models is long, too.
+        yield from (v for v in values if len(holder) <= _MAX_ITEMS or isinstance(v, nn.Module))
     elif not isinstance(holder, (type, types.ModuleType, Tensor)):
         yield from getattr(holder, "__dict__", {}).values()
+        for cls in type(holder).__mro__:
+            slots = cls.__dict__.get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                yield getattr(holder, name, None)
 
 
 def modules_of(*holders: Any) -> tuple[nn.Module, ...]:
     """Root modules that the holders (explainers, functions, closures, partials) refer to."""
     roots: dict[int, nn.Module] = {}
     seen: set[int] = set()
-
-    def visit(holder: Any, depth: int) -> None:
-        if holder is None or id(holder) in seen or isinstance(holder, (str, bytes, int, float)):
-            return
+    queue = deque((holder, 0) for holder in holders)
+    while queue:  # breadth first: what is near is found whatever else refers to it from afar
+        holder, depth = queue.popleft()
+        if holder is None or isinstance(holder, (str, bytes, int, float)) or id(holder) in seen:
+            continue
         seen.add(id(holder))
         if isinstance(holder, nn.Module):
             roots[id(holder)] = holder
         elif depth < _MAX_DEPTH:
-            for child in _children(holder):
-                visit(child, depth + 1)
-
-    for holder in holders:
-        visit(holder, 0)
+            queue.extend((child, depth + 1) for child in _children(holder))
     return tuple(roots.values())
 
 

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from captum_priors._engine._first_order import collecting_leaves
+from captum_priors._engine._first_order import without_graph
+from captum_priors._engine._independence import refuse_coupled_examples
 from captum_priors._engine._replay import Conditions
 from captum_priors._engine._surrogate import accumulate, pull, with_pullback
 from captum_priors._errors import NotDifferentiableError
@@ -44,10 +45,18 @@ def recompute(
     if not torch.is_grad_enabled():
         return program(arguments, keep_graph)
     conditions = Conditions(forward_func)
-    with collecting_leaves() as found, torch.no_grad():
-        values = program(arguments, keep_graph)
-    conditions.drew_random_numbers()
+    refuse_coupled_examples(conditions.modules, "recompute")
     n_arguments = len(arguments)
+    given = tuple(a.detach().requires_grad_(a.requires_grad) for a in arguments)
+    with without_graph() as current:
+
+        def let_go(term: tuple[Tensor, ...], rows: slice = slice(None)) -> tuple[Tensor, ...]:
+            # Gradients are recorded up to here, so that nothing that a term depends on is missed.
+            current.reach(term, given)
+            return tuple(t.detach() for t in term)
+
+        values = tuple(v.detach() for v in program(given, let_go))
+    conditions.settle()
 
     def pullback(
         cotangents: Sequence[Tensor], sources: Sequence[Tensor], wanted: Sequence[bool]
@@ -66,7 +75,7 @@ def recompute(
             _check_reproduced(value, repeated.detach())
         return total
 
-    return with_pullback(values, [*arguments, *found.values()], pullback)
+    return with_pullback(values, [*arguments, *current.leaves.values()], pullback)
 
 
 def _check_reproduced(value: Tensor, repeated: Tensor) -> None:

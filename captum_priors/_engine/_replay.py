@@ -5,11 +5,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from captum_priors._engine._modules import submodules_of
 from captum_priors._engine._random import GlobalRandomState
 from captum_priors._engine._smooth import Smoothing
-from captum_priors._engine._still import as_recorded, snapshot
+from captum_priors._engine._still import ModuleState, claimed, held_modules
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -22,7 +23,8 @@ class Conditions:
     """
 
     def __init__(self, forward_func: Any) -> None:
-        self._modules = snapshot(submodules_of(forward_func))
+        self.modules = submodules_of(forward_func)
+        self._states: list[tuple[nn.Module, ModuleState]] = []
         self._random = GlobalRandomState.now()
         self._stochastic = False
         self._smoothing = Smoothing.now()
@@ -32,8 +34,10 @@ class Conditions:
         ]
         self._autocast_cache = torch.is_autocast_cache_enabled()
 
-    def drew_random_numbers(self) -> bool:
-        """Ask once the forward pass is over; from then on replays draw the same numbers again."""
+    def settle(self) -> bool:
+        """Record what the forward pass showed, once it is over; say whether it drew numbers."""
+        modules = {*self.modules, *held_modules()}
+        self._states = [(module, ModuleState.of(module)) for module in modules]
         self._stochastic = self._random.moved()
         return self._stochastic
 
@@ -47,7 +51,7 @@ class Conditions:
                 # behalf of a thread that may be holding the turn.
                 stack.callback(GlobalRandomState.now().restore)
                 self._random.restore()
-            stack.enter_context(as_recorded(self._modules))
+            stack.enter_context(claimed(self._states))
             stack.enter_context(self._smoothing.again())
             for device, enabled, dtype in self._autocast:
                 if enabled or torch.is_autocast_enabled(device):

@@ -1,83 +1,158 @@
-"""Hold a model still: evaluation mode for one attribution, and back, counted across threads."""
+"""Put modules into another state for a while, and back, also when several parties do so at once."""
 
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+@dataclass(frozen=True)
+class ModuleState:
+    """Attributes and buffers that decide how a module's forward pass behaves."""
+
+    attributes: dict[str, Any]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "ModuleState":
+        """Record the state, with copies of statistics that training updates in place.
+
+        Torch's BatchNorm kernels do so without telling autograd: what was saved for a backward pass
+        changes under its hands.
+        """
+        names = ("training", "dropout") if isinstance(module, nn.RNNBase) else ("training",)
+        return cls({name: getattr(module, name) for name in names}, _copies(module))
+
+    @classmethod
+    def still(cls, module: nn.Module) -> "ModuleState":
+        """Return the state in which a module is deterministic and keeps examples apart.
+
+        cuDNN refuses the backward pass of a recurrent module in evaluation mode, so those keep
+        their flag and lose their dropout instead.
+        """
+        attributes = {"dropout": 0.0} if isinstance(module, nn.RNNBase) else {"training": False}
+        return cls(attributes, _copies(module))
+
+    def apply(self, module: nn.Module) -> "ModuleState":
+        """Put the module into this state; return what it replaces."""
+        before = ModuleState(
+            {name: getattr(module, name) for name in self.attributes},
+            {name: module._buffers[name] for name in self.buffers},  # type: ignore[misc]
+        )
+        # On each module by itself: users override train(), and ours is not to be seen.
+        for name, value in self.attributes.items():
+            setattr(module, name, value)
+        module._buffers.update(self.buffers)
+        return before
+
+
+def _copies(module: nn.Module) -> dict[str, Tensor]:
+    if not isinstance(module, _NormBase):
+        return {}
+    statistics = {name: module._buffers.get(name) for name in ("running_mean", "running_var")}
+    return {name: value.clone() for name, value in statistics.items() if value is not None}
+
+
+@dataclass
+class _Claims:
+    """Who wants a module in which state; the latest claim rules, the original comes last."""
+
+    original: ModuleState
+    states: dict[object, ModuleState] = field(default_factory=dict)
+
 
 _lock = threading.Lock()
-_held: "WeakKeyDictionary[nn.Module, tuple[int, dict[str, Any]]]" = WeakKeyDictionary()
+_table: "WeakKeyDictionary[nn.Module, _Claims]" = WeakKeyDictionary()
+_thread = threading.local()
 
 
-def still_state(module: nn.Module) -> dict[str, Any]:
-    """Attributes under which a module is deterministic and treats examples independently.
+class _Claim:
+    """One party's claims, given up together."""
 
-    cuDNN refuses the backward pass of a recurrent module in evaluation mode, so those keep their
-    flag and lose their dropout instead.
-    """
-    if isinstance(module, nn.RNNBase):
-        return {"dropout": 0.0}
-    return {"training": False}
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+
+    def make(self, module: nn.Module, state: ModuleState) -> None:
+        with _lock:
+            replaced = state.apply(module)
+            claims = _table.setdefault(module, _Claims(replaced))
+            for name, value in replaced.attributes.items():
+                claims.original.attributes.setdefault(name, value)
+            for name, buffer in replaced.buffers.items():
+                claims.original.buffers.setdefault(name, buffer)
+            claims.states[self] = state
+            self.modules.append(module)
+
+    def give_up(self) -> None:
+        for module in self.modules:
+            with _lock:
+                claims = _table[module]
+                del claims.states[self]
+                claims.original.apply(module)
+                for state in claims.states.values():
+                    state.apply(module)
+                if not claims.states:
+                    del _table[module]
+
+
+@contextmanager
+def claimed(states: Iterable[tuple[nn.Module, ModuleState]]) -> Iterator[None]:
+    """Put modules into the given states for the duration."""
+    claim = _Claim()
+    try:
+        for module, state in states:
+            claim.make(module, state)
+        yield
+    finally:
+        claim.give_up()
 
 
 @contextmanager
 def held(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Hold modules still; the last of several overlapping holders restores what the first found.
+    """Hold modules still, and any other module that runs in this thread in the meantime.
 
-    ``training`` is set on each module by itself: ``module.eval()`` may be overridden by users.
+    A callable can hide a module where no search finds it; it shows when it runs.
     """
-    entered: list[nn.Module] = []
+    claim, owner = _Claim(), threading.get_ident()
+    outer: set[nn.Module] = getattr(_thread, "held", set())
+    known = set(outer)
+
+    def hold(module: nn.Module) -> None:
+        known.add(module)
+        claim.make(module, ModuleState.still(module))
+
+    def on_call(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == owner and module not in known:
+            hold(module)
+
     try:
+        _thread.held = known
         for module in modules:
-            with _lock:
-                count, found = _held.get(module, (0, {}))
-                if count == 0:
-                    state = still_state(module)
-                    found = {name: getattr(module, name) for name in state}
-                    _set(module, state)
-                _held[module] = (count + 1, found)
-                entered.append(module)
-        yield
+            if module not in known:
+                hold(module)
+        if any(_is_compiled(module) for module in known):
+            yield  # a hook on all modules would have them compiled anew
+        else:
+            handle = register_module_forward_pre_hook(on_call)
+            try:
+                yield
+            finally:
+                handle.remove()
     finally:
-        for module in entered:
-            with _lock:
-                count, found = _held.pop(module)
-                if count > 1:
-                    _held[module] = (count - 1, found)
-                else:
-                    _set(module, found)
+        _thread.held = outer
+        claim.give_up()
 
 
-def snapshot(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, dict[str, Any]]]:
-    """Record the attributes that decide how a forward pass behaves."""
-    return [(module, {n: getattr(module, n) for n in _watched(module)}) for module in modules]
+def held_modules() -> tuple[nn.Module, ...]:
+    """Return the modules that this thread holds still now."""
+    return tuple(getattr(_thread, "held", ()))
 
 
-@contextmanager
-def as_recorded(record: list[tuple[nn.Module, dict[str, Any]]]) -> Iterator[None]:
-    """Put modules back into a recorded behaviour for the duration, then undo it."""
-    changed = [
-        (module, {name: getattr(module, name) for name in state})
-        for module, state in record
-        if any(getattr(module, name) != value for name, value in state.items())
-    ]
-    states = {id(module): state for module, state in record}
-    try:
-        for module, _ in changed:
-            _set(module, states[id(module)])
-        yield
-    finally:
-        for module, before in changed:
-            _set(module, before)
-
-
-def _watched(module: nn.Module) -> tuple[str, ...]:
-    return ("training", "dropout") if isinstance(module, nn.RNNBase) else ("training",)
-
-
-def _set(module: nn.Module, state: dict[str, Any]) -> None:
-    for name, value in state.items():
-        setattr(module, name, value)
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

@@ -1,13 +1,13 @@
 """Known values with a gradient that is computed when it is asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from captum_priors._engine._graph import nodes
-from captum_priors._errors import NotDifferentiableError
 
 Pullback = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[bool]], Sequence[Tensor | None]]
 """(cotangents of the values, sources, which sources want a gradient) to the sources' gradients."""
@@ -53,28 +53,33 @@ def pull(
     places = [i for i, want in enumerate(wanted) if want]
     if not connected or not places:
         return found
-    try:
+    wanted_sources = [sources[i] for i in places]
+    with _without_hooks(wanted_sources):
         gradients = torch.autograd.grad(
             [o for o, _ in connected],
-            [sources[i] for i in places],
+            wanted_sources,
             [c for _, c in connected],
-            # A model may close over tensors whose graph the training loss still needs. Compiled
-            # modules cannot be asked to keep theirs.
+            # Terms of a sum may share a part of their graph. Compiled modules cannot keep theirs.
             retain_graph=not any(n.name() == "CompiledFunctionBackward" for n in nodes(outputs)),
             allow_unused=True,
         )
-    except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
-            raise
-        raise NotDifferentiableError(
-            "`forward_func`: expected it to depend on leaf tensors and on its arguments, found a "
-            "tensor computed outside it whose graph has been freed by the time the attribution is "
-            "differentiated. Compute it inside forward_func, or use "
-            "differentiation='double_backprop'."
-        ) from error
     for place, gradient in zip(places, gradients, strict=True):
         found[place] = gradient
     return found
+
+
+@contextmanager
+def _without_hooks(sources: Sequence[Tensor]) -> Iterator[None]:
+    """Keep gradient hooks of the sources quiet: they run when the result reaches the sources."""
+    hooks = [s._backward_hooks for s in sources if s._backward_hooks]
+    kept = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, before in zip(hooks, kept, strict=True):
+            each.update(before)
 
 
 def accumulate(total: list[Tensor | None], more: Sequence[Tensor | None]) -> None:

@@ -7,10 +7,19 @@ from typing import Any, ClassVar, cast
 from captum.attr import GradientAttribution, InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, forward_args, like_inputs, log_usage, run_repeated
+from captum_priors._captum import (
+    as_tuple,
+    compute_gradients,
+    forward_args,
+    like_inputs,
+    log_usage,
+    run_repeated,
+)
 from captum_priors._checks import check_inputs, check_target
 from captum_priors._engine import Visit, input_gradients, keep_graph, recompute
+from captum_priors._engine._first_order import marks_start
 from captum_priors._engine._inference import leaves_inference_mode
+from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._types import Differentiation
 
 
@@ -37,6 +46,15 @@ class CaptumAdapter(GradientAttribution):
     @classmethod
     def of(cls, explainer: GradientAttribution, differentiation: Differentiation) -> Any:
         """Make the differentiable twin of a Captum explainer."""
+        if explainer.gradient_func is not compute_gradients:
+            raise NotDifferentiableError(
+                expected_found(
+                    "`explainer`",
+                    "Captum's own gradient_func",
+                    "another one, which an adapter would replace",
+                    "Register a conversion of your own with differentiable.register.",
+                )
+            )
         twin = cls.__new__(cls)
         twin.__dict__.update(explainer.__dict__)
         twin.differentiation = differentiation
@@ -54,7 +72,7 @@ class CaptumAdapter(GradientAttribution):
         attribute.__doc__ = f"As :meth:`captum.attr.{cls._stock.__name__}.attribute`."
         attribute.__signature__ = stock  # type: ignore[attr-defined]  # what inspect reads
         attribute.__qualname__ = f"{cls.__name__}.attribute"
-        cls.attribute = log_usage()(leaves_inference_mode(attribute))
+        cls.attribute = log_usage()(leaves_inference_mode(marks_start(attribute)))
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
         inputs = given.pop("inputs")

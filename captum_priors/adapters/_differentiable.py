@@ -97,6 +97,15 @@ class Differentiable:
                     "Pass for example ExpectedGradients(model).",
                 )
             )
+        if differentiation not in (None, getattr(explainer, "differentiation", None)):
+            raise NotDifferentiableError(
+                expected_found(
+                    "`differentiation`",
+                    f"None for a {type(explainer).__name__}, which brings its own graph",
+                    repr(differentiation),
+                    "Register a conversion that honours it with differentiable.register.",
+                )
+            )
         return explainer
 
     @staticmethod

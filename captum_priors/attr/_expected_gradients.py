@@ -14,8 +14,14 @@ from captum_priors._captum import (
     log_usage,
     run_repeated,
 )
-from captum_priors._checks import check_count, check_distribution, check_inputs, check_target
-from captum_priors._engine._first_order import check_points
+from captum_priors._checks import (
+    check_count,
+    check_distribution,
+    check_inputs,
+    check_reference,
+    check_target,
+)
+from captum_priors._engine._first_order import check_points, marks_start
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._errors import expected_found, one_of
 from captum_priors._rows import length_of, take
@@ -83,6 +89,7 @@ class ExpectedGradients(GradientAttribution):
 
     @log_usage()
     @leaves_inference_mode
+    @marks_start
     def attribute(
         self,
         inputs: TensorOrTuple,
@@ -153,9 +160,14 @@ class ExpectedGradients(GradientAttribution):
     def _field_of(self, batch: int, target: Any, args: tuple[Any, ...]) -> FieldOf:
         def field_of(examples: slice) -> Any:
             n = length_of(examples, batch)
-            chosen = take(target, examples, batch)
-            extra = tuple(take(arg, examples, batch) for arg in args)
-            return lambda points: run_repeated(self.forward_func, points, chosen, extra, n)
+
+            def field(points: tuple[Tensor, ...]) -> Tensor:
+                extra = tuple(take(arg, examples, batch) for arg in args)
+                return run_repeated(
+                    self.forward_func, points, take(target, examples, batch), extra, n
+                )
+
+            return field
 
         return field_of
 
@@ -210,21 +222,17 @@ class ExpectedGradients(GradientAttribution):
 
 def reference_rows(baselines: Any, inputs: TensorOrTuple) -> tuple[Tensor, ...]:
     """Evaluate and check the reference distribution: one table of rows for each input."""
-    if baselines is None:
-        raise TypeError(
-            expected_found(
-                "`baselines`",
-                "a tensor of reference rows",
-                "None",
-                "Pass for example a few hundred training examples stacked along dimension 0.",
-            )
-        )
+    if not callable(baselines):
+        for each in baselines if isinstance(baselines, tuple) else (baselines,):
+            check_reference(each)
     return check_distribution(call_baselines(baselines, inputs), as_tuple(inputs))
 
 
 def check_stdevs(stdevs: float | tuple[float, ...], n_inputs: int) -> tuple[float, ...]:
     each = stdevs if isinstance(stdevs, tuple) else (stdevs,) * n_inputs
-    if len(each) != n_inputs or any(not 0 <= s < float("inf") for s in each):
+    if len(each) != n_inputs or any(
+        not isinstance(s, (int, float)) or not 0 <= s < float("inf") for s in each
+    ):
         raise ValueError(
             expected_found(
                 "`stdevs`",

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, forward_args, run_forward, run_repeated
 from captum_priors._engine import Visit, input_gradients, keep_graph, recompute
+from captum_priors._engine._first_order import marks_start
 from captum_priors._engine._layers import only_activation, recorded, replaced
 from captum_priors._errors import expected_found, one_of
 from captum_priors._rows import tile
@@ -34,6 +35,7 @@ class GradCam:
         self.forward_func, self.layer = forward_func, layer
         self.differentiation: Differentiation = differentiation
 
+    @marks_start
     def attribute(
         self, inputs: TensorOrTuple, target: Any = None, additional_forward_args: Any = None
     ) -> Tensor:

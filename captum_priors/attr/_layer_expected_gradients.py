@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, forward_args, log_usage, run_forward, run_repeated
 from captum_priors._checks import check_count, check_inputs, check_target
+from captum_priors._engine._first_order import marks_start
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._engine._layers import only_activation, recorded, replaced
 from captum_priors._errors import expected_found
@@ -79,6 +80,7 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
 
     @log_usage()
     @leaves_inference_mode
+    @marks_start
     def attribute(
         self,
         inputs: TensorOrTuple,
@@ -133,6 +135,7 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         draws, control_variate = self._draw(
             activations[0], n_rows, n_samples, estimator if alike else "monte_carlo", generator
         )
+        reference_args = args
         if alike and control_variate:
             rows, reference_inputs = draws.rows[0], table
         elif alike:
@@ -141,12 +144,10 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         else:
             rows = torch.arange(n_samples * batch, device=draws.alphas.device).reshape(-1, batch)
             reference_inputs = tuple(t[r.flatten()] for t, r in zip(table, draws.rows, strict=True))
-            args = tuple(tile(arg, n_samples, batch) for arg in args)
-        references = self._activations(reference_inputs, args, attribute_to_layer_input)
+            reference_args = tuple(tile(arg, n_samples, batch) for arg in args)
+        references = self._activations(reference_inputs, reference_args, attribute_to_layer_input)
         path_sum = self._path_sum(
-            self._layer_field_of(
-                tensors, target, forward_args(additional_forward_args), attribute_to_layer_input
-            ),
+            self._layer_field_of(tensors, target, args, attribute_to_layer_input),
             replace(draws, rows=(rows,) * len(activations)),
             check_stdevs(stdevs, len(activations)),
             control_variate,
@@ -172,14 +173,15 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
 
         def field_of(examples: slice) -> Any:
             n = length_of(examples, batch)
-            around = tuple(x[examples] for x in inputs)
-            chosen = take(target, examples, batch)
-            extra = tuple(take(arg, examples, batch) for arg in args)
 
             def field(points: tuple[Tensor, ...]) -> Tensor:
-                repeated = tuple(tile(x, points[0].shape[0] // n, n) for x in around)
+                times = points[0].shape[0] // n
+                around = tuple(tile(x[examples], times, n) for x in inputs)
+                extra = tuple(take(arg, examples, batch) for arg in args)
                 with replaced(self.layer, points, to_input=to_input):
-                    return run_repeated(self.forward_func, repeated, chosen, extra, n)
+                    return run_repeated(
+                        self.forward_func, around, take(target, examples, batch), extra, n
+                    )
 
             return field
 

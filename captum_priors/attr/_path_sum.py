@@ -49,21 +49,21 @@ class PathSum:
     def convergence_delta(self, inputs: Tensors, baselines: Tensors) -> Tensor:
         """Per sample, what the attributions miss of f(x) - f(x'), in Captum's order of rows."""
         deltas: list[list[Tensor]] = []
-        for samples, examples in self._chunks(inputs[0].shape[0]):
-            ends, references, weights, gradients = self._terms(inputs, baselines, samples, examples)
+        centres = self._centres(inputs, baselines)
+        for chunk in self._chunks(inputs[0].shape[0]):
+            ends, references, weights, gradients = self._terms(inputs, baselines, centres, chunk)
             explained = torch.stack(
                 [
                     (g if w is None else w * g).flatten(2).sum(2)
                     for w, g in zip(weights, gradients, strict=True)
                 ]
             ).sum(0)
-            n = len(range(*samples.indices(self.n_samples)))
-            field = self.field_of(examples)
+            field = self.field_of(chunk.examples)
             start, end = (
-                field(tuple(p.flatten(0, 1) for p in points)).reshape(n, -1)
+                field(tuple(p.flatten(0, 1) for p in points)).reshape(explained.shape)
                 for points in (references, ends)
             )
-            if examples.start in (None, 0):
+            if chunk.examples.start == 0:
                 deltas.append([])
             deltas[-1].append(explained - (end - start))
         return torch.cat([torch.cat(parts, 1) for parts in deltas]).T.reshape(-1)
@@ -73,17 +73,18 @@ class PathSum:
         """Number of samples for each example."""
         return self.draws.alphas.shape[0]
 
-    def _chunks(self, batch: int) -> Iterator[tuple[slice, slice]]:
-        """Samples and examples of each chunk, at most ``rows_at_once`` rows in each."""
-        at_once = self.rows_at_once or self.n_samples * batch
+    def _chunks(self, batch: int) -> Iterator["_Chunk"]:
+        """Split the rows, at most ``rows_at_once`` in each chunk."""
+        n = self.n_samples
+        at_once = self.rows_at_once or n * batch
         if at_once >= batch:
             width = at_once // batch
-            for start in range(0, self.n_samples, width):
-                yield slice(start, min(start + width, self.n_samples)), slice(0, batch)
+            for start in range(0, n, width):
+                yield _Chunk(range(start, min(start + width, n)), slice(0, batch))
         else:
-            for k in range(self.n_samples):
+            for k in range(n):
                 for start in range(0, batch, at_once):
-                    yield slice(k, k + 1), slice(start, min(start + at_once, batch))
+                    yield _Chunk(range(k, k + 1), slice(start, min(start + at_once, batch)))
 
     def _program(self, n_inputs: int) -> Program:
         def program(arguments: Tensors, visit: Visit) -> Tensors:
@@ -91,90 +92,111 @@ class PathSum:
             batch = inputs[0].shape[0]
             total: Tensors = ()
             block: list[Tensors] = []
-            for samples, examples in self._chunks(batch):
-                _, _, weights, gradients = self._terms(inputs, baselines, samples, examples)
+            centres = self._centres(inputs, baselines)
+            for chunk in self._chunks(batch):
+                _, _, weights, gradients = self._terms(inputs, baselines, centres, chunk)
                 term = tuple(
                     (g if w is None else w * g).sum(0) / self.n_samples
                     for w, g in zip(weights, gradients, strict=True)
                 )
-                block.append(visit(term, examples))
-                if examples.stop == batch:
-                    whole = (
-                        block[0]
-                        if len(block) == 1
-                        else tuple(torch.cat(parts) for parts in zip(*block, strict=True))
-                    )
-                    total = (
-                        whole
-                        if not total
-                        else tuple(t + w for t, w in zip(total, whole, strict=True))
-                    )
+                block.append(visit(term, chunk.examples))
+                if chunk.examples.stop == batch:
+                    whole = tuple(torch.cat(parts) for parts in zip(*block, strict=True))
+                    total = _add(total, whole) if total else whole
                     block = []
             return total
 
         return program
 
     def _terms(
-        self, inputs: Tensors, baselines: Tensors, samples: slice, examples: slice
+        self, inputs: Tensors, baselines: Tensors, centres: "_Centres", chunk: "_Chunk"
     ) -> tuple[Tensors, Tensors, tuple[Tensor | None, ...], Tensors]:
         """Path ends, references, weights and gradients of one chunk: (samples, examples, ...)."""
-        ks = range(*samples.indices(self.n_samples))
-        ends, references, points = [], [], []
+        samples, examples = slice(chunk.samples.start, chunk.samples.stop), chunk.examples
+        ends, references, points, noises = [], [], [], []
         for t, (x, table) in enumerate(zip(inputs, baselines, strict=True)):
             end = x[examples].unsqueeze(0)
-            if self.stdevs[t] > 0:
-                end = end + self._noise(x, t, ks, examples)
+            noise = self._noise(x, t, chunk) if self.stdevs[t] > 0 else None
+            end = end if noise is None else end + noise
+            noises.append(noise)
             reference = table[self.draws.rows[t][samples, examples]]
             alpha = self.draws.alphas[samples, examples].to(x.dtype)
             alpha = alpha.reshape(*alpha.shape, *[1] * (x.dim() - 1))
             ends.append(end.expand_as(reference))
             references.append(reference)
             points.append(torch.lerp(reference, ends[t], alpha.expand_as(reference)))
-        field = self.field_of(examples)
-        shape = (len(ks), points[0].shape[1])
         flat = input_gradients(
-            field,
+            self.field_of(examples),
             tuple(p.flatten(0, 1) for p in points),
             "double_backprop" if self.differentiation == "recompute" else self.differentiation,
         )
-        gradients = tuple(g.reshape(*shape, *g.shape[1:]) for g in flat)
+        gradients = tuple(g.reshape(p.shape) for g, p in zip(flat, points, strict=True))
         weights = tuple(
-            self._weight(t, inputs[t], baselines[t], ends[t], references[t], ks, examples)
-            for t in range(len(inputs))
+            self._weight(end, reference, noise, centre, examples)
+            for end, reference, noise, centre in zip(ends, references, noises, centres, strict=True)
         )
         return tuple(ends), tuple(references), weights, gradients
 
+    def _centres(self, inputs: Tensors, baselines: Tensors) -> "_Centres":
+        """Means over all samples that the weights of every chunk refer to, taken once."""
+        if not (self.multiply_by_inputs and self.control_variate):
+            return (None,) * len(inputs)
+        whole = slice(0, inputs[0].shape[0])
+        each = [_Chunk(range(k, k + 1), whole) for k in range(self.n_samples)]
+        n = self.n_samples
+        centres = []
+        for t, (x, table) in enumerate(zip(inputs, baselines, strict=True)):
+            factor = covariance_factor(n, table.shape[0]) * n / (n - 1)
+            mean = _mean(table[rows] for rows in self.draws.rows[t])
+            noise = _mean(self._noise(x, t, k)[0] for k in each) if self.stdevs[t] > 0 else None
+            centres.append(_Centre(x - table.mean(0) + factor * mean, factor, noise))
+        return tuple(centres)
+
     def _weight(
         self,
-        t: int,
-        x: Tensor,
-        table: Tensor,
         end: Tensor,
         reference: Tensor,
-        ks: range,
+        noise: Tensor | None,
+        centre: "_Centre | None",
         examples: slice,
     ) -> Tensor | None:
         if not self.multiply_by_inputs:
             return None
-        if not self.control_variate:
+        if centre is None:
             return end - reference
-        n = self.n_samples
-        factor = covariance_factor(n, table.shape[0]) * n / (n - 1)
-        if len(ks) == n:
-            mean = reference.mean(0)
-        else:
-            rows = self.draws.rows[t][:, examples]
-            mean = _mean(table[rows[k]] for k in range(n))
-        weight = (x[examples] - table.mean(0) + factor * mean) - factor * reference
-        if self.stdevs[t] > 0:
-            mean_noise = _mean(self._noise(x, t, range(k, k + 1), examples)[0] for k in range(n))
-            noise = self._noise(x, t, ks, examples)
-            weight = weight + (noise - mean_noise) * (n / (n - 1))
+        weight = centre.offset[examples] - centre.factor * reference
+        if noise is not None and centre.noise is not None:
+            n = self.n_samples
+            weight = weight + (noise - centre.noise[examples]) * (n / (n - 1))
         return weight
 
-    def _noise(self, x: Tensor, t: int, ks: range, examples: slice) -> Tensor:
+    def _noise(self, x: Tensor, t: int, chunk: "_Chunk") -> Tensor:
+        """Noise is drawn for the whole batch, so that chunks do not change it."""
         like = x.detach()
-        return torch.stack([self.draws.noise(like, k, t, self.stdevs[t])[examples] for k in ks])
+        stdev = self.stdevs[t]
+        return torch.stack(
+            [self.draws.noise(like, k, t, stdev)[chunk.examples] for k in chunk.samples]
+        )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    samples: range
+    examples: slice
+
+
+@dataclass(frozen=True)
+class _Centre:
+    offset: Tensor  # (x - mu) + factor * mean of the drawn references, for each example
+    factor: float
+    noise: Tensor | None  # mean of the drawn noise, for each example
+
+
+_Centres = tuple[_Centre | None, ...]
+
+
+def _add(a: Tensors, b: Tensors) -> Tensors:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def _mean(tensors: Iterable[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from captum_priors._lift import flat, lift_distance, safe_norm
+from captum_priors._lift import cosine_distance, flat, lift_distance
 
 
 @lift_distance
@@ -43,7 +43,7 @@ def cosine(attributions: Tensor, other: Tensor) -> Tensor:
         >>> cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0]])).item()
         1.0
     """
-    return _angle(flat(attributions), flat(other))
+    return cosine_distance(flat(attributions), flat(other))
 
 
 @lift_distance
@@ -64,20 +64,12 @@ def pearson(attributions: Tensor, other: Tensor) -> Tensor:
         >>> torch.allclose(pearson(a, 3 * a + 1), torch.zeros(2), atol=1e-5)
         True
     """
-    left, right = flat(attributions), flat(other)
-    return _angle(left - left.mean(1, keepdim=True), right - right.mean(1, keepdim=True))
+    return cosine_distance(_centred(flat(attributions)), _centred(flat(other)))
 
 
-def _angle(left: Tensor, right: Tensor) -> Tensor:
-    """``|u - v|^2 / 2`` for unit vectors: no cancellation for nearly equal maps, unlike 1 - cos."""
-    return (_unit(left) - _unit(right)).square().sum(1) / 2 + _one_is_zero(left, right)
-
-
-def _unit(rows: Tensor) -> Tensor:
-    tiny = torch.finfo(rows.dtype).tiny ** 0.5
-    return rows / safe_norm(rows).clamp_min(tiny).unsqueeze(1)
-
-
-def _one_is_zero(left: Tensor, right: Tensor) -> Tensor:
-    """Add the half that a missing unit vector leaves out."""
-    return ((left == 0).all(1) != (right == 0).all(1)).to(left.dtype) / 2
+def _centred(rows: Tensor) -> Tensor:
+    """Subtract the mean; what is left of a constant map is rounding, and counts as zero."""
+    centred = rows - rows.mean(1, keepdim=True)
+    rounding = 4 * torch.finfo(rows.dtype).eps * rows.detach().abs().amax(1, keepdim=True)
+    constant = centred.detach().abs().amax(1, keepdim=True) <= rounding
+    return torch.where(constant, torch.zeros_like(centred), centred)

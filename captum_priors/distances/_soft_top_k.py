@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from captum_priors._checks import check_count
 from captum_priors._errors import expected_found
-from captum_priors._lift import flat, lift_distance
+from captum_priors._lift import cosine_distance, flat, in_units_of_largest, lift_distance
 
 
 class SoftTopK(nn.Module):
@@ -36,7 +36,7 @@ class SoftTopK(nn.Module):
     def __init__(self, k: int, *, temperature: float = 0.1) -> None:
         super().__init__()
         check_count("k", k)
-        if not 0 < temperature < float("inf"):
+        if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
             raise ValueError(
                 expected_found(
                     "`temperature`", "a positive number", repr(temperature), "Pass for example 0.1."
@@ -50,10 +50,10 @@ class SoftTopK(nn.Module):
 
     def _distance(self, attributions: Tensor, other: Tensor) -> Tensor:
         left, right = self._membership(attributions), self._membership(other)
-        return 1 - torch.cosine_similarity(left, right, dim=1)
+        return cosine_distance(left, right)
 
     def _membership(self, attributions: Tensor) -> Tensor:
-        size = flat(attributions).abs()
+        size = in_units_of_largest(flat(attributions).abs(), 1)
         if size.shape[1] <= self.k:
             raise ValueError(
                 expected_found(
@@ -62,7 +62,7 @@ class SoftTopK(nn.Module):
             )
         top = size.topk(self.k + 1, dim=1).values
         threshold = top[:, -2:].mean(1, keepdim=True)
-        scale = size.mean(1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny ** 0.5)
+        scale = size.mean(1, keepdim=True).clamp_min(1 / size.shape[1])
         return torch.sigmoid((size - threshold) / (self.temperature * scale))
 
     def extra_repr(self) -> str:

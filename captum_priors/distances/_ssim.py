@@ -52,19 +52,26 @@ def ssim(attributions: Tensor, other: Tensor) -> Tensor:
     a, b = (
         t.sum(1, keepdim=True) if t.dim() == 4 else t.unsqueeze(1) for t in (attributions, other)
     )
+    both = torch.cat([a, b], 1).flatten(1)
+    low, high = both.amin(1), both.amax(1)
+    # In units of the joint range, or of the size of two equal constants; 1 for two zeros.
+    scale = torch.where(high > low, high - low, high.abs())
+    counts = scale > torch.finfo(a.dtype).tiny ** 0.5
+    scale = torch.where(counts, scale, 1).reshape(-1, 1, 1, 1)
+    centre = (both.mean(1).reshape(-1, 1, 1, 1) / scale).detach()
+    a, b = a / scale, b / scale
     window = _window(a)
     mean_a, mean_b = F.conv2d(a, window), F.conv2d(b, window)
-    var_a = F.conv2d(a.square(), window) - mean_a.square()
-    var_b = F.conv2d(b.square(), window) - mean_b.square()
-    covariance = F.conv2d(a * b, window) - mean_a * mean_b
-    joint = torch.cat([a, b], 1).flatten(1).detach()
-    span = (joint.amax(1) - joint.amin(1)).clamp_min(torch.finfo(a.dtype).tiny ** 0.25)
-    c1, c2 = ((k * span).square().reshape(-1, 1, 1, 1) for k in (_K1, _K2))
-    # Two ratios rather than one: the product of the constants underflows for tiny maps.
+    # Second moments about the joint mean: about zero they cancel for maps with a large offset.
+    off_a, off_b = a - centre, b - centre
+    mean_off_a, mean_off_b = mean_a - centre, mean_b - centre
+    var_a = F.conv2d(off_a.square(), window) - mean_off_a.square()
+    var_b = F.conv2d(off_b.square(), window) - mean_off_b.square()
+    covariance = F.conv2d(off_a * off_b, window) - mean_off_a * mean_off_b
+    c1, c2 = _K1**2, _K2**2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
     structure = (2 * covariance + c2) / (var_a + var_b + c2)
-    similarity = luminance * structure
-    return 1 - similarity.flatten(1).mean(1)
+    return 1 - (luminance * structure).flatten(1).mean(1)
 
 
 def _window(maps: Tensor) -> Tensor:

@@ -2,11 +2,10 @@
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from captum_priors._errors import expected_found, one_of
-from captum_priors._lift import NEGLIGIBLE, flat, lift_penalty
+from captum_priors._lift import cosine_distance, flat, in_units_of_largest, lift_penalty
 
 
 @lift_penalty
@@ -73,8 +72,8 @@ def energy_outside(attributions: Tensor, *, annotation: Tensor) -> Tensor:
         if annotation.dim() < 3 or annotation.shape[-3] == 1:
             attributions = attributions.sum(1, keepdim=True)
     mask = _mask(attributions, annotation)
-    positive = flat(attributions.relu())
-    return (positive * flat(1 - mask)).sum(1) / positive.sum(1).clamp_min(NEGLIGIBLE)
+    positive = in_units_of_largest(flat(attributions.relu()), 1)
+    return (positive * flat(1 - mask)).sum(1) / positive.sum(1).clamp_min(1)
 
 
 @lift_penalty
@@ -109,7 +108,7 @@ def alignment(
     rows = flat(attributions)
     if measure == "mse":
         return (rows - given).square().mean(1)
-    return 1 - torch.cosine_similarity(rows, given, dim=1)
+    return cosine_distance(rows, given)
 
 
 def _tensor(annotation: Any) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from captum_priors._lift import flat, lift_penalty
+from captum_priors._lift import flat, in_units_of_largest, lift_penalty
 
 
 @lift_penalty
@@ -31,8 +31,7 @@ def gini(attributions: Tensor) -> Tensor:
         >>> gini(one_matters).item(), abs(gini(torch.ones(6, 4)).item())
         (-0.75, 0.0)
     """
-    importance = flat(attributions).abs().mean(0).sort().values
+    importance = in_units_of_largest(flat(attributions).abs().mean(0), 0).sort().values
     p = importance.numel()
     rank = torch.arange(1 - p, p, 2, dtype=importance.dtype, device=importance.device)
-    tiny = torch.finfo(importance.dtype).tiny
-    return -(rank * importance).sum() / (p * importance.sum()).clamp_min(tiny**0.5)
+    return -(rank * importance).sum() / (p * importance.sum()).clamp_min(1)

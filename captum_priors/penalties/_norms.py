@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from captum_priors._errors import expected_found
-from captum_priors._lift import flat, lift_penalty, safe_norm
+from captum_priors._lift import flat, in_units_of_largest, lift_penalty, safe_norm
 
 
 @lift_penalty
@@ -67,9 +67,8 @@ def entropy(attributions: Tensor) -> Tensor:
         >>> math.isclose(entropy(torch.ones(1, 8)).item(), math.log(8), rel_tol=1e-6)
         True
     """
-    size = flat(attributions).abs()
-    tiny = torch.finfo(size.dtype).eps ** 2
-    shares = size / size.sum(1, keepdim=True).clamp_min(tiny)
+    size = in_units_of_largest(flat(attributions).abs(), 1)
+    shares = size / size.sum(1, keepdim=True).clamp_min(1)
     # q log q has an infinite slope at 0: shares below rounding contribute nothing either way.
     safe = shares.clamp_min(torch.finfo(size.dtype).eps)
     return -(shares * safe.log()).sum(1)
@@ -117,7 +116,9 @@ def group_sparsity(attributions: Tensor, *, groups: Sequence[Sequence[int]] | Te
         members = [(labels == label).nonzero().flatten() for label in labels.unique()]
     else:
         members = [torch.as_tensor(group, device=rows.device) for group in groups]
-        if any(m.numel() == 0 or m.min() < 0 or m.max() >= rows.shape[1] for m in members):
+        if not members or any(
+            m.numel() == 0 or m.min() < 0 or m.max() >= rows.shape[1] for m in members
+        ):
             raise ValueError(
                 expected_found(
                     "`groups`",

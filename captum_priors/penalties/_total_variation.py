@@ -1,12 +1,10 @@
 """Total variation of attribution maps: the pixel prior of Erion et al. 2021."""
 
+import torch
 from torch import Tensor
 
 from captum_priors._errors import expected_found
-from captum_priors._lift import lift_penalty
-
-# Standard deviation below which a map counts as constant rather than being blown up to unit scale.
-_FLAT = 1e-6
+from captum_priors._lift import in_units_of_largest, lift_penalty
 
 
 @lift_penalty
@@ -57,8 +55,10 @@ def total_variation(
     maps = attributions.flatten(1, -n - 1).sum(1) if attributions.dim() > n + 1 else attributions
     spatial = tuple(range(1, n + 1))
     if standardize:
+        maps = in_units_of_largest(maps, spatial)
         variance = maps.var(dim=spatial, keepdim=True, unbiased=False)
-        maps = maps / (variance + _FLAT**2).sqrt()
+        # Maps that vary by rounding alone are constant, not to be blown up to unit scale.
+        maps = maps / (variance + (4 * torch.finfo(maps.dtype).eps) ** 2).sqrt()
     differences = [maps.diff(dim=dim).abs().flatten(1).sum(1) for dim in spatial]
     total = differences[0]
     for difference in differences[1:]:

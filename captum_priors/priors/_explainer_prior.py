@@ -51,13 +51,17 @@ class ExplainerPrior(Prior):
             )
         # Past nn.Module's registration: the explained model's parameters are not the prior's.
         self.__dict__["explainer"] = differentiable(explainer)
-        self._parameters_of_attribute = inspect.signature(self.explainer.attribute).parameters
         self._check_options(options)
         self.options = options
         self.score = score
         self.reduction: Reduction = reduction
         self.smooth = None if smooth is None else check_beta("smooth", smooth)
         self.stream = RandomStream(type(self).__name__)
+
+    @property
+    def _parameters_of_attribute(self) -> Any:
+        # Looked up each time: signatures cannot be copied or pickled along with a prior.
+        return inspect.signature(self.explainer.attribute).parameters
 
     explainer: Any
     _score_name = "penalty"
@@ -145,10 +149,9 @@ class ExplainerPrior(Prior):
         """Whether the explainer takes baselines, or the score this annotation."""
         if name == "baselines":
             return name in self._parameters_of_attribute or _is_open(self._parameters_of_attribute)
-        parameters = _signature(self.score)
-        return _is_open(parameters) or (
-            name in parameters and parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
-        )
+        parameters = parameters_of(self.score)
+        maths = list(parameters)[: 1 if self._score_name == "penalty" else 2]
+        return _is_open(parameters) or (name in parameters and name not in maths)
 
     def formula(self) -> str:
         """Return the prior as it would be written."""
@@ -208,6 +211,15 @@ class ExplainerPrior(Prior):
                         f"`{name}`", "it when the prior is called", "it at construction", "Move it."
                     )
                 )
+            if name == "return_convergence_delta":
+                raise TypeError(
+                    expected_found(
+                        f"`{name}`",
+                        "attributions alone",
+                        "an option that returns more",
+                        "Ask the explainer for the deltas.",
+                    )
+                )
             if name not in parameters and not _is_open(parameters):
                 known = ", ".join(p for p in parameters if p not in _PASSED_AT_CALL)
                 raise TypeError(
@@ -237,8 +249,13 @@ def _each(attributions: Any) -> tuple[Any, ...]:
     return attributions if isinstance(attributions, tuple) else (attributions,)
 
 
-def _signature(score: Any) -> Any:
-    return inspect.signature(score.forward if isinstance(score, nn.Module) else score).parameters
+def parameters_of(function: Any) -> Any:
+    """Parameters of a function or module; none where a builtin does not tell."""
+    try:
+        called = function.forward if isinstance(function, nn.Module) else function
+        return inspect.signature(called).parameters
+    except ValueError:
+        return {}
 
 
 def _is_open(parameters: Any) -> bool:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from captum.attr import InputXGradient, Saliency
 from torch import Tensor, nn
 
+from captum_priors._errors import expected_found
 from captum_priors._types import Differentiation, TensorOrTuple
 from captum_priors.adapters import differentiable
 from captum_priors.attr import ExpectedGradients
@@ -269,7 +271,17 @@ class _SumOfLogProbabilities:
         self.forward_func = forward_func
 
     def __call__(self, *args: Any) -> Tensor:
-        return F.log_softmax(self.forward_func(*args), dim=1).flatten(1).sum(1)
+        logits = self.forward_func(*args)
+        if logits.dim() < 2 or logits.shape[1] < 2:
+            raise ValueError(
+                expected_found(
+                    "`forward_func`",
+                    "logits of at least two classes, shape (batch, classes)",
+                    f"shape {tuple(logits.shape)}",
+                    "Return torch.stack([zeros, logit], 1) for a binary model with one logit.",
+                )
+            )
+        return F.log_softmax(logits, dim=1).flatten(1).sum(1)
 
 
 def _like_annotation(attributions: Tensor, *, annotation: Tensor) -> Tensor:
@@ -285,7 +297,8 @@ def _outside_annotation(attributions: Tensor, *, annotation: Tensor) -> Tensor:
 def _scaled(cam: Tensor) -> Tensor:
     """Scale each map to a maximum of 1; a map of zeros stays one."""
     top = cam.flatten(1).amax(1).reshape(-1, *[1] * (cam.dim() - 1))
-    return cam / top.clamp_min(1e-8)
+    counts = top > torch.finfo(cam.dtype).tiny ** 0.5
+    return torch.where(counts, cam, 0) / torch.where(counts, top, 1)
 
 
 def _resized(annotation: Tensor, cam: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The stability prior: attributions that stay when the input moves a little."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from captum_priors._captum import as_tuple, like_inputs
 from captum_priors._engine._random import seed_global
 from captum_priors._errors import expected_found
 from captum_priors._types import Distance, TensorOrTuple
-from captum_priors.priors._explainer_prior import ExplainerPrior, Reduction
+from captum_priors.priors._explainer_prior import ExplainerPrior, Reduction, parameters_of
 
 
 class StabilityPrior(ExplainerPrior):
@@ -26,7 +25,9 @@ class StabilityPrior(ExplainerPrior):
         explainer: An explainer that :func:`captum_priors.differentiable` takes.
         distance: ``distance(attributions, other)`` of shape ``(batch,)``.
         perturbation: A :class:`captum.robust.Perturbation`, or a function, of the inputs. It is
-            also given ``target`` and ``additional_forward_args`` where it takes them.
+            also given ``target`` and ``additional_forward_args`` where it takes them; other
+            arguments of an attack are bound first, as in ``lambda x, target: fgsm.perturb(x, 0.1,
+            target)``.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: As in :class:`AttributionPrior`.
         attribute_options: As in :class:`AttributionPrior`.
@@ -101,20 +102,22 @@ class StabilityPrior(ExplainerPrior):
         return self.distance(here, there, **annotations)
 
     def _moved(self, inputs: TensorOrTuple, call: dict[str, Any]) -> TensorOrTuple:
-        known = inspect.signature(self._perturb).parameters
+        known = parameters_of(self._perturb)
         extra = {k: call[k] for k in ("target", "additional_forward_args") if k in call}
         moved = self._perturb(inputs, **{k: v for k, v in extra.items() if k in known})
+        each = moved if isinstance(moved, tuple) else (moved,)
         shapes = [tuple(t.shape) for t in as_tuple(inputs)]
-        if [tuple(t.shape) for t in as_tuple(moved)] != shapes:
+        found = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in each]
+        if found != shapes:
             raise ValueError(
                 expected_found(
                     "`perturbation`",
                     f"perturbed inputs of shapes {shapes}",
-                    str([tuple(t.shape) for t in as_tuple(moved)]),
+                    str(found),
                     "Return tensors like the inputs.",
                 )
             )
-        return like_inputs(inputs, tuple(t.detach() for t in as_tuple(moved)))
+        return like_inputs(inputs, tuple(t.detach() for t in each))
 
     def _described(self) -> list[Any]:
         return [self.score, self.perturbation]
