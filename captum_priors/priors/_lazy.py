@@ -16,9 +16,9 @@ class Lazy(Prior):
     r"""Evaluate a prior on every k-th training step, weighted by k, and skip the others.
 
     The average over k steps is that of the prior at a k-th of the cost. The step counter is part
-    of the ``state_dict``. Where no gradient is recorded, or after ``eval()``, the prior is
-    evaluated unweighted and nothing is counted. (Karras et al. 2020 do the
-    same with a gradient penalty.)
+    of the ``state_dict``. A skipped step returns a constant: add it to the loss as ever. Where no
+    gradient is recorded, or after ``eval()``, the prior is evaluated unweighted and nothing is
+    counted. (Karras et al. 2020 do the same with a gradient penalty.)
 
     Args:
         prior: The prior.

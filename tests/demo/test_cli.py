@@ -87,6 +87,8 @@ BAD = [
     (["--epochs", "many"], "argument --epochs: invalid int value"),
     (["--seed", "-1"], "--seed: expected"),
     (["--data", "cifar"], "--data: expected 'digits' or 'mnist=DIR'"),
+    (["--data", "digits=here"], "--data: expected 'digits' or 'mnist=DIR'"),
+    (["--data", "foo=x"], "--data: expected 'digits' or 'mnist=DIR'"),
     (["--data", "mnist="], "--data: expected 'digits' or 'mnist=DIR'"),
     (["--data", "mnist=/nowhere/at/all"], "found none at /nowhere/at/all"),
     (["--colour"], "unrecognized arguments: --colour"),

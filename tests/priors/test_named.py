@@ -300,3 +300,10 @@ def test_grad_cam_of_a_flat_layer_is_refused() -> None:
     text = r"`layer`: expected a layer that returns one tensor \(batch, channels, \.\.\.\), found "
     with pytest.raises(ValueError, match=text + r"\(2, 5\)\. Pass a convolutional layer"):
         HINT(model, model[3])(torch.ones(2, 1, 8, 8), target=0, annotation=torch.ones(2, 1, 8, 8))
+
+
+def test_right_for_the_right_reasons_needs_two_classes() -> None:
+    """The log-probability of the only class is 0 everywhere: a prior without effect."""
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="at least two classes"):
+        RightForTheRightReasons(nn.Linear(4, 1))(x, annotation=torch.zeros(3, 4))
