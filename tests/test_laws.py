@@ -73,7 +73,7 @@ def test_finite_difference_agrees(row: Row, make_case: Any) -> None:
         torch.manual_seed(3)
         value = row.make(case, way).attribute(case.inputs, **row.call(case))
         gradients.append(parameter_gradients(value, list(case.model.parameters())))
-    # Second-order truncation error of a 1 % step: 1e-4 times the third derivative's size.
+    # Second-order truncation error of a 0.2 % step: 1e-4 times the third derivative's size.
     assert relative_error(gradients[1], gradients[0]) < 5e-3
 
 

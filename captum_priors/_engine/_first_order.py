@@ -2,14 +2,14 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from captum_priors._engine._graph import leaves, no_second_derivative, now
+from captum_priors._engine._graph import leaves, no_second_derivative, now, refuse_dead_ends
 from captum_priors._errors import NotDifferentiableError
 
 Field = Callable[[tuple[Tensor, ...]], Tensor]
@@ -115,18 +115,12 @@ def differentiate(
             "`forward_func`: expected an output that depends on the inputs, found one without a "
             "graph. Look for detach(), torch.no_grad(), .data or a NumPy step inside it."
         )
-    # The cotangent of ones requires a gradient in its turn, because torch marks a function as
-    # differentiable only once where its cotangent does, and drops its graph in silence elsewhere.
-    ones = torch.ones_like(outputs, requires_grad=create_graph)
-    try:
-        gradients = torch.autograd.grad(
-            outputs, points, ones, create_graph=create_graph, allow_unused=True
-        )
-    except RuntimeError as error:
-        for sign, culprit in _REFUSALS.items():
-            if sign in str(error):
-                raise NotDifferentiableError(no_second_derivative(culprit)) from error
-        raise
+    gradients: Sequence[Tensor | None]
+    if create_graph:
+        gradients = with_second_derivative(outputs, points, allow_unused=True)
+    else:
+        gradients = _grad(outputs, points, torch.ones_like(outputs), allow_unused=True)
+    found = []
     for i, gradient in enumerate(gradients):
         if gradient is None:
             raise NotDifferentiableError(
@@ -134,7 +128,34 @@ def differentiate(
                 "not. Pass a tensor that is not to be explained in `additional_forward_args`, and "
                 "look for detach() or torch.no_grad() inside `forward_func`."
             )
-    return tuple(gradients)
+        found.append(gradient)
+    return tuple(found)
+
+
+def with_second_derivative(
+    outputs: Any, inputs: Any, *, cotangents: Any = None, allow_unused: bool = False
+) -> tuple[Tensor, ...]:
+    """Differentiate with a graph, and refuse operators that have no second derivative."""
+    if cotangents is None:
+        # Ones that require a gradient in their turn, because torch marks a function as
+        # differentiable only once where its cotangent does, and drops its graph silently elsewhere.
+        several = isinstance(outputs, (tuple, list))
+        ones = [torch.ones_like(o, requires_grad=True) for o in (outputs if several else [outputs])]
+        cotangents = ones if several else ones[0]
+    gradients = _grad(outputs, inputs, cotangents, allow_unused=allow_unused, create_graph=True)
+    refuse_dead_ends(tuple(g for g in gradients if g is not None))
+    return gradients
+
+
+def _grad(outputs: Any, inputs: Any, cotangents: Any, **options: bool) -> tuple[Tensor, ...]:
+    try:
+        gradients: tuple[Tensor, ...] = torch.autograd.grad(outputs, inputs, cotangents, **options)
+        return gradients
+    except RuntimeError as error:
+        for sign, culprit in _REFUSALS.items():
+            if sign in str(error):
+                raise NotDifferentiableError(no_second_derivative(culprit)) from error
+        raise
 
 
 def _check_outputs(outputs: Tensor, n_rows: int) -> None:

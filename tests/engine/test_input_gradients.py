@@ -118,7 +118,7 @@ def test_fused_attention_under_finite_difference_and_the_math_kernel() -> None:
     fused = backward(attribute(model, x, "finite_difference", target=1), model)
     with sdpa_kernel(SDPBackend.MATH):
         exact = backward(attribute(model, x, target=1), model)
-    assert relative_error(fused, exact) < 1e-3  # truncation error of a 1 % step
+    assert relative_error(fused, exact) < 1e-3  # truncation error of a 0.2 % step
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch.compile
@@ -127,7 +127,7 @@ def test_compiled_module_under_finite_difference() -> None:
     compiled = torch.compile(case.model, backend="aot_eager")
     found = backward(attribute(compiled, case.inputs, "finite_difference", target=1), case.model)
     exact = backward(attribute(case.model, case.inputs, target=1), case.model)
-    assert relative_error(found, exact) < 1e-3  # truncation error of a 1 % step
+    assert relative_error(found, exact) < 1e-3  # truncation error of a 0.2 % step
 
 
 def test_reentrant_checkpointing_is_refused_and_the_other_works() -> None:
@@ -141,7 +141,7 @@ def test_reentrant_checkpointing_is_refused_and_the_other_works() -> None:
         with pytest.raises(NotDifferentiableError, match="use_reentrant=False"):
             attribute(lambda x: model(x, reentrant=True), case.inputs, way, target=1)
         value = attribute(lambda x: model(x, reentrant=False), case.inputs, way, target=1)
-        tolerance = 1e-12 if way in EXACT else 1e-3  # rounding; truncation of a 1 % step
+        tolerance = 1e-12 if way in EXACT else 1e-3  # rounding; truncation of a 0.2 % step
         assert relative_error(backward(value, case.model), exact) < tolerance
 
 

@@ -43,7 +43,7 @@ def test_replaying_differentiations_hold_the_model_for_the_second_run_too(way: s
     found = gradients(model, way, x)
     model.active = False
     expected = gradients(model, "double_backprop", x)
-    # Sums in another order; truncation of a 1 % step.
+    # Sums in another order; truncation of a 0.2 % step.
     assert relative_error(found, expected) < (1e-12 if way == "recompute" else 1e-2)
 
 

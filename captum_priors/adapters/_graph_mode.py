@@ -1,0 +1,95 @@
+"""Run Captum's own code so that it keeps the graph that it throws away."""
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from captum_priors._engine._first_order import with_second_derivative
+
+_CAPTUM = ("captum.attr", "captum._utils")
+# Frames between a caller and this mode that only pass a call on. A module of torch's is not among
+# them: what happens inside the explained model keeps its meaning.
+_PASS_ON = (
+    "torch.overrides",
+    "torch._tensor",
+    "torch.autograd",
+    "torch.autograd.grad_mode",
+    "torch.utils._contextlib",
+    "contextlib",
+    __name__,
+)
+
+
+def _called_by_captum() -> bool:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in _PASS_ON:
+        frame = frame.f_back
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith(_CAPTUM)
+
+
+class KeepGraph(TorchFunctionMode):
+    """Rewrites the calls that Captum makes, and those alone, for one attribution.
+
+    ``autograd.grad`` creates a graph, ``no_grad`` and ``detach`` do nothing, and tensor hooks live
+    as long as the attribution: they would fire again when the result is differentiated.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handles: list[RemovableHandle] = []
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        rewrite = _REWRITES.get(func)
+        if rewrite is None or not _called_by_captum():
+            return func(*args, **kwargs)
+        return rewrite(self, *args, **kwargs)
+
+    def release(self) -> None:
+        """Remove the hooks that the attribution set."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _grad(self, outputs: Any, inputs: Any, **options: Any) -> Any:
+        return with_second_derivative(
+            outputs,
+            inputs,
+            cotangents=options.get("grad_outputs"),
+            allow_unused=bool(options.get("allow_unused")),
+        )
+
+    def _detach(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _register_hook(self, tensor: Tensor, hook: Any) -> RemovableHandle:
+        def inside(gradient: Tensor) -> Any:
+            with self:  # set aside for autograd.grad, within which the hook runs
+                return hook(gradient)
+
+        self._handles.append(tensor.register_hook(inside))
+        return self._handles[-1]
+
+    def _set_grad_enabled(self, enabled: bool) -> None:
+        if enabled:
+            torch._C._set_grad_enabled(True)
+
+
+_REWRITES: dict[Any, Callable[..., Any]] = {
+    torch.autograd.grad: KeepGraph._grad,
+    Tensor.detach: KeepGraph._detach,
+    Tensor.register_hook: KeepGraph._register_hook,
+    torch._C._set_grad_enabled: KeepGraph._set_grad_enabled,
+}
