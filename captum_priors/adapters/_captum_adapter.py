@@ -1,33 +1,19 @@
-"""Captum's own algorithms, run on gradients that keep their graph."""
+"""The base of all adapters: an instance of a Captum class with the same ``attribute``."""
 
-import copy
 import inspect
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-from captum.attr import GradientAttribution, InputXGradient, IntegratedGradients, Saliency
-from torch import Tensor
-
-from captum_priors._captum import (
-    as_tuple,
-    compute_gradients,
-    forward_args,
-    like_inputs,
-    log_usage,
-    run_repeated,
-)
-from captum_priors._checks import check_inputs, check_target
-from captum_priors._engine import Visit, input_gradients, keep_graph, recompute
+from captum_priors._captum import log_usage
 from captum_priors._engine._first_order import marks_start
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._errors import NotDifferentiableError, expected_found
-from captum_priors._types import Differentiation
+from captum_priors._types import DIFFERENTIATIONS, Differentiation
 
 
-class CaptumAdapter(GradientAttribution):
+class CaptumAdapter:
     """Base of the differentiable twins of Captum's classes; make them with ``differentiable``.
 
-    An adapter is an instance of the class that it stands for. It swaps Captum's ``gradient_func``
-    for one that keeps the graph and leaves everything else to Captum.
+    An adapter is an instance of the class that it stands for and runs that class's own code.
 
     Example:
         >>> import torch
@@ -38,146 +24,53 @@ class CaptumAdapter(GradientAttribution):
         (True, True)
     """
 
-    _stock: ClassVar[type[GradientAttribution]]
-    _takes_batch_size: ClassVar[bool] = False
+    _stock: ClassVar[Any]
+    differentiations: ClassVar[tuple[str, ...]] = tuple(DIFFERENTIATIONS)
+    draws_baselines: ClassVar[bool] = False
     differentiation: Differentiation = "double_backprop"
-    _visit: Visit = staticmethod(keep_graph)
 
     @classmethod
-    def of(cls, explainer: GradientAttribution, differentiation: Differentiation) -> Any:
+    def of(cls, explainer: Any, differentiation: Differentiation) -> Any:
         """Make the differentiable twin of a Captum explainer."""
-        if explainer.gradient_func is not compute_gradients:
-            raise NotDifferentiableError(
-                expected_found(
-                    "`explainer`",
-                    "Captum's own gradient_func",
-                    "another one, which an adapter would replace",
-                    "Register a conversion of your own with differentiable.register.",
-                )
-            )
         twin = cls.__new__(cls)
         twin.__dict__.update(explainer.__dict__)
-        twin.differentiation = differentiation
-        return twin
+        return twin.with_differentiation(differentiation)
+
+    def with_differentiation(self, differentiation: Differentiation) -> Any:
+        """Set how the parameter gradient is taken, if this class can."""
+        if differentiation not in self.differentiations:
+            raise NotDifferentiableError(
+                expected_found(
+                    f"`differentiation` of {self._stock.__name__}",
+                    " or ".join(map(repr, self.differentiations)),
+                    repr(differentiation),
+                    "Its attributions are more than arithmetic on input gradients.",
+                )
+            )
+        self.differentiation = differentiation
+        return self
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "_stock" not in cls.__dict__:
+            return
         stock = inspect.signature(cls._stock.attribute)
+        open_end = [p.name for p in stock.parameters.values() if p.kind is p.VAR_KEYWORD]
 
         def attribute(self: CaptumAdapter, *args: Any, **kwargs: Any) -> Any:
             given = stock.bind(self, *args, **kwargs).arguments
             del given["self"]
+            for name in open_end:
+                given.update(given.pop(name, {}))
             return self._attribute_with_graph(given)
 
         attribute.__doc__ = f"As :meth:`captum.attr.{cls._stock.__name__}.attribute`."
         attribute.__signature__ = stock  # type: ignore[attr-defined]  # what inspect reads
         attribute.__qualname__ = f"{cls.__name__}.attribute"
-        cls.attribute = log_usage()(leaves_inference_mode(marks_start(attribute)))
+        cls.attribute = log_usage()(leaves_inference_mode(marks_start(attribute)))  # type: ignore[attr-defined]  # Captum's name
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
-        inputs = given.pop("inputs")
-        check_inputs(inputs)
-        tensors = as_tuple(inputs)
-        check_target(given.get("target"), tensors[0].shape[0])
-        wants_delta = given.pop("return_convergence_delta", False)
-        baselines = given.get("baselines")
-        tables = baselines if isinstance(baselines, tuple) else (baselines,)
-        learned = tuple(b for b in tables if isinstance(b, Tensor) and b.requires_grad)
-        worker = copy.copy(self)
-        worker.gradient_func = worker._gradients
+        raise NotImplementedError
 
-        if self.differentiation == "recompute":
-            if self._takes_batch_size and given.get("internal_batch_size") is None:
-                given["internal_batch_size"] = tensors[0].shape[0]
-
-            def program(arguments: tuple[Tensor, ...], visit: Visit) -> tuple[Tensor, ...]:
-                rest = iter(arguments[len(tensors) :])
-                again = tuple(next(rest) if any(b is t for t in learned) else b for b in tables)
-                if learned:
-                    given["baselines"] = again if isinstance(baselines, tuple) else again[0]
-                worker._visit = visit
-                return worker._evaluate(like_inputs(inputs, arguments[: len(tensors)]), given)
-
-            result = recompute(program, (*tensors, *learned), forward_func=self.forward_func)
-        else:
-            result = worker._evaluate(inputs, given)
-        attributions = like_inputs(inputs, result)
-        if not wants_delta:
-            return attributions
-        delta = self.compute_convergence_delta(
-            attributions,
-            baselines,
-            inputs,
-            additional_forward_args=given.get("additional_forward_args"),
-            target=given.get("target"),
-        )
-        return attributions, delta
-
-    def _evaluate(self, inputs: Any, given: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Run Captum's algorithm on tensors that it may flag as it likes."""
-        own = tuple(
-            t if t.requires_grad or not t.is_floating_point() else t.detach().requires_grad_()
-            for t in as_tuple(inputs)
-        )
-        stock = inspect.unwrap(self._stock.attribute)
-        return self._visit(as_tuple(stock(self, inputs=like_inputs(inputs, own), **given)))
-
-    def _gradients(
-        self,
-        forward_fn: Any,
-        inputs: Any,
-        target_ind: Any = None,
-        additional_forward_args: Any = None,
-    ) -> tuple[Tensor, ...]:
-        """Stand in for Captum's ``compute_gradients``; its names, because Captum uses them."""
-        args, n = forward_args(additional_forward_args), as_tuple(inputs)[0].shape[0]
-
-        def field(points: tuple[Tensor, ...]) -> Tensor:
-            return run_repeated(forward_fn, points, target_ind, args, n)
-
-        way = "double_backprop" if self.differentiation == "recompute" else self.differentiation
-        return input_gradients(field, as_tuple(inputs), way)
-
-
-class DifferentiableSaliency(CaptumAdapter, Saliency):
-    """:class:`captum.attr.Saliency` with its graph."""
-
-    _stock = Saliency
-
-
-class DifferentiableInputXGradient(CaptumAdapter, InputXGradient):
-    """:class:`captum.attr.InputXGradient` with its graph."""
-
-    _stock = InputXGradient
-
-
-class DifferentiableIntegratedGradients(CaptumAdapter, IntegratedGradients):
-    """:class:`captum.attr.IntegratedGradients` with its graph, internal batches included."""
-
-    _stock = IntegratedGradients
-    _takes_batch_size = True
-
-    def _evaluate(self, inputs: Any, given: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Add the chunks up again: Captum detaches all of them but the first."""
-        visit, chunks = self._visit, list[tuple[Tensor, ...]]()
-
-        def add(chunk: tuple[Tensor, ...], rows: slice = slice(None)) -> tuple[Tensor, ...]:
-            chunk = visit(chunk, rows)
-            if chunks:
-                chunks[0] = tuple(a + b for a, b in zip(chunk, chunks[0], strict=True))
-            else:
-                chunks.append(chunk)
-            return chunk
-
-        worker = copy.copy(self)
-        worker.gradient_func = worker._gradients
-        worker._visit = keep_graph
-        worker._add_chunk = cast("Visit", add)
-        CaptumAdapter._evaluate(worker, inputs, given)
-        return chunks[0]
-
-    _add_chunk: Visit = staticmethod(keep_graph)
-
-    def _attribute(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """Captum calls this once for each internal batch."""
-        return self._add_chunk(super()._attribute(*args, **kwargs))
+    def _run_stock(self, **given: Any) -> Any:
+        return inspect.unwrap(self._stock.attribute)(self, **given)

@@ -4,12 +4,13 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from captum.attr import Attribution, InputXGradient, IntegratedGradients, Saliency
+from captum.attr import Attribution, InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
 
 from captum_priors._errors import NotDifferentiableError, expected_found, one_of
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
-from captum_priors.adapters._captum_adapter import (
-    CaptumAdapter,
+from captum_priors.adapters._captum_adapter import CaptumAdapter
+from captum_priors.adapters._mode_adapters import MODE_ADAPTERS
+from captum_priors.adapters._seam_adapters import (
     DifferentiableInputXGradient,
     DifferentiableIntegratedGradients,
     DifferentiableSaliency,
@@ -23,16 +24,10 @@ _ADAPTERS: dict[type, type[CaptumAdapter]] = {
     Saliency: DifferentiableSaliency,
     InputXGradient: DifferentiableInputXGradient,
     IntegratedGradients: DifferentiableIntegratedGradients,
+    **MODE_ADAPTERS,
 }
 _OWN = (ExpectedGradients, LayerExpectedGradients, CaptumAdapter)
 _registered: dict[type, Convert] = {}
-
-_INSTEAD = {
-    "GradientShap": "Use captum_priors.ExpectedGradients, which takes the same calls.",
-    "LayerGradientShap": "Use captum_priors.LayerExpectedGradients, which takes the same calls.",
-    "LayerIntegratedGradients": "Use captum_priors.LayerExpectedGradients with one baseline row.",
-    "LayerGradCam": "Use captum_priors.priors.RRRGradCAM or HINT.",
-}
 
 
 class Differentiable:
@@ -81,10 +76,14 @@ class Differentiable:
             if differentiation in (None, explainer.differentiation):
                 return explainer
             explainer = copy.copy(explainer)
+            if isinstance(explainer, CaptumAdapter):
+                return explainer.with_differentiation(differentiation)
             explainer.differentiation = differentiation
             return explainer
         adapter = _ADAPTERS.get(type(explainer))
         if adapter is not None:
+            if isinstance(explainer, NoiseTunnel):
+                self(explainer.attribution_method)  # what it averages must be admitted, too
             return adapter.of(explainer, differentiation or "double_backprop")
         if isinstance(explainer, Attribution) or _is_shap(explainer):
             raise NotDifferentiableError(_refusal(type(explainer)))
@@ -153,10 +152,9 @@ def _is_shap(explainer: Any) -> bool:
 
 def _refusal(cls: type) -> str:
     names = ", ".join(sorted(known.__name__ for known in _ADAPTERS))
-    instead = _INSTEAD.get(
-        cls.__name__,
+    instead = (
         "Use one of these, or register a conversion of your own with differentiable.register and "
-        "certify it with captum_priors.testing.check_differentiable.",
+        "certify it with captum_priors.testing.check_differentiable."
     )
     return (
         f"`explainer`: expected one with a certified conversion ({names}), found {cls.__name__}, "

@@ -1,0 +1,141 @@
+"""Adapters of the methods that run whole under :class:`KeepGraph`, Captum's code and all."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import captum.attr
+import torch
+from captum.attr import GradientAttribution, NoiseTunnel
+from torch import Tensor, nn
+
+from captum_priors._captum import as_tuple, like_inputs
+from captum_priors._checks import check_inputs, check_target
+from captum_priors._engine import Visit, recompute
+from captum_priors._engine._modules import submodules_of
+from captum_priors.adapters._captum_adapter import CaptumAdapter
+from captum_priors.adapters._graph_mode import KeepGraph
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class ModeAdapter(CaptumAdapter):
+    """Runs the stock method with its graph kept.
+
+    Perturbation methods need first derivatives only, so they work on models whose backward pass
+    cannot be differentiated; gradient methods are differentiated twice.
+    """
+
+    differentiations = ("double_backprop", "recompute")
+
+    def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
+        inputs = given["inputs"]
+        check_inputs(inputs)
+        tensors = as_tuple(inputs)
+        check_target(given.get("target"), tensors[0].shape[0])
+        if not torch.is_grad_enabled():
+            return self._run_stock(**given)
+        if self.differentiation == "double_backprop":
+            return self._with_graph({**given, "inputs": like_inputs(inputs, self._own(tensors))})
+        shape: list[Any] = []
+
+        def program(arguments: tuple[Tensor, ...], visit: Visit) -> tuple[Tensor, ...]:
+            own = like_inputs(inputs, self._own(arguments))
+            leaves: list[Tensor] = []
+            shape[:] = [_flatten(self._with_graph({**given, "inputs": own}), leaves)]
+            return visit(tuple(leaves))
+
+        values = recompute(program, tensors, forward_func=self)
+        return _unflatten(shape[0], iter(values))
+
+    def _own(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return tensors that Captum may flag as it likes, and need not warn about."""
+        flags = isinstance(self, (GradientAttribution, NoiseTunnel))
+        return tuple(
+            t if t.requires_grad else t.detach().requires_grad_(flags and t.is_floating_point())
+            for t in tensors
+        )
+
+    def _with_graph(self, given: dict[str, Any]) -> Any:
+        mode = KeepGraph()
+        try:
+            with _hooks_put_back(submodules_of(self)), mode:
+                return self._run_stock(**given)
+        finally:
+            mode.release()
+
+
+@contextmanager
+def _hooks_put_back(modules: tuple[nn.Module, ...]) -> Iterator[None]:
+    """Remove the module hooks that a method leaves behind when the model raises."""
+    before = {(module, name): set(getattr(module, name)) for module in modules for name in _HOOKS}
+    try:
+        yield
+    finally:
+        for (module, name), keys in before.items():
+            hooks = getattr(module, name)
+            for key in [key for key in hooks if key not in keys]:
+                del hooks[key]
+
+
+def _flatten(value: Any, leaves: list[Tensor]) -> Any:
+    """Replace the tensors in a structure of tuples and lists by their positions."""
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return len(leaves) - 1
+    return type(value)(_flatten(v, leaves) for v in value)
+
+
+def _unflatten(shape: Any, values: Iterator[Tensor]) -> Any:
+    return (
+        next(values)
+        if isinstance(shape, int)
+        else type(shape)(_unflatten(s, values) for s in shape)
+    )
+
+
+NAMES = (
+    "Deconvolution",
+    "FeatureAblation",
+    "FeaturePermutation",
+    "GradientShap",
+    "GuidedBackprop",
+    "GuidedGradCam",
+    "InternalInfluence",
+    "LayerActivation",
+    "LayerConductance",
+    "LayerFeatureAblation",
+    "LayerGradCam",
+    "LayerGradientShap",
+    "LayerGradientXActivation",
+    "LayerIntegratedGradients",
+    "NeuronConductance",
+    "NeuronDeconvolution",
+    "NeuronFeatureAblation",
+    "NeuronGradient",
+    "NeuronGradientShap",
+    "NeuronGuidedBackprop",
+    "NeuronIntegratedGradients",
+    "NoiseTunnel",
+    "Occlusion",
+    "ShapleyValueSampling",
+    "ShapleyValues",
+)
+_DRAWING = ("GradientShap", "LayerGradientShap", "NeuronGradientShap")
+
+
+def _adapter(stock: type) -> type[ModeAdapter]:
+    """Make an adapter class, named and placed in this module so that instances can be pickled."""
+    members = {
+        "_stock": stock,
+        "__module__": __name__,
+        "__doc__": f":class:`captum.attr.{stock.__name__}` with its graph.",
+        "draws_baselines": stock.__name__ in _DRAWING,
+    }
+    return type(f"Differentiable{stock.__name__}", (ModeAdapter, stock), members)
+
+
+MODE_ADAPTERS: dict[type, type[ModeAdapter]] = {
+    stock: _adapter(stock) for stock in (getattr(captum.attr, name) for name in NAMES)
+}
+globals().update({adapter.__name__: adapter for adapter in MODE_ADAPTERS.values()})

@@ -1,0 +1,151 @@
+"""Adapters of the methods that are arithmetic on input gradients, with every differentiation."""
+
+import copy
+from typing import Any, ClassVar, cast
+
+from captum.attr import InputXGradient, IntegratedGradients, Saliency
+from torch import Tensor
+
+from captum_priors._captum import (
+    as_tuple,
+    compute_gradients,
+    forward_args,
+    like_inputs,
+    run_repeated,
+)
+from captum_priors._checks import check_inputs, check_target
+from captum_priors._engine import Visit, input_gradients, keep_graph, recompute
+from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._types import Differentiation
+from captum_priors.adapters._captum_adapter import CaptumAdapter
+
+
+class SeamAdapter(CaptumAdapter):
+    """Swaps Captum's ``gradient_func`` for the engine's, and leaves everything else to Captum."""
+
+    _takes_batch_size: ClassVar[bool] = False
+    _visit: Visit = staticmethod(keep_graph)
+    gradient_func: Any
+    forward_func: Any
+    compute_convergence_delta: Any
+
+    @classmethod
+    def of(cls, explainer: Any, differentiation: Differentiation) -> Any:
+        """Make the differentiable twin of a Captum explainer."""
+        if explainer.gradient_func is not compute_gradients:
+            raise NotDifferentiableError(
+                expected_found(
+                    "`explainer`",
+                    "Captum's own gradient_func",
+                    "another one, which an adapter would replace",
+                    "Register a conversion of your own with differentiable.register.",
+                )
+            )
+        return super().of(explainer, differentiation)
+
+    def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
+        inputs = given.pop("inputs")
+        check_inputs(inputs)
+        tensors = as_tuple(inputs)
+        check_target(given.get("target"), tensors[0].shape[0])
+        wants_delta = given.pop("return_convergence_delta", False)
+        baselines = given.get("baselines")
+        tables = baselines if isinstance(baselines, tuple) else (baselines,)
+        learned = tuple(b for b in tables if isinstance(b, Tensor) and b.requires_grad)
+        worker = copy.copy(self)
+        worker.gradient_func = worker._gradients
+
+        if self.differentiation == "recompute":
+            if self._takes_batch_size and given.get("internal_batch_size") is None:
+                given["internal_batch_size"] = tensors[0].shape[0]
+
+            def program(arguments: tuple[Tensor, ...], visit: Visit) -> tuple[Tensor, ...]:
+                rest = iter(arguments[len(tensors) :])
+                again = tuple(next(rest) if any(b is t for t in learned) else b for b in tables)
+                if learned:
+                    given["baselines"] = again if isinstance(baselines, tuple) else again[0]
+                worker._visit = visit
+                return worker._evaluate(like_inputs(inputs, arguments[: len(tensors)]), given)
+
+            result = recompute(program, (*tensors, *learned), forward_func=self.forward_func)
+        else:
+            result = worker._evaluate(inputs, given)
+        attributions = like_inputs(inputs, result)
+        if not wants_delta:
+            return attributions
+        delta = self.compute_convergence_delta(
+            attributions,
+            baselines,
+            inputs,
+            additional_forward_args=given.get("additional_forward_args"),
+            target=given.get("target"),
+        )
+        return attributions, delta
+
+    def _evaluate(self, inputs: Any, given: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Run Captum's algorithm on tensors that it may flag as it likes."""
+        own = tuple(
+            t if t.requires_grad or not t.is_floating_point() else t.detach().requires_grad_()
+            for t in as_tuple(inputs)
+        )
+        return self._visit(as_tuple(self._run_stock(inputs=like_inputs(inputs, own), **given)))
+
+    def _gradients(
+        self,
+        forward_fn: Any,
+        inputs: Any,
+        target_ind: Any = None,
+        additional_forward_args: Any = None,
+    ) -> tuple[Tensor, ...]:
+        """Stand in for Captum's ``compute_gradients``; its names, because Captum uses them."""
+        args, n = forward_args(additional_forward_args), as_tuple(inputs)[0].shape[0]
+
+        def field(points: tuple[Tensor, ...]) -> Tensor:
+            return run_repeated(forward_fn, points, target_ind, args, n)
+
+        way = "double_backprop" if self.differentiation == "recompute" else self.differentiation
+        return input_gradients(field, as_tuple(inputs), way)
+
+
+class DifferentiableSaliency(SeamAdapter, Saliency):
+    """:class:`captum.attr.Saliency` with its graph."""
+
+    _stock = Saliency
+
+
+class DifferentiableInputXGradient(SeamAdapter, InputXGradient):
+    """:class:`captum.attr.InputXGradient` with its graph."""
+
+    _stock = InputXGradient
+
+
+class DifferentiableIntegratedGradients(SeamAdapter, IntegratedGradients):
+    """:class:`captum.attr.IntegratedGradients` with its graph, internal batches included."""
+
+    _stock = IntegratedGradients
+    _takes_batch_size = True
+
+    def _evaluate(self, inputs: Any, given: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Add the chunks up again: Captum detaches all of them but the first."""
+        visit, chunks = self._visit, list[tuple[Tensor, ...]]()
+
+        def add(chunk: tuple[Tensor, ...], rows: slice = slice(None)) -> tuple[Tensor, ...]:
+            chunk = visit(chunk, rows)
+            if chunks:
+                chunks[0] = tuple(a + b for a, b in zip(chunk, chunks[0], strict=True))
+            else:
+                chunks.append(chunk)
+            return chunk
+
+        worker = copy.copy(self)
+        worker.gradient_func = worker._gradients
+        worker._visit = keep_graph
+        worker._add_chunk = cast("Visit", add)
+        SeamAdapter._evaluate(worker, inputs, given)
+        return chunks[0]
+
+    _add_chunk: Visit = staticmethod(keep_graph)
+
+    def _attribute(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Captum calls this once for each internal batch."""
+        return self._add_chunk(super()._attribute(*args, **kwargs))
