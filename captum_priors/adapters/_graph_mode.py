@@ -13,6 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from captum_priors._engine._first_order import with_second_derivative
 
 _CAPTUM = ("captum.attr", "captum._utils")
+_DEEP_LIFT = "captum.attr._core.deep_lift"
+# DeepLift's default: differences below it count as none, and the gradient takes their place.
+DEEP_LIFT_EPS = 1e-10
 # Frames between a caller and this mode that only pass a call on. A module of torch's is not among
 # them: what happens inside the explained model keeps its meaning.
 _PASS_ON = (
@@ -26,18 +29,20 @@ _PASS_ON = (
 )
 
 
-def _called_by_captum() -> bool:
+def _caller() -> str:
+    """Name of the module that made the call."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") in _PASS_ON:
         frame = frame.f_back
-    return frame is not None and str(frame.f_globals.get("__name__")).startswith(_CAPTUM)
+    return "" if frame is None else str(frame.f_globals.get("__name__"))
 
 
 class KeepGraph(TorchFunctionMode):
     """Rewrites the calls that Captum makes, and those alone, for one attribution.
 
     ``autograd.grad`` creates a graph, ``no_grad`` and ``detach`` do nothing, and tensor hooks live
-    as long as the attribution: they would fire again when the result is differentiated.
+    as long as the attribution: they would fire again when the result is differentiated. DeepLift's
+    quotients are kept from dividing by zero.
     """
 
     def __init__(self) -> None:
@@ -53,7 +58,7 @@ class KeepGraph(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         rewrite = _REWRITES.get(func)
-        if rewrite is None or not _called_by_captum():
+        if rewrite is None or not _caller().startswith(_CAPTUM):
             return func(*args, **kwargs)
         return rewrite(self, *args, **kwargs)
 
@@ -82,6 +87,12 @@ class KeepGraph(TorchFunctionMode):
         self._handles.append(tensor.register_hook(inside))
         return self._handles[-1]
 
+    def _divide(self, numerator: Any, denominator: Any) -> Any:
+        if isinstance(denominator, Tensor) and _caller() == _DEEP_LIFT:
+            # torch.where discards these quotients, and not the NaN in their gradients.
+            denominator = torch.where(denominator.abs() < DEEP_LIFT_EPS, 1, denominator)
+        return numerator / denominator
+
     def _set_grad_enabled(self, enabled: bool) -> None:
         if enabled:
             torch._C._set_grad_enabled(True)
@@ -91,5 +102,6 @@ _REWRITES: dict[Any, Callable[..., Any]] = {
     torch.autograd.grad: KeepGraph._grad,
     Tensor.detach: KeepGraph._detach,
     Tensor.register_hook: KeepGraph._register_hook,
+    Tensor.div: KeepGraph._divide,  # what the operator arrives as
     torch._C._set_grad_enabled: KeepGraph._set_grad_enabled,
 }

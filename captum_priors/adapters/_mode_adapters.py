@@ -13,8 +13,10 @@ from captum_priors._captum import as_tuple, like_inputs
 from captum_priors._checks import check_inputs, check_target
 from captum_priors._engine import Visit, recompute
 from captum_priors._engine._modules import submodules_of
+from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._types import Differentiation
 from captum_priors.adapters._captum_adapter import CaptumAdapter
-from captum_priors.adapters._graph_mode import KeepGraph
+from captum_priors.adapters._graph_mode import DEEP_LIFT_EPS, KeepGraph
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -27,6 +29,20 @@ class ModeAdapter(CaptumAdapter):
     """
 
     differentiations = ("double_backprop", "recompute")
+
+    @classmethod
+    def of(cls, explainer: Any, differentiation: Differentiation) -> Any:
+        """Make the differentiable twin of a Captum explainer."""
+        if getattr(explainer, "eps", DEEP_LIFT_EPS) < DEEP_LIFT_EPS:
+            raise NotDifferentiableError(
+                expected_found(
+                    "`eps`",
+                    f"at least {DEEP_LIFT_EPS:g}, below which quotients are not differentiated",
+                    f"{explainer.eps:g}",
+                    f"Make the {type(explainer).__name__} with a larger eps.",
+                )
+            )
+        return super().of(explainer, differentiation)
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
         inputs = given["inputs"]
@@ -59,23 +75,27 @@ class ModeAdapter(CaptumAdapter):
     def _with_graph(self, given: dict[str, Any]) -> Any:
         mode = KeepGraph()
         try:
-            with _hooks_put_back(submodules_of(self)), mode:
+            with _modules_put_back(submodules_of(self)), mode:
                 return self._run_stock(**given)
         finally:
             mode.release()
 
 
 @contextmanager
-def _hooks_put_back(modules: tuple[nn.Module, ...]) -> Iterator[None]:
-    """Remove the module hooks that a method leaves behind when the model raises."""
-    before = {(module, name): set(getattr(module, name)) for module in modules for name in _HOOKS}
+def _modules_put_back(modules: tuple[nn.Module, ...]) -> Iterator[None]:
+    """Remove the hooks and attributes that a method leaves behind: they hold the graph alive."""
+    hooks = {(module, name): set(getattr(module, name)) for module in modules for name in _HOOKS}
+    attributes = {module: set(vars(module)) for module in modules}
     try:
         yield
     finally:
-        for (module, name), keys in before.items():
-            hooks = getattr(module, name)
-            for key in [key for key in hooks if key not in keys]:
-                del hooks[key]
+        for (module, name), keys in hooks.items():
+            now = getattr(module, name)
+            for key in [key for key in now if key not in keys]:
+                del now[key]
+        for module, names in attributes.items():
+            for name in vars(module).keys() - names:
+                delattr(module, name)
 
 
 def _flatten(value: Any, leaves: list[Tensor]) -> Any:
@@ -96,6 +116,8 @@ def _unflatten(shape: Any, values: Iterator[Tensor]) -> Any:
 
 NAMES = (
     "Deconvolution",
+    "DeepLift",
+    "DeepLiftShap",
     "FeatureAblation",
     "FeaturePermutation",
     "GradientShap",
@@ -104,6 +126,8 @@ NAMES = (
     "InternalInfluence",
     "LayerActivation",
     "LayerConductance",
+    "LayerDeepLift",
+    "LayerDeepLiftShap",
     "LayerFeatureAblation",
     "LayerGradCam",
     "LayerGradientShap",
@@ -111,6 +135,8 @@ NAMES = (
     "LayerIntegratedGradients",
     "NeuronConductance",
     "NeuronDeconvolution",
+    "NeuronDeepLift",
+    "NeuronDeepLiftShap",
     "NeuronFeatureAblation",
     "NeuronGradient",
     "NeuronGradientShap",
@@ -121,7 +147,8 @@ NAMES = (
     "ShapleyValueSampling",
     "ShapleyValues",
 )
-_DRAWING = ("GradientShap", "LayerGradientShap", "NeuronGradientShap")
+# Their baselines are a distribution, not one row for each example.
+_DRAWING = {name for name in NAMES if name.endswith("Shap")}
 
 
 def _adapter(stock: type) -> type[ModeAdapter]:

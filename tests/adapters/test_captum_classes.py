@@ -1,5 +1,6 @@
 """Every admitted Captum class: stock values, certificate, no trace; one row each."""
 
+import copy
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,10 +36,10 @@ class Mlp(nn.Module):
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
         self.first, self.act = nn.Linear(4, 6), activation
-        self.second, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+        self.second, self.last, self.head = nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.second(self.act(self.first(x)))))
+        return self.head(self.last(self.second(self.act(self.first(x)))))
 
     @property
     def layer(self) -> nn.Module:
@@ -52,12 +53,12 @@ class Mlp(nn.Module):
 class Cnn(nn.Module):
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
-        self.first, self.act = nn.Conv2d(1, 2, 3), activation
-        self.second, self.head = nn.Conv2d(2, 3, 2), nn.Linear(12, 3)
+        self.first, self.act, self.pool = nn.Conv2d(1, 2, 3), activation, nn.MaxPool2d(2)
+        self.second, self.last, self.head = nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Linear(12, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.max_pool2d(self.act(self.first(x)), 2, ceil_mode=True)
-        return self.head(torch.tanh(self.second(hidden)).flatten(1))
+        hidden = self.second(self.pool(self.act(self.first(x))))
+        return self.head(self.last(hidden).flatten(1))
 
     @property
     def layer(self) -> nn.Module:
@@ -65,7 +66,7 @@ class Cnn(nn.Module):
 
     neuron = (1, 2, 2)
     window = (1, 3, 3)
-    shape = (1, 7, 7)
+    shape = (1, 8, 8)
 
 
 class Recurrent(nn.Module):
@@ -135,6 +136,12 @@ ROWS: dict[str, Row] = {
     "InputXGradient": plain("InputXGradient"),
     "IntegratedGradients": plain("IntegratedGradients", options={"n_steps": 4}),
     "Deconvolution": plain("Deconvolution"),
+    "DeepLift": plain("DeepLift"),
+    "DeepLiftShap": plain("DeepLiftShap", baselines=True),
+    "LayerDeepLift": layered("LayerDeepLift"),
+    "LayerDeepLiftShap": layered("LayerDeepLiftShap", baselines=True),
+    "NeuronDeepLift": layered("NeuronDeepLift", neuron=True, target=False),
+    "NeuronDeepLiftShap": layered("NeuronDeepLiftShap", baselines=True, neuron=True, target=False),
     "GuidedBackprop": plain("GuidedBackprop"),
     "GuidedGradCam": layered("GuidedGradCam", only="cnn"),
     "GradientShap": plain("GradientShap", options={"n_samples": 3}, baselines=True),
@@ -331,8 +338,8 @@ def test_finite_difference_is_refused_where_it_means_nothing() -> None:
 
 def test_noise_tunnel_around_a_refused_method_is_refused() -> None:
     _, model, _ = set_up("Saliency", "mlp")
-    with pytest.raises(NotDifferentiableError, match="found DeepLift"):
-        differentiable(ca.NoiseTunnel(ca.DeepLift(model)))
+    with pytest.raises(NotDifferentiableError, match="found LRP"):
+        differentiable(ca.NoiseTunnel(ca.LRP(model)))
 
 
 def test_perturbation_methods_need_no_second_derivative() -> None:
@@ -400,3 +407,26 @@ def test_gradients_agree_between_recompute_and_double_backprop() -> None:
         value = seeded(differentiable(row.make(model), differentiation=way), x, row.call(model))
         found.append(parameter_gradients(value, list(model.parameters())))
     assert relative_error(found[1], found[0]) < 1e-12  # sums in another order
+
+
+def test_deep_lift_where_nothing_differs() -> None:
+    """Features at their baseline and dead units: 0/0 in a branch that is thrown away."""
+    row, model, x = set_up("DeepLift", "relu-mlp")
+    with torch.no_grad():
+        model.first.bias[0] = -100.0  # never active
+    x[:, 1] = 0.0  # the baseline
+    x[0] = 0.0
+    explainer = differentiable(row.make(model))
+    value = explainer.attribute(x, target=1)
+    gradients = parameter_gradients(value, list(model.parameters()))
+    assert all(bool(torch.isfinite(g).all()) for g in gradients)
+    check_differentiable(explainer, x, target=1)
+    with pytest.raises(NotDifferentiableError, match="larger eps"):
+        differentiable(ca.DeepLift(model, eps=1e-20))
+
+
+def test_nothing_is_left_on_the_modules() -> None:
+    """Stock LayerDeepLift leaves activations on the modules, which then cannot be copied."""
+    row, model, x = set_up("LayerDeepLift", "mlp")
+    differentiable(row.make(model)).attribute(x, target=1)
+    copy.deepcopy(model)
