@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from captum_priors.adapters._differentiable import _ADAPTERS
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -23,6 +25,16 @@ def test_first_example_is_ten_lines() -> None:
     assert block is not None
     lines = [line for line in block.group(1).splitlines() if line.strip()]
     assert len(lines) <= 10
+
+
+def test_support_table_lists_what_is_admitted() -> None:
+    """Each admitted class once, and no other class of Captum's."""
+    rows = [line for line in README.splitlines() if line.startswith("| `") and "1e-6" in line]
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    own = {"ExpectedGradients", "LayerExpectedGradients"}
+    admitted = {cls.__name__ for cls in _ADAPTERS}
+    assert sorted(listed) == sorted(admitted | own)
+    assert f"{len(admitted)} Captum classes" in README
 
 
 def test_commands_are_make_targets() -> None:
