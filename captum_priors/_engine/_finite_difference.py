@@ -34,7 +34,7 @@ def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor,
     conditions = Conditions(field)
     refuse_coupled_examples(conditions.modules, "finite_difference")
     _refuse_hooks(conditions.modules)
-    with without_graph() as current:
+    with without_graph(returns_with_graph=False) as current:
         gradients = values(field, points)
     if conditions.settle():
         raise NotDifferentiableError(

@@ -33,9 +33,15 @@ _REFUSALS = {
 class Pass:
     """One evaluation without a graph, remembering the leaves that it depends on."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, returns_with_graph: bool) -> None:
         self.since = started()
         self.leaves: dict[int, Tensor] = {}
+        self._probe = returns_with_graph
+
+    def probes(self) -> bool:
+        """Whether to try the graph now: once, so that an obstacle shows before the way back."""
+        first, self._probe = self._probe, False
+        return first
 
     def reach(self, tensors: Iterable[Tensor], own: Iterable[Tensor]) -> None:
         """Remember the leaves behind the tensors, all but its own."""
@@ -50,9 +56,11 @@ def values(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         points = tuple(p.detach().requires_grad_() for p in points)
         outputs = evaluate(field, points)
         current = current_pass()
-        if current is not None:
-            current.reach([outputs], points)
-        return differentiate(outputs, points, create_graph=False)
+        if current is None:
+            return differentiate(outputs, points, create_graph=False)
+        current.reach([outputs], points)
+        gradients = differentiate(outputs, points, create_graph=current.probes())
+        return tuple(g.detach() for g in gradients)
 
 
 def evaluate(field: Field, points: tuple[Tensor, ...]) -> Tensor:
@@ -73,10 +81,10 @@ def current_pass() -> Pass | None:
 
 
 @contextmanager
-def without_graph() -> Iterator[Pass]:
+def without_graph(*, returns_with_graph: bool) -> Iterator[Pass]:
     """Evaluate every input gradient in this block without a graph."""
     before = current_pass()
-    _thread.current = Pass()
+    _thread.current = Pass(returns_with_graph=returns_with_graph)
     try:
         yield _thread.current
     finally:

@@ -48,7 +48,7 @@ def recompute(
     refuse_coupled_examples(conditions.modules, "recompute")
     n_arguments = len(arguments)
     given = tuple(a.detach().requires_grad_(a.requires_grad) for a in arguments)
-    with without_graph() as current:
+    with without_graph(returns_with_graph=True) as current:
 
         def let_go(term: tuple[Tensor, ...], rows: slice = slice(None)) -> tuple[Tensor, ...]:
             # Gradients are recorded up to here, so that nothing that a term depends on is missed.
