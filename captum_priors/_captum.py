@@ -9,6 +9,11 @@ from captum._utils.common import (
     _run_forward,
 )
 from captum._utils.gradient import compute_gradients
+from captum._utils.models.linear_model import (
+    SkLearnLasso,
+    SkLearnLinearRegression,
+    SkLearnRidge,
+)
 from captum.attr._utils.common import _format_callable_baseline
 from captum.log import log_usage
 from torch import Tensor
@@ -17,6 +22,9 @@ from captum_priors._rows import tile
 from captum_priors._types import TensorOrTuple
 
 __all__ = [
+    "SkLearnLasso",
+    "SkLearnLinearRegression",
+    "SkLearnRidge",
     "as_tuple",
     "call_baselines",
     "compute_gradients",

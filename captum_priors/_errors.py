@@ -7,12 +7,13 @@ class NotDifferentiableError(RuntimeError):
     r"""Raised where an attribution cannot be given a correct parameter gradient.
 
     Example:
-        >>> from captum.attr import Occlusion
+        >>> import torch
+        >>> from captum.attr import LRP
         >>> from captum_priors import NotDifferentiableError, differentiable
         >>> try:
-        ...     differentiable(Occlusion(lambda x: x.sum(1)))
+        ...     differentiable(LRP(torch.nn.Linear(3, 1)))
         ... except NotDifferentiableError as error:
-        ...     "Occlusion" in str(error)
+        ...     "LRP" in str(error)
         True
     """
 

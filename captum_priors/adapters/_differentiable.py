@@ -15,6 +15,7 @@ from captum_priors.adapters._seam_adapters import (
     DifferentiableIntegratedGradients,
     DifferentiableSaliency,
 )
+from captum_priors.adapters._surrogates import SURROGATE_ADAPTERS
 from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
 
 Convert = Callable[[Any, Differentiation], Any]
@@ -25,6 +26,7 @@ _ADAPTERS: dict[type, type[CaptumAdapter]] = {
     InputXGradient: DifferentiableInputXGradient,
     IntegratedGradients: DifferentiableIntegratedGradients,
     **MODE_ADAPTERS,
+    **SURROGATE_ADAPTERS,
 }
 _OWN = (ExpectedGradients, LayerExpectedGradients, CaptumAdapter)
 _registered: dict[type, Convert] = {}

@@ -14,6 +14,7 @@ from captum_priors._engine._first_order import with_second_derivative
 
 _CAPTUM = ("captum.attr", "captum._utils")
 _DEEP_LIFT = "captum.attr._core.deep_lift"
+_LIME = "captum.attr._core.lime"
 # DeepLift's default: differences below it count as none, and the gradient takes their place.
 DEEP_LIFT_EPS = 1e-10
 # Frames between a caller and this mode that only pass a call on. A module of torch's is not among
@@ -93,6 +94,11 @@ class KeepGraph(TorchFunctionMode):
             denominator = torch.where(denominator.abs() < DEEP_LIFT_EPS, 1, denominator)
         return numerator / denominator
 
+    def _item(self, tensor: Tensor) -> Any:
+        # LIME spreads its coefficients one by one, as numbers.
+        keep = tensor.requires_grad and _caller() == _LIME
+        return tensor if keep else tensor.item()
+
     def _set_grad_enabled(self, enabled: bool) -> None:
         if enabled:
             torch._C._set_grad_enabled(True)
@@ -103,5 +109,6 @@ _REWRITES: dict[Any, Callable[..., Any]] = {
     Tensor.detach: KeepGraph._detach,
     Tensor.register_hook: KeepGraph._register_hook,
     Tensor.div: KeepGraph._divide,  # what the operator arrives as
+    Tensor.item: KeepGraph._item,
     torch._C._set_grad_enabled: KeepGraph._set_grad_enabled,
 }
