@@ -1,7 +1,9 @@
 """Every admitted Captum class: stock values, certificate, no trace; one row each."""
 
 import copy
+import gc
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -381,12 +383,11 @@ def test_a_model_s_own_detach_and_no_grad_keep_their_meaning() -> None:
     assert float(found[1].abs().max()) > 0
 
 
-def test_many_steps_leave_nothing_behind() -> None:
-    """Hooks and tensors after 60 steps are those after 20."""
-    import gc
-
-    row, model, x = set_up("GuidedBackprop", "relu-mlp")
-    explainer = differentiable(row.make(model))
+@every_row
+def test_many_steps_leave_nothing_behind(name: str) -> None:
+    """As many tensors are alive after thirty steps as after twenty."""
+    row, model, x = set_up(name, ROWS[name].only or "relu-mlp")
+    explainer, call = differentiable(row.make(model)), row.call(model)
 
     def alive() -> int:
         gc.collect()
@@ -394,10 +395,39 @@ def test_many_steps_leave_nothing_behind() -> None:
 
     counts = []
     for _ in range(3):
-        for _ in range(20):
-            l2(explainer.attribute(x, target=1)).sum().backward()
+        for _ in range(10):
+            value = explainer.attribute(x, **call)
+            torch.stack([v.square().sum() for v in as_tuple(value)]).sum().backward()
+        del value
         counts.append(alive())
     assert counts[2] <= counts[1]
+
+
+def test_threads_do_not_see_each_other() -> None:
+    """The mode is the thread's own: a stock call beside an adapter stays without a graph."""
+    _, model, x = set_up("FeatureAblation", "mlp")
+    stock = ca.FeatureAblation(model)
+    expected = stock.attribute(x, target=1)
+    seen: list[bool] = []
+    stop = threading.Event()
+
+    def beside() -> None:
+        while not stop.is_set():
+            found = stock.attribute(x, target=1)
+            seen.append(bool(torch.equal(found, expected)) and not found.requires_grad)
+
+    thread = threading.Thread(target=beside)
+    thread.start()
+    try:
+        for _ in range(20):
+            value = differentiable(stock).attribute(x, target=1)
+            assert value.requires_grad
+            assert_same_numbers(value, expected)
+    finally:
+        stop.set()
+        thread.join()
+    assert seen
+    assert all(seen)
 
 
 def test_gradients_agree_between_recompute_and_double_backprop() -> None:
