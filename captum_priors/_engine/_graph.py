@@ -64,9 +64,9 @@ def _casts_a_leaf(node: Any) -> bool:
 
 CLOSED_OVER = (
     "`forward_func`: expected it to depend on leaf tensors and on its inputs, found a tensor with "
-    "a graph that was computed before the call (an additional argument or a closed-over one). "
-    "Compute it inside forward_func, detach it if it is a constant, or use "
-    "differentiation='double_backprop'."
+    "a graph that was computed before the call or in another thread (an additional argument, a "
+    "closed-over tensor, a weight kept by parametrize.cached). Compute it inside forward_func, "
+    "detach it if it is a constant, or use differentiation='double_backprop'."
 )
 
 

@@ -34,6 +34,8 @@ def _caller() -> str:
     """Name of the module that made the call."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") in _PASS_ON:
+        if frame.f_code.co_name == "decorate_context":  # @torch.no_grad(): who is decorated?
+            return str(getattr(frame.f_locals.get("func"), "__module__", ""))
         frame = frame.f_back
     return "" if frame is None else str(frame.f_globals.get("__name__"))
 

@@ -18,6 +18,8 @@ from captum_priors._types import Differentiation
 from captum_priors.adapters._captum_adapter import CaptumAdapter
 from captum_priors.adapters._graph_mode import DEEP_LIFT_EPS, KeepGraph
 
+# Attributes that the DeepLift family sets on modules; some of its classes forget them there.
+_DEEP_LIFT_SETS = ("input", "input_ref", "output")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -53,6 +55,16 @@ class ModeAdapter(CaptumAdapter):
             return self._run_stock(**given)
         if self.differentiation == "double_backprop":
             return self._with_graph({**given, "inputs": like_inputs(inputs, self._own(tensors))})
+        if any(t.device.type != "cpu" for t in tensors):
+            raise NotDifferentiableError(
+                expected_found(
+                    f"recompute of {self._stock.__name__}",
+                    "inputs on the CPU",
+                    f"{tensors[0].device}",
+                    "A graph made in a GPU's own thread cannot be told from an earlier one: use "
+                    "differentiation='double_backprop'.",
+                )
+            )
         shape: list[Any] = []
 
         def program(arguments: tuple[Tensor, ...], visit: Visit) -> tuple[Tensor, ...]:
@@ -85,7 +97,7 @@ class ModeAdapter(CaptumAdapter):
 def _modules_put_back(modules: tuple[nn.Module, ...]) -> Iterator[None]:
     """Remove the hooks and attributes that a method leaves behind: they hold the graph alive."""
     hooks = {(module, name): set(getattr(module, name)) for module in modules for name in _HOOKS}
-    attributes = {module: set(vars(module)) for module in modules}
+    attributes = {module: set(_DEEP_LIFT_SETS) - vars(module).keys() for module in modules}
     try:
         yield
     finally:
@@ -94,8 +106,8 @@ def _modules_put_back(modules: tuple[nn.Module, ...]) -> Iterator[None]:
             for key in [key for key in now if key not in keys]:
                 del now[key]
         for module, names in attributes.items():
-            for name in vars(module).keys() - names:
-                delattr(module, name)
+            for name in names:
+                vars(module).pop(name, None)
 
 
 def _flatten(value: Any, leaves: list[Tensor]) -> Any:

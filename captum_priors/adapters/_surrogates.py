@@ -43,7 +43,16 @@ class LinearSurrogate:
         batches = list(train_data)  # once: each iteration of a DataLoader draws a seed
         result = self._stock.fit([[t.detach() for t in batch] for batch in batches], **options)
         inputs, outputs, weights = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        jacobian = self._jacobian(inputs.detach(), weights.detach())
+        if inputs.requires_grad or weights.requires_grad:
+            raise NotDifferentiableError(
+                expected_found(
+                    "`similarity_func`",
+                    "masks and weights of the samples that are constants",
+                    "some with a graph, to learned baselines or the model's own features",
+                    "Detach what they are computed from.",
+                )
+            )
+        jacobian = self._jacobian(inputs, weights)
         deviation = (outputs - outputs.detach()).flatten().to(jacobian.dtype)
         self._change = jacobian.to(deviation.device) @ deviation
         return result
@@ -67,7 +76,7 @@ class LinearSurrogate:
         if type(self._stock) is SkLearnRidge:
             alpha = options.get("alpha", 1.0)
             gram = weighted.T @ weighted + alpha * torch.eye(x.shape[1], dtype=x.dtype).to(x)
-            ridge: Tensor = torch.linalg.solve(gram, weighted.T) * root.T
+            ridge: Tensor = torch.linalg.pinv(gram, hermitian=True) @ weighted.T * root.T
             return ridge
         if type(self._stock) is SkLearnLasso:
             active = self._stock.representation().flatten() != 0

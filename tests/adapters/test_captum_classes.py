@@ -455,6 +455,34 @@ def test_deep_lift_where_nothing_differs() -> None:
         differentiable(ca.DeepLift(model, eps=1e-20))
 
 
+def test_what_a_model_builds_when_it_first_runs_stays() -> None:
+    class Lazily(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.built = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.built:
+                self.late, self.built, self.seen = nn.Linear(4, 3), True, 1
+            return torch.tanh(self.late(x))
+
+    model = Lazily()
+    differentiable(ca.FeatureAblation(model)).attribute(torch.randn(2, 4), target=1)
+    assert model.built
+    assert model.seen == 1
+    assert isinstance(model.late, nn.Linear)
+
+
+def test_a_decorated_forward_function_stays_without_gradients() -> None:
+    _, model, x = set_up("FeatureAblation", "mlp")
+
+    @torch.no_grad()
+    def teacher(inputs: Tensor) -> Tensor:
+        return model(inputs)
+
+    assert not differentiable(ca.FeatureAblation(teacher)).attribute(x, target=1).requires_grad
+
+
 def test_nothing_is_left_on_the_modules() -> None:
     """Stock LayerDeepLift leaves activations on the modules, which then cannot be copied."""
     row, model, x = set_up("LayerDeepLift", "mlp")

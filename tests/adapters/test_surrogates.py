@@ -126,3 +126,21 @@ def test_refusals() -> None:
     explainer = differentiable(ca.KernelShap(case.model))
     with pytest.raises(NotDifferentiableError, match="held fixed: detach"):
         explainer.attribute(case.inputs.requires_grad_(), **OPTIONS)
+
+
+def test_sample_weights_with_a_graph_are_refused() -> None:
+    """Their derivative is not part of the Jacobian."""
+    case = mlp()
+
+    def on_features(original: Tensor, perturbed: Tensor, _: Any, **__: Any) -> Tensor:
+        features = case.model[0](original) - case.model[0](perturbed)
+        return torch.exp(-features.square().sum())
+
+    ridge = SkLearnRidge(alpha=0.1)
+    explainer = differentiable(ca.Lime(case.model, ridge, similarity_func=on_features))
+    with pytest.raises(NotDifferentiableError, match="that are constants"):
+        explainer.attribute(case.inputs[:1], **OPTIONS)
+    learned = torch.randn(1, 4, requires_grad=True)
+    kernel = ca.KernelShap(case.model)  # its weights count masks, whatever the baseline
+    found = differentiable(kernel).attribute(case.inputs[:1], baselines=learned, **OPTIONS)
+    assert float(torch.autograd.grad(found.square().sum(), learned)[0].abs().max()) > 0
