@@ -8,13 +8,18 @@ OUTPUT ?= demo-output
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m captum_priors --data $(DATA) --output $(OUTPUT)
 
 test: lint
 	$(BIN)/python -m pytest -q
+
+# What depends on Captum's code, on the oldest Captum that pyproject.toml allows.
+test-oldest: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest captum==0.8.0
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/adapters tests/attr tests/test_laws.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
