@@ -1,7 +1,7 @@
 """Vocabulary: the shapes of the things that the package passes around."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -24,11 +24,3 @@ Penalty: TypeAlias = Callable[..., Tensor]
 
 Distance: TypeAlias = Callable[..., Tensor]
 """``distance(attributions, other)`` of shape ``(batch,)``."""
-
-
-@runtime_checkable
-class Explainer(Protocol):
-    """Anything with Captum's ``attribute``."""
-
-    def attribute(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Attributions shaped like ``inputs``."""

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class ModuleState:
         """Put the module into this state; return what it replaces."""
         before = ModuleState(
             {name: getattr(module, name) for name in self.attributes},
-            {name: module._buffers[name] for name in self.buffers},  # type: ignore[misc]
+            {name: cast("Tensor", module._buffers[name]) for name in self.buffers},
         )
         # On each module by itself: users override train(), and ours is not to be seen.
         for name, value in self.attributes.items():

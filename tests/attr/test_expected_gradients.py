@@ -347,7 +347,7 @@ def test_inputs_keep_flags_and_graph() -> None:
     x = upstream(case.inputs)
     found = []
     for way in ("double_backprop", "recompute"):
-        explainer = ExpectedGradients(case.model, differentiation=way)  # type: ignore[arg-type]
+        explainer = ExpectedGradients(case.model, differentiation=way)
         value = explainer.attribute(
             x, case.baselines, target=1, generator=torch.Generator().manual_seed(0)
         )
@@ -363,7 +363,7 @@ def test_gradient_reaches_learned_baselines() -> None:
     learned = case.baselines.requires_grad_()
     found = []
     for way in ("double_backprop", "recompute"):
-        explainer = ExpectedGradients(case.model, differentiation=way)  # type: ignore[arg-type]
+        explainer = ExpectedGradients(case.model, differentiation=way)
         value = explainer.attribute(
             case.inputs, learned, 4, target=1, generator=torch.Generator().manual_seed(0)
         )
@@ -466,4 +466,4 @@ def test_bad_construction() -> None:
     with pytest.raises(TypeError, match="Pass the model itself"):
         ExpectedGradients(torch.zeros(3))
     with pytest.raises(ValueError, match="'recompute'"):
-        ExpectedGradients(nn.Linear(2, 1), differentiation="exact")  # type: ignore[arg-type]
+        ExpectedGradients(nn.Linear(2, 1), differentiation="exact")

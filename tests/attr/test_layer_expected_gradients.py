@@ -127,7 +127,7 @@ def test_arguments_with_an_entry_for_each_example(way: str) -> None:
 
     model = Masked()
     x, background, mask = torch.randn(3, 4), torch.randn(6, 4), torch.rand(3, 4)
-    explainer = LayerExpectedGradients(model, model.mix, differentiation=way)  # type: ignore[arg-type]
+    explainer = LayerExpectedGradients(model, model.mix, differentiation=way)
     call = {"baselines": background, "target": 1, "additional_forward_args": mask}
     found, delta = explainer.attribute(x, n_samples=6, return_convergence_delta=True, **call)
     here = model(x, mask)[:, 1]
@@ -139,7 +139,7 @@ def test_arguments_with_an_entry_for_each_example(way: str) -> None:
 @pytest.mark.parametrize("way", DIFFERENTIATIONS)
 def test_hooks_are_gone_also_after_an_error(way: str) -> None:
     case = tokens()
-    explainer = LayerExpectedGradients(case.model, case.layer, differentiation=way)  # type: ignore[arg-type]
+    explainer = LayerExpectedGradients(case.model, case.layer, differentiation=way)
     with leaves_no_trace(case.model):
         explainer.attribute(case.inputs, case.baselines, target=2, generator=seeded())
     case.model.head.forward = lambda x: x @ torch.zeros(99, 1)
@@ -161,7 +161,7 @@ def test_shared_and_unsuitable_layers_are_refused() -> None:
             torch.randn(2, 4, 3), torch.randn(2, 4, 3), target=0
         )
     with pytest.raises(TypeError, match=r"model\.some_layer"):
-        LayerExpectedGradients(shared, "weight")  # type: ignore[arg-type]
+        LayerExpectedGradients(shared, "weight")
     embedding = nn.Embedding(5, 2)
     ids = torch.zeros(2, 3).long()
     with pytest.raises(TypeError, match="floating-point"):

@@ -27,7 +27,7 @@ TOLERANCE = {"double_backprop": 1e-12, "recompute": 1e-12, "finite_difference": 
 
 
 def attribute(model: Any, x: Tensor, way: str, n_samples: int = 3, **call: Any) -> Tensor:
-    explainer = ExpectedGradients(model, differentiation=way)  # type: ignore[arg-type]
+    explainer = ExpectedGradients(model, differentiation=way)
     generator = torch.Generator().manual_seed(0)
     value: Tensor = explainer.attribute(x, x.detach(), n_samples, generator=generator, **call)
     return value
@@ -50,13 +50,13 @@ def test_additional_arguments_get_their_gradient(way: str) -> None:
     condition = torch.randn(3, 4, requires_grad=True)
     named = [*model.named_parameters(), ("condition", condition)]
     explainers: list[tuple[Any, dict[str, Any]]] = [
-        (ExpectedGradients(model, differentiation=way), {"baselines": x}),  # type: ignore[arg-type]
+        (ExpectedGradients(model, differentiation=way), {"baselines": x}),
         (
-            ExpectedGradients(model, differentiation=way),  # type: ignore[arg-type]
+            ExpectedGradients(model, differentiation=way),
             {"baselines": x, "internal_batch_size": 2},
         ),
         (
-            LayerExpectedGradients(model, model.mix, differentiation=way),  # type: ignore[arg-type]
+            LayerExpectedGradients(model, model.mix, differentiation=way),
             {"baselines": x},
         ),
         (differentiable(IntegratedGradients(model), differentiation=way), {"n_steps": 5}),
@@ -114,7 +114,7 @@ def test_prior_before_the_training_forward_pass(way: str) -> None:
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
     x, y = torch.randn(32, 6), torch.randint(3, (32,))
     parameters = list(model.parameters())
-    explainer = ExpectedGradients(model, differentiation=way)  # type: ignore[arg-type]
+    explainer = ExpectedGradients(model, differentiation=way)
     gradients = []
     for train_first in (True, False):
         prior = AttributionPrior(explainer, l2, baselines=x)
@@ -152,7 +152,7 @@ def test_models_that_begin_in_place(way: str, leaf: bool) -> None:
     layered = nn.Sequential(nn.Linear(4, 4), in_place)
     twin = nn.Sequential(layered[0], plain)
     values = [
-        LayerExpectedGradients(m, m[0], differentiation=way).attribute(  # type: ignore[arg-type]
+        LayerExpectedGradients(m, m[0], differentiation=way).attribute(
             x, before, 2, generator=torch.Generator().manual_seed(0)
         )
         for m in (layered, twin)
@@ -213,12 +213,12 @@ def test_modules_are_held_wherever_they_hide(way: str) -> None:
         nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 1)
     )
     package = types.ModuleType("package")
-    package.model = model  # type: ignore[attr-defined]
+    package.model = model
     zoo = {i: (lambda x, i=i: i) for i in range(100)} | {-1: lambda x: model(x)}
     x = torch.randn(6, 4)
     exact = None
     for hidden in (model, Slots(model), lambda z: package.model(z), lambda z: zoo[-1](z)):
-        explainer = ExpectedGradients(hidden, differentiation=way)  # type: ignore[arg-type]
+        explainer = ExpectedGradients(hidden, differentiation=way)
         before = state_of(model)
         value = AttributionPrior(explainer, l2, baselines=x)(x)
         found = parameter_gradients(value, list(model.parameters()))

@@ -18,7 +18,7 @@ from tests.cases import DIFFERENTIATIONS, EXACT, mlp
 def attribute(
     model: Any, x: Tensor, way: str = "double_backprop", *, n_samples: int = 2, **call: Any
 ) -> Any:
-    explainer = ExpectedGradients(model, differentiation=way)  # type: ignore[arg-type]
+    explainer = ExpectedGradients(model, differentiation=way)
     return explainer.attribute(x, x, n_samples, generator=torch.Generator().manual_seed(0), **call)
 
 
@@ -185,9 +185,7 @@ def test_detached_and_unused_inputs_are_refused(way: str) -> None:
     with pytest.raises(NotDifferentiableError, match=r"detach\(\)"):
         attribute(lambda z: z.detach().sum(1), x, way)
     with pytest.raises(NotDifferentiableError, match=r"inputs\[1\].*additional_forward_args"):
-        ExpectedGradients(lambda a, b: a.sum(1), differentiation=way).attribute(  # type: ignore[arg-type]
-            (x, x), (x, x)
-        )
+        ExpectedGradients(lambda a, b: a.sum(1), differentiation=way).attribute((x, x), (x, x))
     ids = torch.zeros(2, 3).long()
     with pytest.raises(TypeError, match="LayerExpectedGradients"):
         ExpectedGradients(nn.Embedding(3, 2)).attribute(ids, ids)
@@ -204,7 +202,7 @@ def test_only_the_argument_counts(way: str) -> None:
     one = torch.zeros(1, 4)
     explainer = ExpectedGradients(
         lambda z: (z * x.repeat(len(z) // 3, 1)).sum(1),
-        differentiation=way,  # type: ignore[arg-type]
+        differentiation=way,
     )
     assert torch.allclose(explainer.attribute(x, one, 2), x.square())
 

@@ -22,7 +22,7 @@ def noisy_model() -> nn.Module:
 
 
 def attribute(model: Any, x: Tensor, way: str, **call: Any) -> Tensor:
-    explainer = ExpectedGradients(model, differentiation=way)  # type: ignore[arg-type]
+    explainer = ExpectedGradients(model, differentiation=way)
     value: Tensor = explainer.attribute(x, x, 3, generator=torch.Generator().manual_seed(0), **call)
     return value
 
@@ -47,7 +47,7 @@ def test_dropout_masks_repeat() -> None:
     found = []
     for way in EXACT:
         torch.manual_seed(7)
-        value = ExpectedGradients(model, differentiation=way).attribute(  # type: ignore[arg-type]
+        value = ExpectedGradients(model, differentiation=way).attribute(
             x, x, 3, internal_batch_size=5
         )
         torch.randn(100)  # training goes on drawing before backward()
@@ -76,7 +76,7 @@ def test_finite_difference_refuses_what_it_cannot_do() -> None:
 def test_smoothing_of_the_forward_pass_is_used(way: str) -> None:
     case = relu_mlp()
     prior = AttributionPrior(
-        ExpectedGradients(case.model, differentiation=way),  # type: ignore[arg-type]
+        ExpectedGradients(case.model, differentiation=way),
         l2,
         smooth=5.0,
         baselines=case.baselines,

@@ -25,7 +25,7 @@ class Classifier(nn.Module):
 
 
 def prior_of(model: nn.Module, way: str, x: Tensor) -> AttributionPrior:
-    explainer = ExpectedGradients(model, differentiation=way)  # type: ignore[arg-type]
+    explainer = ExpectedGradients(model, differentiation=way)
     return AttributionPrior(explainer, total_variation, baselines=x, n_samples=1)
 
 

@@ -45,7 +45,7 @@ def moved(case: Case) -> Case:
 
 
 def attribute(model: Any, x: Tensor, way: str, **call: Any) -> Tensor:
-    explainer = ExpectedGradients(model, differentiation=way)  # type: ignore[arg-type]
+    explainer = ExpectedGradients(model, differentiation=way)
     value: Tensor = explainer.attribute(x, x, 3, generator=torch.Generator().manual_seed(0), **call)
     return value
 
@@ -129,7 +129,7 @@ def test_priors_train_and_leave_the_generators_alone(way: str) -> None:
         nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1)
     ).cuda()
     x = torch.randn(32, 6, device="cuda")
-    explainer = ExpectedGradients(model, differentiation=way)  # type: ignore[arg-type]
+    explainer = ExpectedGradients(model, differentiation=way)
 
     def shift(inputs: Tensor) -> Tensor:
         """A perturbation that differentiates attributions, as attacks do, inside a prior."""

@@ -481,7 +481,7 @@ BAD_CALLS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ),
     (
         "alignment-measure",
-        lambda: alignment(torch.ones(2, 3), annotation=torch.ones(2, 3), measure="dot"),  # type: ignore[arg-type]
+        lambda: alignment(torch.ones(2, 3), annotation=torch.ones(2, 3), measure="dot"),
         ValueError,
         r"`measure`: expected one of 'cosine', 'mse', found 'dot'\. Pass one",
     ),
@@ -493,7 +493,7 @@ BAD_CALLS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ),
     (
         "graph-type",
-        lambda: GraphLaplacian([[0.0]]),  # type: ignore[arg-type]
+        lambda: GraphLaplacian([[0.0]]),
         ValueError,
         r"`adjacency`: expected a square matrix \(features, features\), found list\. Pass the",
     ),

@@ -280,7 +280,7 @@ BAD_PRIORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ),
     (
         "no-penalty",
-        lambda: AttributionPrior(Saliency(nn.Linear(4, 3)), 0.1),  # type: ignore[arg-type]
+        lambda: AttributionPrior(Saliency(nn.Linear(4, 3)), 0.1),
         TypeError,
         r"`penalty`: expected a function of attributions, found float\. Pass one of",
     ),
@@ -353,7 +353,7 @@ BAD_CALLS: list[tuple[str, Callable[[nn.Module], Any], type[Exception], str]] = 
     ),
     (
         "inputs-type",
-        lambda m: AttributionPrior(Saliency(m), l1)([[1.0]], target=0),  # type: ignore[arg-type]
+        lambda m: AttributionPrior(Saliency(m), l1)([[1.0]], target=0),
         TypeError,
         r"`inputs`: expected a torch\.Tensor, found list\. Convert",
     ),
@@ -384,7 +384,7 @@ BAD_CALLS: list[tuple[str, Callable[[nn.Module], Any], type[Exception], str]] = 
     ),
     (
         "penalty-type",
-        lambda m: AttributionPrior(Saliency(m), lambda a: 0.0)(_x, target=0),  # type: ignore[arg-type,return-value]
+        lambda m: AttributionPrior(Saliency(m), lambda a: 0.0)(_x, target=0),
         ValueError,
         r"`penalty`: expected a tensor of shape \(5,\), .*, found float",
     ),

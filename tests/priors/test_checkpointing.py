@@ -29,7 +29,7 @@ def gradients(
     model: Checkpointed, way: str, x: Tensor, smooth: float | None = None
 ) -> list[Tensor]:
     prior = AttributionPrior(
-        ExpectedGradients(model, differentiation=way),  # type: ignore[arg-type]
+        ExpectedGradients(model, differentiation=way),
         l2,
         smooth=smooth,
         baselines=x,

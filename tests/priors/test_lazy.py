@@ -128,7 +128,7 @@ def test_bad_period_is_refused(every: Any) -> None:
 
 def test_what_is_no_prior_is_refused() -> None:
     with pytest.raises(TypeError, match=r"`prior`: expected a prior, found function\. Pass an"):
-        Lazy(l1, every=2)  # type: ignore[arg-type]
+        Lazy(l1, every=2)
 
 
 def test_inputs_of_a_skipped_step_are_checked() -> None:

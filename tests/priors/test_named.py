@@ -244,19 +244,19 @@ def test_map_of_zeros_trains_without_nan() -> None:
 BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     (
         "layer",
-        lambda: HINT(_conv_net(), "0"),  # type: ignore[arg-type]
+        lambda: HINT(_conv_net(), "0"),
         TypeError,
         r"`layer`: expected a torch\.nn\.Module, found str\. Pass model\.some_layer",
     ),
     (
         "differentiation",
-        lambda: RRRGradCAM(_conv_net(), nn.ReLU(), differentiation="exact"),  # type: ignore[arg-type]
+        lambda: RRRGradCAM(_conv_net(), nn.ReLU(), differentiation="exact"),
         ValueError,
         r"`differentiation`: expected one of 'double_backprop', .*, found 'exact'",
     ),
     (
         "differentiation-of-pixels",
-        lambda: PixelPrior(_conv_net(), differentiation="exact"),  # type: ignore[arg-type]
+        lambda: PixelPrior(_conv_net(), differentiation="exact"),
         ValueError,
         r"`differentiation`: expected one of 'double_backprop', .*, found 'exact'",
     ),

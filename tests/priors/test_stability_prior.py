@@ -213,7 +213,7 @@ def test_formula_names_explainer_distance_and_perturbation() -> None:
 BAD: list[tuple[str, Callable[[nn.Module], Any], type[Exception], str]] = [
     (
         "distance",
-        lambda m: StabilityPrior(Saliency(m), "mse", _noise),  # type: ignore[arg-type]
+        lambda m: StabilityPrior(Saliency(m), "mse", _noise),
         TypeError,
         r"`distance`: expected a function of attributions, found str\. Pass one of "
         r"captum_priors\.distances",

@@ -235,7 +235,7 @@ def test_bad_fraction_is_refused(fraction: Any) -> None:
 
 def test_what_is_no_prior_is_refused() -> None:
     with pytest.raises(TypeError, match=r"`prior`: expected a prior, found function\. Pass an"):
-        Subsample(l1, 0.5)  # type: ignore[arg-type]
+        Subsample(l1, 0.5)
 
 
 def test_sum_over_examples_is_refused() -> None:

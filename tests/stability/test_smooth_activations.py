@@ -304,4 +304,4 @@ def test_bad_steepness_is_refused(beta: Any) -> None:
 def test_what_is_no_module_is_refused() -> None:
     text = r"`model`: expected a torch\.nn\.Module, found function\. Pass the model; a prior"
     with pytest.raises(TypeError, match=text):
-        smooth_activations(F.relu, 3.0)  # type: ignore[arg-type]
+        smooth_activations(F.relu, 3.0)
