@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -68,14 +69,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> None:
-    try:
-        import matplotlib  # noqa: F401  # only to say early that it is missing
-        import rich  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"the demo needs {error.name}: run pip install 'captum_priors[demo]'"
-        ) from None
+    for name in ("matplotlib", "rich", "sklearn"):
+        if find_spec(name) is None:
+            raise UsageError(f"the demo needs {name}: run pip install 'captum_priors[demo]'")
     from captum_priors._demo.comparison import compare
     from captum_priors._demo.data import load
 

@@ -71,7 +71,6 @@ def test_stock_values_under_one_seed(name: str, way: str) -> None:
     torch.manual_seed(2)
     found = differentiable(stock, differentiation=way).attribute(x, **OPTIONS)
     assert_same_numbers(found, expected)
-    assert found.requires_grad
 
 
 @pytest.mark.parametrize("way", EXACT)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from captum_priors._demo import cli
 from captum_priors._demo.cli import main
 
 
@@ -149,6 +150,17 @@ def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert main(["--output", str(output)]) == 2
         assert "--output: expected a folder, found the file" in capsys.readouterr().err
     assert taken.read_text() == "mine"
+
+
+def test_missing_extra_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "rich" else name)
+    output = tmp_path / "out"
+    assert main(["--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert error == "captum_priors: the demo needs rich: run pip install 'captum_priors[demo]'\n"
+    assert not output.exists()
 
 
 def test_exit_status_of_the_module() -> None:
