@@ -77,9 +77,11 @@ class ExplainerPrior(Prior):
         **annotations: Any,
     ) -> Tensor:
         """Return the value of the prior on a batch, shape ``()``."""
-        check_inputs(inputs)
-        batch = as_tuple(inputs)[0].shape[0]
-        check_target(target, batch)
+        batch = None
+        if self.takes_tensors:
+            check_inputs(inputs)
+            batch = as_tuple(inputs)[0].shape[0]
+            check_target(target, batch)
         for name in annotations:
             if not self.takes(name):
                 raise TypeError(
@@ -122,6 +124,8 @@ class ExplainerPrior(Prior):
                     )
                 )
             attributions = self.explainer.attribute(inputs, **call)
+        if hasattr(self.explainer, "tensors_of"):  # Captum's result object for language models
+            attributions = self.explainer.tensors_of(attributions)
         if torch.is_grad_enabled() and not any(
             isinstance(t, Tensor) and t.requires_grad for t in _each(attributions)
         ):
@@ -139,6 +143,11 @@ class ExplainerPrior(Prior):
                     )
                 )
         return attributions
+
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether the explainer explains tensors, rather than a prompt or a data loader."""
+        return bool(getattr(self.explainer, "takes_tensors", True))
 
     @property
     def draws_baselines(self) -> bool:
@@ -231,18 +240,21 @@ class ExplainerPrior(Prior):
                     )
                 )
 
-    def _reduce(self, scores: Any, batch: int) -> Tensor:
-        if not isinstance(scores, Tensor) or tuple(scores.shape) not in ((), (batch,)):
-            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    def _reduce(self, scores: Any, batch: int | None) -> Tensor:
+        """Reduce the scores of a batch; what is no batch of tensors has any number of rows."""
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else None
+        if shape is None or shape not in ((), (shape[:1] if batch is None else (batch,))):
+            found = type(scores).__name__ if shape is None else shape
             raise ValueError(
                 expected_found(
                     f"`{self._score_name}`",
-                    f"a tensor of shape ({batch},), or () for the batch",
+                    f"a tensor of shape ({'n' if batch is None else batch},), or () for the batch",
                     str(found),
                     "Return one unreduced number for each example.",
                 )
             )
-        return scores.mean() if self.reduction == "mean" else scores.sum()
+        reduced: Tensor = scores.mean() if self.reduction == "mean" else scores.sum()
+        return reduced
 
 
 def _each(attributions: Any) -> tuple[Any, ...]:
