@@ -63,6 +63,8 @@ class CaptumAdapter:
             del given["self"]
             for name in open_end:
                 given.update(given.pop(name, {}))
+            if self._stock is not cls._stock:  # by a method that builds on it, within its own call
+                return inspect.unwrap(cls._stock.attribute)(self, **given)
             return self._attribute_with_graph(given)
 
         attribute.__doc__ = f"As :meth:`captum.attr.{cls._stock.__name__}.attribute`."

@@ -28,6 +28,7 @@ class ModeAdapter(CaptumAdapter):
 
     differentiations: ClassVar[tuple[str, ...]] = ("double_backprop", "recompute")
     _mode: ClassVar[type[KeepGraph]] = KeepGraph
+    _marks_modules: ClassVar[bool] = False  # leaves activations on them, also without a graph
 
     @classmethod
     def of(cls, explainer: Any, differentiation: Differentiation) -> Any:
@@ -82,7 +83,10 @@ class ModeAdapter(CaptumAdapter):
         )
 
     def _without_graph(self, given: dict[str, Any]) -> Any:
-        return self._run_stock(**given)
+        if not self._marks_modules:
+            return self._run_stock(**given)
+        with modules_put_back(submodules_of(self)):
+            return self._run_stock(**given)
 
     def _with_graph(self, given: dict[str, Any]) -> Any:
         mode = self._mode()
@@ -160,6 +164,7 @@ def _adapter(stock: type) -> type[ModeAdapter]:
         "__module__": __name__,
         "__doc__": f":class:`captum.attr.{stock.__name__}` with its graph.",
         "draws_baselines": stock.__name__ in _DRAWING,
+        "_marks_modules": "DeepLift" in stock.__name__,
     }
     return type(f"Differentiable{stock.__name__}", (ModeAdapter, stock), members)
 

@@ -126,6 +126,8 @@ class ExplainerPrior(Prior):
             attributions = self.explainer.attribute(inputs, **call)
         if hasattr(self.explainer, "tensors_of"):  # Captum's result object for language models
             attributions = self.explainer.tensors_of(attributions)
+        if isinstance(attributions, list):  # one entry for each layer of a list
+            attributions = tuple(t for entry in attributions for t in _each(entry))
         if torch.is_grad_enabled() and not any(
             isinstance(t, Tensor) and t.requires_grad for t in _each(attributions)
         ):

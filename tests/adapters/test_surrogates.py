@@ -16,7 +16,7 @@ from torch import Tensor
 from captum_priors import AttributionPrior, NotDifferentiableError, differentiable
 from captum_priors.penalties import l2
 from captum_priors.testing import check_differentiable
-from tests.adapters.test_captum_classes import _InDouble
+from tests.adapters.captum_table import in_double
 from tests.asserts import assert_same_numbers, leaves_no_trace, parameter_gradients
 from tests.cases import EXACT, cnn, mlp
 
@@ -75,26 +75,24 @@ def test_stock_values_under_one_seed(name: str, way: str) -> None:
 
 @pytest.mark.parametrize("way", EXACT)
 @pytest.mark.parametrize("name", NAMES)
-def test_certificate(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_certificate(name: str, way: str) -> None:
     """Captum fits in float32, where no difference quotient is exact: here in float64."""
-    monkeypatch.setattr(torch, "FloatTensor", torch.DoubleTensor)
     model = mlp().model
     stock = explainers(model)[name]
     if name == "Lime-lasso":  # coordinate descent has to converge beyond the certificate
         stock.interpretable_model.construct_kwargs.update(tol=1e-11, max_iter=1_000_000)
     explainer = differentiable(stock, differentiation=way)
-    with _InDouble():
+    with in_double(needed=True):
         check_differentiable(
             explainer, inputs_of(name), parameters=model.named_parameters(), **OPTIONS
         )
 
 
-def test_certificate_on_images_with_a_feature_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "FloatTensor", torch.DoubleTensor)
+def test_certificate_on_images_with_a_feature_mask() -> None:
     case = cnn()
     mask = (torch.arange(64).reshape(1, 1, 8, 8) // 16).expand(3, 1, 8, 8)
     explainer = differentiable(ca.KernelShap(case.model))
-    with _InDouble():
+    with in_double(needed=True):
         check_differentiable(
             explainer,
             case.inputs,
@@ -122,7 +120,7 @@ def test_refusals() -> None:
         differentiable(ca.Lime(case.model, interpretable_model=SGDLasso()))
     with pytest.raises(NotDifferentiableError, match="positive"):
         differentiable(ca.Lime(case.model, interpretable_model=SkLearnLasso(positive=True)))
-    explainer = differentiable(ca.KernelShap(case.model))
+    explainer = differentiable(ca.Lime(case.model))
     with pytest.raises(NotDifferentiableError, match="held fixed: detach"):
         explainer.attribute(case.inputs.requires_grad_(), **OPTIONS)
 
