@@ -10,7 +10,8 @@ from captum_priors._checks import check_count
 from captum_priors._engine import input_gradients
 from captum_priors._engine._finite_difference import half_precision
 from captum_priors._engine._first_order import with_second_derivative
-from captum_priors._errors import expected_found, one_of
+from captum_priors._engine._graph import nodes
+from captum_priors._errors import NotDifferentiableError, expected_found, one_of
 from captum_priors._types import Differentiation
 from captum_priors.priors._leaf_prior import Reduction
 from captum_priors.stability._regularizer import (
@@ -43,7 +44,8 @@ class HessianPenalty(Regularizer):
     differentiates the model three times. With ``"finite_difference"`` it is
     :math:`(\nabla f(x + hv) - \nabla f(x - hv)) / 2h`, one order less; ``differentiation`` says how
     *its* parameter gradient is taken, and ``"finite_difference"`` there needs first derivatives
-    alone, for fused attention and compiled models.
+    alone, for fused attention and compiled models. Torch's third derivatives of LayerNorm and
+    InstanceNorm are wrong: the exact method refuses models that have them.
 
     A piecewise linear network (ReLU, max-pooling) has a Hessian of zero wherever it has one: the
     exact method then has nothing to train on, and warns. Give ``smooth``, or train
@@ -62,6 +64,7 @@ class HessianPenalty(Regularizer):
 
     Raises:
         ValueError: If an option is not one of those above.
+        NotDifferentiableError: If an operator of the model lacks the derivatives that are needed.
 
     Example:
         >>> import torch
@@ -114,6 +117,7 @@ class HessianPenalty(Regularizer):
     @staticmethod
     def _exact(call: Call, points: Tensors) -> Any:
         gradients = input_gradients(call.output, points)
+        _refuse_wrong_third_derivatives(gradients)
         return lambda probes: hessian_vector_products(gradients, points, probes)
 
     def _quotient(self, call: Call) -> Any:
@@ -149,6 +153,30 @@ class HessianPenalty(Regularizer):
         if self.method != "exact":
             options["method"] = self.method
         return options
+
+
+def _refuse_wrong_third_derivatives(gradients: Tensors) -> None:
+    """Refuse operators whose second derivative torch differentiates into something else.
+
+    The second derivative of LayerNorm, and of BatchNorm by the statistics of the batch (which
+    InstanceNorm calls), is right, and its own derivative is off by half (torch 2.13).
+    """
+    for node in nodes(gradients):
+        name = node.name()
+        by_batch = "BatchNorm" in name and (
+            getattr(node, "_saved_training", False) or getattr(node, "_saved_train", False)
+        )
+        if "LayerNorm" in name or by_batch:
+            raise NotDifferentiableError(
+                expected_found(
+                    "method='exact'",
+                    "operators whose third derivatives are right in torch",
+                    "LayerNorm"
+                    if "LayerNorm" in name
+                    else "InstanceNorm, or BatchNorm in training",
+                    "Pass method='finite_difference', which needs second derivatives only.",
+                )
+            )
 
 
 def rademacher(like: Tensors) -> Tensors:

@@ -97,10 +97,9 @@ class Regularizer(LeafPrior):
     ) -> Tensor:
         """Return the value on a batch, shape ``()``."""
         call = self._prepare(inputs, baselines, target, additional_forward_args, annotations)
-        recording = torch.is_grad_enabled()
         with self._running(self.stream.next_seed(advance=self.training_step())):
             scores = self._scores(call)
-        return self._reduce(scores if recording else scores.detach(), call.n)
+        return self._reduce(scores, call.n)
 
     def _prepare(
         self,

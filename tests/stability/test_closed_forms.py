@@ -300,21 +300,17 @@ def test_sensitivity_finds_activations_of_any_spelling(x: Tensor) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             hidden = self.spelling(self.first(x))
-            hidden += 1  # what is recorded is not what the model goes on with in place
+            hidden *= 3  # what is recorded is not what the model goes on with in place
             return self.last(hidden)
 
-    values = []
-    for spelling in (
-        nn.ReLU(),
-        nn.ReLU(inplace=True),
-        nn.functional.relu,
-        torch.relu_,
-        Tensor.relu,
-    ):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    expected = ActivationSensitivity(model).eval()(x).item()
+    assert expected > 0
+    relu = nn.functional.relu
+    for spelling in (nn.ReLU(), nn.ReLU(inplace=True), relu, torch.relu_, Tensor.relu):
         torch.manual_seed(0)
-        values.append(ActivationSensitivity(Functional(spelling)).eval()(x).item())
-    assert values[0] > 0
-    assert values == [values[0]] * 5
+        assert ActivationSensitivity(Functional(spelling)).eval()(x).item() == expected
 
 
 def test_sensitivity_without_activations_is_refused(x: Tensor) -> None:
