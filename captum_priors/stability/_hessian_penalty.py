@@ -171,9 +171,7 @@ def _refuse_wrong_third_derivatives(gradients: Tensors) -> None:
                 expected_found(
                     "method='exact'",
                     "operators whose third derivatives are right in torch",
-                    "LayerNorm"
-                    if "LayerNorm" in name
-                    else "InstanceNorm, or BatchNorm in training",
+                    "LayerNorm" if "LayerNorm" in name else "InstanceNorm or training BatchNorm",
                     "Pass method='finite_difference', which needs second derivatives only.",
                 )
             )
