@@ -16,14 +16,13 @@ from captum_priors.stability._ascent import Ascent
 from captum_priors.stability._classes import check_labels, labels_of, logits_of
 from captum_priors.stability._regularizer import (
     Call,
-    Regularizer,
+    GradientRegularizer,
     Tensors,
-    check_differentiation,
     flat_rows,
 )
 
 
-class AttributionAlignment(Regularizer):
+class AttributionAlignment(GradientRegularizer):
     r"""ART: the gradient of the true class is like the image, that of the runner-up is not.
 
     .. math:: \log\left(1 + e^{\,d(g_y, x) - d(g_k, x)}\right), \qquad d(g, x) = 1 - \cos(g, x),
@@ -74,11 +73,12 @@ class AttributionAlignment(Regularizer):
         reduction: Reduction = "mean",
         smooth: float | None = 50.0,
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        super().__init__(
+            forward_func, differentiation=differentiation, reduction=reduction, smooth=smooth
+        )
         self.ascent = Ascent(radius, step_size, n_iter, bounds)
         check_count("top_k", top_k)
         self.top_k = top_k
-        self.differentiation = check_differentiation(differentiation)
 
     def _check(self, call: Call) -> None:
         check_labels(call)
@@ -123,7 +123,7 @@ class AttributionAlignment(Regularizer):
 
     def _gradients(self, call: Call, points: Tensors) -> tuple[Tensors, Tensors]:
         """Input gradients of the true class and of the runner-up."""
-        way = self.differentiation or "double_backprop"
+        way = self.differentiation
 
         def true(points: Tensors) -> Tensor:
             logits, mask = _logits_and_mask(call, points)

@@ -16,9 +16,8 @@ from captum_priors._types import Differentiation
 from captum_priors.priors._leaf_prior import Reduction
 from captum_priors.stability._regularizer import (
     Call,
-    Regularizer,
+    GradientRegularizer,
     Tensors,
-    check_differentiation,
     check_number,
     flat_rows,
     square_norms,
@@ -30,7 +29,7 @@ _STEP, _STEP_HALF = 0.01, 0.1
 Method = Literal["exact", "finite_difference"]
 
 
-class HessianPenalty(Regularizer):
+class HessianPenalty(GradientRegularizer):
     r"""Penalise the curvature of the explained output, which bounds how far its gradient can move.
 
     .. math:: \lVert\nabla_x^2 f(x)\rVert_F^2 = \mathbb E_v \lVert\nabla_x^2 f(x)\, v\rVert_2^2,
@@ -86,7 +85,9 @@ class HessianPenalty(Regularizer):
         reduction: Reduction = "mean",
         smooth: float | None = None,
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        super().__init__(
+            forward_func, differentiation=differentiation, reduction=reduction, smooth=smooth
+        )
         check_count("n_probes", n_probes)
         one_of("method", method, ("exact", "finite_difference"))
         if method == "exact" and differentiation != "double_backprop":
@@ -100,7 +101,6 @@ class HessianPenalty(Regularizer):
             )
         self.n_probes = n_probes
         self.method: Method = method
-        self.differentiation = check_differentiation(differentiation)
         self.step = None if step is None else check_number("step", step)
         self._warned = False
 
@@ -129,9 +129,7 @@ class HessianPenalty(Regularizer):
             sides = tuple(
                 torch.cat([x + m, x - m]) for x, m in zip(call.inputs, moves, strict=True)
             )
-            gradients = input_gradients(
-                call.output, sides, self.differentiation or "double_backprop"
-            )
+            gradients = input_gradients(call.output, sides, self.differentiation)
             halves = [flat_rows((g,)).chunk(2) for g in gradients]
             return tuple((above - below) / (2 * size.unsqueeze(1)) for above, below in halves)
 

@@ -11,16 +11,15 @@ from captum_priors._types import Differentiation
 from captum_priors.priors._leaf_prior import Reduction
 from captum_priors.stability._regularizer import (
     Call,
-    Regularizer,
+    GradientRegularizer,
     Tensors,
-    check_differentiation,
     flat_rows,
     repeated,
     square_norms,
 )
 
 
-class JacobianRegularization(Regularizer):
+class JacobianRegularization(GradientRegularizer):
     r"""Penalise how much all outputs together depend on the inputs.
 
     .. math:: \left\lVert\frac{\partial f}{\partial x}\right\rVert_F^2 = C\;
@@ -58,13 +57,14 @@ class JacobianRegularization(Regularizer):
         reduction: Reduction = "mean",
         smooth: float | None = None,
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        super().__init__(
+            forward_func, differentiation=differentiation, reduction=reduction, smooth=smooth
+        )
         check_count("n_probes", n_probes, optional=True)
         self.n_probes = n_probes
-        self.differentiation = check_differentiation(differentiation)
 
     def _scores(self, call: Call) -> Tensor:
-        way = self.differentiation or "double_backprop"
+        way = self.differentiation
         if self.n_probes is None:
             return jacobian(call, way).square().sum((1, 2))
         n_outputs = count_outputs(call)

@@ -7,41 +7,25 @@ from torch import Tensor
 
 from captum_priors._engine import input_gradients
 from captum_priors._lift import safe_norm
-from captum_priors._types import Differentiation
-from captum_priors.priors._leaf_prior import Reduction
 from captum_priors.stability._classes import check_labels, cross_entropies
 from captum_priors.stability._regularizer import (
     Call,
-    Regularizer,
+    GradientRegularizer,
     Tensors,
-    check_differentiation,
     check_number,
     flat_rows,
     square_norms,
 )
 
 
-class _LossGradient(Regularizer):
+class _LossGradient(GradientRegularizer):
     """A regularizer of the input gradient of the cross entropy, with labels as the target."""
-
-    def __init__(
-        self,
-        forward_func: Any,
-        *,
-        differentiation: Differentiation = "double_backprop",
-        reduction: Reduction = "mean",
-        smooth: float | None = None,
-    ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
-        self.differentiation = check_differentiation(differentiation)
 
     def _check(self, call: Call) -> None:
         check_labels(call)
 
     def _gradients(self, call: Call, points: Tensors) -> Tensors:
-        return input_gradients(
-            lambda p: cross_entropies(call, p), points, self.differentiation or "double_backprop"
-        )
+        return input_gradients(lambda p: cross_entropies(call, p), points, self.differentiation)
 
 
 class InputGradientRegularization(_LossGradient):

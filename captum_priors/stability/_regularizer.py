@@ -83,8 +83,6 @@ class Regularizer(LeafPrior):
         self.__dict__["forward_func"] = forward_func
 
     forward_func: Any
-    differentiation: Differentiation | None = None
-    """How second derivatives are taken, for those who take any."""
 
     @leaves_inference_mode
     def forward(
@@ -142,7 +140,7 @@ class Regularizer(LeafPrior):
             stack.enter_context(held(submodules_of(*self._holders())))
             if self.smooth is not None:
                 stack.enter_context(relu_as_softplus(self.smooth))
-            if self.differentiation != "finite_difference":  # which holds the model still again
+            if not self._holds_again():
                 stack.enter_context(
                     without_checkpointing(
                         "the backward pass would run the model again when the prior no longer "
@@ -150,6 +148,10 @@ class Regularizer(LeafPrior):
                     )
                 )
             yield
+
+    def _holds_again(self) -> bool:
+        """Whether all of the backward pass holds the model still again."""
+        return False
 
     def takes(self, name: str) -> bool:
         """Whether a call may pass this keyword: there are none by default."""
@@ -166,10 +168,23 @@ class Regularizer(LeafPrior):
         return {}
 
 
-def check_differentiation(differentiation: Differentiation) -> Differentiation:
-    """Require a way that a single input gradient knows."""
-    one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))
-    return differentiation
+class GradientRegularizer(Regularizer):
+    """A regularizer whose value is made of input gradients."""
+
+    def __init__(
+        self,
+        forward_func: Any,
+        *,
+        differentiation: Differentiation = "double_backprop",
+        reduction: Reduction = "mean",
+        smooth: float | None = None,
+    ) -> None:
+        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))
+        self.differentiation: Differentiation = differentiation
+
+    def _holds_again(self) -> bool:
+        return self.differentiation == "finite_difference"
 
 
 def check_number(name: str, value: Any, *, zero: bool = False) -> float:

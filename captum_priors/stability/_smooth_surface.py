@@ -1,19 +1,15 @@
 """Smooth surface regularization (Wang et al. 2020)."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_priors._types import Differentiation
-from captum_priors.priors._leaf_prior import Reduction
 from captum_priors.stability._classes import logits_of
 from captum_priors.stability._jacobian import jacobian
-from captum_priors.stability._regularizer import Call, Regularizer, check_differentiation
+from captum_priors.stability._regularizer import Call, GradientRegularizer
 
 
-class SmoothSurface(Regularizer):
+class SmoothSurface(GradientRegularizer):
     r"""SSR: penalise the largest eigenvalue of the Hessian of the loss, in closed form.
 
     .. math:: \lambda_{\max}(\nabla_x^2 \ell), \qquad
@@ -49,21 +45,10 @@ class SmoothSurface(Regularizer):
         True
     """
 
-    def __init__(
-        self,
-        forward_func: Any,
-        *,
-        differentiation: Differentiation = "double_backprop",
-        reduction: Reduction = "mean",
-        smooth: float | None = None,
-    ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
-        self.differentiation = check_differentiation(differentiation)
-
     def _scores(self, call: Call) -> Tensor:
         outputs = call.outputs(call.inputs)
         log_p = F.log_softmax(logits_of(outputs), 1)
-        w = jacobian(call, self.differentiation or "double_backprop")
+        w = jacobian(call, self.differentiation)
         if outputs.shape[1] == 1:
             w = torch.cat([torch.zeros_like(w), w], 1)
         root = (log_p / 2).exp()  # whose derivative stays finite where p vanishes
@@ -71,3 +56,6 @@ class SmoothSurface(Regularizer):
         half = factor.transpose(1, 2) @ w.to(factor.dtype)
         eigenvalues: Tensor = torch.linalg.eigvalsh(half @ half.transpose(1, 2))
         return eigenvalues[:, -1]
+
+    def _holds_again(self) -> bool:
+        return False  # the probabilities come from an ordinary forward pass
