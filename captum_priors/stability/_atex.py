@@ -72,7 +72,7 @@ class ATEX(Regularizer):
         positions: Values of :math:`t`.
         paper_compat: Follow the published code.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: Run the model with ReLU as Softplus of this steepness.
+        smooth: Run student and teacher with ReLU as Softplus of this steepness.
         attribute_options: What else ``explainer.attribute`` is given at every call.
 
     Raises:

@@ -92,6 +92,15 @@ class _Chain:
             return torch.as_tensor(sum(self._terms))
         rows = self._last.weight.norm(dim=1)
         index = torch.as_tensor(target, device=rows.device).long()
+        if int(index.min()) < 0 or int(index.max()) >= len(rows):
+            raise ValueError(
+                expected_found(
+                    "`target`",
+                    f"outputs below {len(rows)}",
+                    f"from {int(index.min())} to {int(index.max())}",
+                    "Check which output of the model this is.",
+                )
+            )
         total = torch.as_tensor(sum(self._before))
         chosen: Tensor = rows[index.flatten()] if index.dim() else rows[index]
         return total * chosen
@@ -100,7 +109,13 @@ class _Chain:
         """Slope and second derivative of an activation, None for anything else."""
         function: Any = module if module is not None else node.target
         if isinstance(module, nn.Softplus) or function is F.softplus:
-            beta = module.beta if isinstance(module, nn.Softplus) else _argument(node, 1, "beta", 1)
+            beta, threshold = (
+                (module.beta, module.threshold)
+                if isinstance(module, nn.Softplus)
+                else (_argument(node, 1, "beta", 1), _argument(node, 2, "threshold", 20))
+            )
+            if threshold < 20:  # beyond which it is the identity: the slope jumps by exp(-20)
+                raise NotDifferentiableError(_refusal(f"Softplus with threshold={threshold}"))
             return (1.0, float(beta) / 4)
         if isinstance(module, nn.Tanh) or function in (torch.tanh, F.tanh, "tanh"):
             return _TANH

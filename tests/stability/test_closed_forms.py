@@ -75,7 +75,7 @@ def pairs(x: Tensor, y: Tensor) -> list[tuple[Any, int]]:
 def test_hessian_is_unbiased(model: nn.Module, net: Any, x: Tensor, y: Tensor) -> None:
     expected = np.mean([(net.hessian(a, c) ** 2).sum() for a, c in pairs(x, y)])
     penalty = HessianPenalty(model)
-    assert_unbiased(lambda: penalty(x, target=y), torch.tensor(expected), 2000)
+    assert_unbiased(lambda: penalty(x, target=y), torch.tensor(expected), 800)
 
 
 def test_hessian_of_a_diagonal_needs_one_probe() -> None:
@@ -115,7 +115,7 @@ def test_jacobian(model: nn.Module, net: Any, x: Tensor) -> None:
     expected = [(net.jacobian(a) ** 2).sum() for a in x.numpy()]
     assert_mean(JacobianRegularization(model, None)(x), expected)
     estimate = JacobianRegularization(model)
-    assert_unbiased(lambda: estimate(x), torch.tensor(np.mean(expected)), 2000)
+    assert_unbiased(lambda: estimate(x), torch.tensor(np.mean(expected)), 800)
 
 
 def test_input_gradient(model: nn.Module, net: Any, x: Tensor, y: Tensor) -> None:
