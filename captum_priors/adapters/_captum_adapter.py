@@ -27,6 +27,7 @@ class CaptumAdapter:
     _stock: ClassVar[Any]
     differentiations: ClassVar[tuple[str, ...]] = tuple(DIFFERENTIATIONS)
     draws_baselines: ClassVar[bool] = False
+    takes_tensors: ClassVar[bool] = True
     differentiation: Differentiation = "double_backprop"
 
     @classmethod

@@ -4,30 +4,16 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from captum.attr import Attribution, InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
+from captum.attr import Attribution, NoiseTunnel
 
 from captum_priors._errors import NotDifferentiableError, expected_found, one_of
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
 from captum_priors.adapters._captum_adapter import CaptumAdapter
-from captum_priors.adapters._mode_adapters import MODE_ADAPTERS
-from captum_priors.adapters._seam_adapters import (
-    DifferentiableInputXGradient,
-    DifferentiableIntegratedGradients,
-    DifferentiableSaliency,
-)
-from captum_priors.adapters._surrogates import SURROGATE_ADAPTERS
+from captum_priors.adapters._table import ADAPTERS, refusal
 from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
 
 Convert = Callable[[Any, Differentiation], Any]
 
-# Exact types, because a subclass may override the very step that keeps the graph.
-_ADAPTERS: dict[type, type[CaptumAdapter]] = {
-    Saliency: DifferentiableSaliency,
-    InputXGradient: DifferentiableInputXGradient,
-    IntegratedGradients: DifferentiableIntegratedGradients,
-    **MODE_ADAPTERS,
-    **SURROGATE_ADAPTERS,
-}
 _OWN = (ExpectedGradients, LayerExpectedGradients, CaptumAdapter)
 _registered: dict[type, Convert] = {}
 
@@ -82,13 +68,13 @@ class Differentiable:
                 return explainer.with_differentiation(differentiation)
             explainer.differentiation = differentiation
             return explainer
-        adapter = _ADAPTERS.get(type(explainer))
+        adapter = ADAPTERS.get(type(explainer))
         if adapter is not None:
             if isinstance(explainer, NoiseTunnel):
                 self(explainer.attribution_method)  # what it averages must be admitted, too
             return adapter.of(explainer, differentiation or "double_backprop")
         if isinstance(explainer, Attribution) or _is_shap(explainer):
-            raise NotDifferentiableError(_refusal(type(explainer)))
+            raise NotDifferentiableError(refusal(type(explainer)))
         if not callable(getattr(explainer, "attribute", None)):
             raise TypeError(
                 expected_found(
@@ -122,9 +108,9 @@ class Differentiable:
             )
         if issubclass(cls, _OWN):
             return cls
-        if cls not in _ADAPTERS:
-            raise NotDifferentiableError(_refusal(cls))
-        return _ADAPTERS[cls]
+        if cls not in ADAPTERS:
+            raise NotDifferentiableError(refusal(cls))
+        return ADAPTERS[cls]
 
     @staticmethod
     def register(cls: type, convert: Callable[..., Any]) -> None:
@@ -150,15 +136,3 @@ differentiable.__doc__ = Differentiable.__doc__
 
 def _is_shap(explainer: Any) -> bool:
     return any(cls.__module__.partition(".")[0] == "shap" for cls in type(explainer).__mro__)
-
-
-def _refusal(cls: type) -> str:
-    names = ", ".join(sorted(known.__name__ for known in _ADAPTERS))
-    instead = (
-        "Use one of these, or register a conversion of your own with differentiable.register and "
-        "certify it with captum_priors.testing.check_differentiable."
-    )
-    return (
-        f"`explainer`: expected one with a certified conversion ({names}), found {cls.__name__}, "
-        f"whose attributions carry no correct gradient to the model's parameters. {instead}"
-    )

@@ -1,9 +1,8 @@
 """Run Captum's own code so that it keeps the graph that it throws away."""
 
 import sys
-from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,17 +26,28 @@ _PASS_ON = (
     "torch.utils._contextlib",
     "contextlib",
     __name__,
+    f"{__package__}._relevance",
 )
+
+
+def calling_frame() -> FrameType | None:
+    """Frame that made the call, or the one that runs a decorated function."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in _PASS_ON:
+        if frame.f_code.co_name == "decorate_context":
+            return frame
+        frame = frame.f_back
+    return frame
 
 
 def _caller() -> str:
     """Name of the module that made the call."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") in _PASS_ON:
-        if frame.f_code.co_name == "decorate_context":  # @torch.no_grad(): who is decorated?
-            return str(getattr(frame.f_locals.get("func"), "__module__", ""))
-        frame = frame.f_back
-    return "" if frame is None else str(frame.f_globals.get("__name__"))
+    frame = calling_frame()
+    if frame is None:
+        return ""
+    if frame.f_code.co_name == "decorate_context":  # @torch.no_grad(): who is decorated?
+        return str(getattr(frame.f_locals.get("func"), "__module__", ""))
+    return str(frame.f_globals.get("__name__"))
 
 
 class KeepGraph(TorchFunctionMode):
@@ -47,6 +57,16 @@ class KeepGraph(TorchFunctionMode):
     as long as the attribution: they would fire again when the result is differentiated. DeepLift's
     quotients are kept from dividing by zero.
     """
+
+    # What the calls are rewritten to, by the names of the methods below.
+    _rewrites: ClassVar[dict[Any, str]] = {
+        torch.autograd.grad: "_grad",
+        Tensor.detach: "_detach",
+        Tensor.register_hook: "_register_hook",
+        Tensor.div: "_divide",  # what the operator arrives as
+        Tensor.item: "_item",
+        torch._C._set_grad_enabled: "_set_grad_enabled",
+    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,10 +80,14 @@ class KeepGraph(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        rewrite = _REWRITES.get(func)
-        if rewrite is None or not _caller().startswith(_CAPTUM):
+        name = self._rewrites.get(func)
+        if name is None or not self._is_captums():
             return func(*args, **kwargs)
-        return rewrite(self, *args, **kwargs)
+        return getattr(self, name)(*args, **kwargs)
+
+    def _is_captums(self) -> bool:
+        """Whether Captum makes the call that is being handled."""
+        return _caller().startswith(_CAPTUM)
 
     def release(self) -> None:
         """Remove the hooks that the attribution set."""
@@ -104,13 +128,3 @@ class KeepGraph(TorchFunctionMode):
     def _set_grad_enabled(self, enabled: bool) -> None:
         if enabled:
             torch._C._set_grad_enabled(True)
-
-
-_REWRITES: dict[Any, Callable[..., Any]] = {
-    torch.autograd.grad: KeepGraph._grad,
-    Tensor.detach: KeepGraph._detach,
-    Tensor.register_hook: KeepGraph._register_hook,
-    Tensor.div: KeepGraph._divide,  # what the operator arrives as
-    Tensor.item: KeepGraph._item,
-    torch._C._set_grad_enabled: KeepGraph._set_grad_enabled,
-}

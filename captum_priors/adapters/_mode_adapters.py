@@ -1,13 +1,12 @@
 """Adapters of the methods that run whole under :class:`KeepGraph`, Captum's code and all."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import captum.attr
 import torch
 from captum.attr import GradientAttribution, NoiseTunnel
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_priors._captum import as_tuple, like_inputs
 from captum_priors._checks import check_inputs, check_target
@@ -17,10 +16,7 @@ from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._types import Differentiation
 from captum_priors.adapters._captum_adapter import CaptumAdapter
 from captum_priors.adapters._graph_mode import DEEP_LIFT_EPS, KeepGraph
-
-# Attributes that the DeepLift family sets on modules; some of its classes forget them there.
-_DEEP_LIFT_SETS = ("input", "input_ref", "output")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from captum_priors.adapters._put_back import modules_put_back
 
 
 class ModeAdapter(CaptumAdapter):
@@ -30,7 +26,8 @@ class ModeAdapter(CaptumAdapter):
     cannot be differentiated; gradient methods are differentiated twice.
     """
 
-    differentiations = ("double_backprop", "recompute")
+    differentiations: ClassVar[tuple[str, ...]] = ("double_backprop", "recompute")
+    _mode: ClassVar[type[KeepGraph]] = KeepGraph
 
     @classmethod
     def of(cls, explainer: Any, differentiation: Differentiation) -> Any:
@@ -52,7 +49,7 @@ class ModeAdapter(CaptumAdapter):
         tensors = as_tuple(inputs)
         check_target(given.get("target"), tensors[0].shape[0])
         if not torch.is_grad_enabled():
-            return self._run_stock(**given)
+            return self._without_graph(given)
         if self.differentiation == "double_backprop":
             return self._with_graph({**given, "inputs": like_inputs(inputs, self._own(tensors))})
         if any(t.device.type != "cpu" for t in tensors):
@@ -84,30 +81,16 @@ class ModeAdapter(CaptumAdapter):
             for t in tensors
         )
 
+    def _without_graph(self, given: dict[str, Any]) -> Any:
+        return self._run_stock(**given)
+
     def _with_graph(self, given: dict[str, Any]) -> Any:
-        mode = KeepGraph()
+        mode = self._mode()
         try:
-            with _modules_put_back(submodules_of(self)), mode:
+            with modules_put_back(submodules_of(self)), mode:
                 return self._run_stock(**given)
         finally:
             mode.release()
-
-
-@contextmanager
-def _modules_put_back(modules: tuple[nn.Module, ...]) -> Iterator[None]:
-    """Remove the hooks and attributes that a method leaves behind: they hold the graph alive."""
-    hooks = {(module, name): set(getattr(module, name)) for module in modules for name in _HOOKS}
-    attributes = {module: set(_DEEP_LIFT_SETS) - vars(module).keys() for module in modules}
-    try:
-        yield
-    finally:
-        for (module, name), keys in hooks.items():
-            now = getattr(module, name)
-            for key in [key for key in now if key not in keys]:
-                del now[key]
-        for module, names in attributes.items():
-            for name in names:
-                vars(module).pop(name, None)
 
 
 def _flatten(value: Any, leaves: list[Tensor]) -> Any:
@@ -124,6 +107,13 @@ def _unflatten(shape: Any, values: Iterator[Tensor]) -> Any:
         if isinstance(shape, int)
         else type(shape)(_unflatten(s, values) for s in shape)
     )
+
+
+def detached(value: Any) -> Any:
+    """Detach the tensors in a structure of tuples and lists."""
+    leaves: list[Tensor] = []
+    shape = _flatten(value, leaves)
+    return _unflatten(shape, iter([leaf.detach() for leaf in leaves]))
 
 
 NAMES = (

@@ -8,7 +8,7 @@ the signs are held fixed: coefficients that are zero have a zero gradient.
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from captum.attr import KernelShap, Lime, LimeBase
@@ -91,6 +91,7 @@ class SurrogateAdapter(ModeAdapter):
     """Runs LIME's own code around a differentiable stand-in for its linear model."""
 
     interpretable_model: Any
+    _weights_depend_on_inputs: ClassVar[bool] = True
 
     @classmethod
     def of(cls, explainer: Any, differentiation: Differentiation) -> Any:
@@ -110,7 +111,8 @@ class SurrogateAdapter(ModeAdapter):
         return super().of(explainer, differentiation)
 
     def _with_graph(self, given: dict[str, Any]) -> Any:
-        if any(t.requires_grad for t in as_tuple(given["inputs"])):
+        moving = any(t.requires_grad for t in as_tuple(given["inputs"]))
+        if moving and self._weights_depend_on_inputs:
             raise NotDifferentiableError(
                 expected_found(
                     "`inputs`",
@@ -137,9 +139,10 @@ class DifferentiableLime(SurrogateAdapter, Lime):
 
 
 class DifferentiableKernelShap(SurrogateAdapter, KernelShap):
-    """:class:`captum.attr.KernelShap` with its graph."""
+    """:class:`captum.attr.KernelShap` with its graph; its weights depend on coalitions alone."""
 
     _stock = KernelShap
+    _weights_depend_on_inputs = False
 
 
 SURROGATE_ADAPTERS: dict[type, type[SurrogateAdapter]] = {

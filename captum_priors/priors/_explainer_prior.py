@@ -72,9 +72,11 @@ class ExplainerPrior(LeafPrior):
         **annotations: Any,
     ) -> Tensor:
         """Return the value of the prior on a batch, shape ``()``."""
-        check_inputs(inputs)
-        batch = as_tuple(inputs)[0].shape[0]
-        check_target(target, batch)
+        batch = None
+        if self.takes_tensors:
+            check_inputs(inputs)
+            batch = as_tuple(inputs)[0].shape[0]
+            check_target(target, batch)
         for name in annotations:
             if not self.takes(name):
                 raise TypeError(
@@ -117,6 +119,8 @@ class ExplainerPrior(LeafPrior):
                     )
                 )
             attributions = self.explainer.attribute(inputs, **call)
+        if hasattr(self.explainer, "tensors_of"):  # Captum's result object for language models
+            attributions = self.explainer.tensors_of(attributions)
         if torch.is_grad_enabled() and not any(
             isinstance(t, Tensor) and t.requires_grad for t in _each(attributions)
         ):
@@ -134,6 +138,11 @@ class ExplainerPrior(LeafPrior):
                     )
                 )
         return attributions
+
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether the explainer explains tensors, rather than a prompt or a data loader."""
+        return bool(getattr(self.explainer, "takes_tensors", True))
 
     @property
     def draws_baselines(self) -> bool:

@@ -29,18 +29,21 @@ class LeafPrior(Prior):
         """Whether baselines are a distribution to draw from, rather than one for each example."""
         return False
 
-    def _reduce(self, scores: Any, batch: int) -> Tensor:
-        if not isinstance(scores, Tensor) or tuple(scores.shape) not in ((), (batch,)):
-            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    def _reduce(self, scores: Any, batch: int | None) -> Tensor:
+        """Reduce the scores of a batch; what is no batch of tensors has any number of rows."""
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else None
+        if shape is None or shape not in ((), (shape[:1] if batch is None else (batch,))):
+            found = type(scores).__name__ if shape is None else shape
             raise ValueError(
                 expected_found(
                     f"`{self._score_name}`",
-                    f"a tensor of shape ({batch},), or () for the batch",
+                    f"a tensor of shape ({'n' if batch is None else batch},), or () for the batch",
                     str(found),
                     "Return one unreduced number for each example.",
                 )
             )
-        return scores.mean() if self.reduction == "mean" else scores.sum()
+        reduced: Tensor = scores.mean() if self.reduction == "mean" else scores.sum()
+        return reduced
 
     def _shared_options(self) -> dict[str, Any]:
         """Options that every leaf has, where they are not the default."""

@@ -105,7 +105,11 @@ class StabilityPrior(ExplainerPrior):
     def _moved(self, inputs: TensorOrTuple, call: dict[str, Any]) -> TensorOrTuple:
         known = parameters_of(self._perturb)
         extra = {k: call[k] for k in ("target", "additional_forward_args") if k in call}
-        moved = self._perturb(inputs, **{k: v for k, v in extra.items() if k in known})
+        moved: TensorOrTuple = self._perturb(
+            inputs, **{k: v for k, v in extra.items() if k in known}
+        )
+        if not self.takes_tensors:
+            return moved
         each = moved if isinstance(moved, tuple) else (moved,)
         shapes = [tuple(t.shape) for t in as_tuple(inputs)]
         found = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in each]

@@ -1,0 +1,152 @@
+r"""Layer-wise relevance propagation with its graph, by Captum's own code.
+
+LRP runs the model twice: once to record each layer's input :math:`a`, once with the weights that
+its rules change, feeding :math:`a` to every layer, and propagates relevance backward through hooks.
+Captum writes the changed weights and the recorded inputs into tensors with ``tensor.data = value``,
+where no gradient follows. Here nothing is written: the values are noted, and stand in for the
+tensors in every later call of the attribution.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from captum.attr import LRP, LayerLRP
+from captum.attr._utils.lrp_rules import PropagationRule
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from captum_priors._captum import as_tuple, like_inputs
+from captum_priors.adapters._graph_mode import KeepGraph, calling_frame
+from captum_priors.adapters._mode_adapters import ModeAdapter, detached
+
+_GET, _SET = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor
+
+
+class _Splice(torch.autograd.Function):
+    """One tensor's place in the graph with the value of another.
+
+    Relevance goes on to the place; what is differentiated afterwards is the value.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mode: "KeepRelevance", place: Tensor, value: Tensor) -> Tensor:
+        ctx.mode = mode
+        return value.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return (None, gradient, None) if ctx.mode.propagating else (None, None, gradient)
+
+
+class KeepRelevance(KeepGraph):
+    """Also keeps what LRP writes into ``data``, without writing it."""
+
+    _rewrites: ClassVar[dict[Any, str]] = {
+        **KeepGraph._rewrites,
+        _GET: "_detach",
+        _SET: "_set_data",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.propagating = False
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}
+        self._replaced: list[Tensor] = []
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if self._written and func not in (_SET, Tensor.register_hook):
+            args, kwargs = self._read(args), self._read(kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def release(self) -> None:
+        """Remove the hooks and let go of everything that was noted."""
+        super().release()
+        self._written.clear()
+        for gradient in self._replaced:
+            vars(gradient).pop("replace_out", None)
+        self._replaced.clear()
+
+    def _is_captums(self) -> bool:
+        frame = calling_frame()  # a rule of the user's counts as Captum's
+        by_rule = frame is not None and isinstance(frame.f_locals.get("self"), PropagationRule)
+        return by_rule or super()._is_captums()
+
+    def _read(self, value: Any) -> Any:
+        """Let what was written stand in for the tensors that it was written to."""
+        if isinstance(value, Tensor):
+            return self._written.get(id(value), (None, value))[1]
+        if type(value) in (tuple, list):
+            return type(value)(map(self._read, value))
+        if type(value) is dict:
+            return {key: self._read(each) for key, each in value.items()}
+        return value
+
+    def _set_data(self, tensor: Tensor, value: Tensor) -> None:
+        if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+            splice: Callable[..., Tensor] = _Splice.apply
+            value = splice(self, tensor, value)
+        self._written[id(tensor)] = (tensor, value)
+
+    def _grad(self, outputs: Any, inputs: Any, **options: Any) -> Any:
+        self.propagating = True
+        try:
+            return super()._grad(outputs, inputs, **options)
+        finally:
+            self.propagating = False
+
+    def _register_hook(self, tensor: Tensor, hook: Any) -> RemovableHandle:
+        def noted(gradient: Tensor) -> Any:
+            result = hook(gradient)
+            if "replace_out" in vars(gradient):
+                # Captum's message from one hook to the next: a cycle that no collector sees.
+                self._replaced.append(gradient)
+            return result
+
+        return super()._register_hook(tensor, noted)
+
+
+class RelevanceAdapter(ModeAdapter):
+    """Runs LRP under :class:`KeepRelevance`, also for values alone.
+
+    Captum's own way of putting the weights back invalidates graphs that the user holds.
+    """
+
+    _mode: ClassVar[type[KeepGraph]] = KeepRelevance
+
+    def _without_graph(self, given: dict[str, Any]) -> Any:
+        inputs = like_inputs(given["inputs"], self._own(as_tuple(given["inputs"])))
+        with torch.enable_grad():
+            return detached(self._with_graph({**given, "inputs": inputs}))
+
+    def _with_graph(self, given: dict[str, Any]) -> Any:
+        # What LRP notes about itself on the way holds the graph: leave it on a copy.
+        return super(RelevanceAdapter, copy.copy(self))._with_graph(given)
+
+    def _restore_state(self) -> None:
+        """Load nothing: no weight was written."""
+
+
+class DifferentiableLRP(RelevanceAdapter, LRP):
+    """:class:`captum.attr.LRP` with its graph."""
+
+    _stock = LRP
+
+
+class DifferentiableLayerLRP(RelevanceAdapter, LayerLRP):
+    """:class:`captum.attr.LayerLRP` with its graph."""
+
+    _stock = LayerLRP
+
+
+RELEVANCE_ADAPTERS: dict[type, type[RelevanceAdapter]] = {
+    LRP: DifferentiableLRP,
+    LayerLRP: DifferentiableLayerLRP,
+}
