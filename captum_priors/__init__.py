@@ -17,7 +17,7 @@ add the prior to the loss:
     >>> loss.backward()
 
 Penalties live in :mod:`captum_priors.penalties`, distances in :mod:`captum_priors.distances`, the
-papers' priors in :mod:`captum_priors.priors`, smooth activations in
+papers' priors in :mod:`captum_priors.priors`, what keeps explanations from being manipulated in
 :mod:`captum_priors.stability`, and the certificate in :mod:`captum_priors.testing`.
 """
 

@@ -14,6 +14,18 @@ from captum.attr import InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor, nn
 
 from captum_priors import ExpectedGradients, LayerExpectedGradients, differentiable
+from captum_priors.stability import (
+    ATEX,
+    ActivationSensitivity,
+    AttributionAlignment,
+    CurvatureRegularization,
+    HessianPenalty,
+    InputGradientRegularization,
+    JacobianRegularization,
+    RobustAttribution,
+    SaliencyGuided,
+    SmoothSurface,
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,26 @@ def hidden_layer() -> Case:
     return Case(case.model, case.inputs, case.baselines, 1, layer=case.model[1])
 
 
+class Everything(nn.Module):
+    """What a prior could disturb: running statistics, dropout and a recurrent module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.lstm = nn.LSTM(4, 3, num_layers=2, dropout=0.3, batch_first=True)
+        self.dropout = nn.Dropout(0.4)
+        self.head = nn.Linear(3, 2)
+        self.fails_after: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.lstm(self.norm(x))[0].mean(1))
+        if self.fails_after is not None:
+            if self.fails_after == 0:
+                raise RuntimeError("the model fails midway")
+            self.fails_after -= 1
+        return self.head(self.dropout(hidden))
+
+
 MODELS = [linear, mlp, relu_mlp, cnn, relu_cnn, tuple_inputs, sequence]
 NONLINEAR = MODELS[1:]
 LAYER_MODELS = [tokens, hidden_layer]
@@ -208,6 +240,49 @@ EXPLAINERS = [
 LAYER_EXPLAINERS = [
     Row("LayerEG-1", _layer_eg, options={"n_samples": 1}, baselines=True, layer=True),
     Row("LayerEG-4", _layer_eg, options={"n_samples": 4}, baselines=True, layer=True),
+]
+
+
+@dataclass(frozen=True)
+class RegularizerRow:
+    """A regularizer of a model's function, made small."""
+
+    name: str
+    cls: Callable[..., Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    ways: tuple[str, ...] = ()
+    draws: bool = True
+
+    def make(self, model: Any, way: str = "double_backprop", **options: Any) -> Any:
+        """Make it for a model."""
+        ways = {"differentiation": way} if self.ways else {}
+        return self.cls(model, **{**self.options, **ways, **options})
+
+
+_WAYS = ("double_backprop", "finite_difference")
+_SMALL = {"n_iter": 2, "radius": 0.2, "step_size": 0.15}
+REGULARIZERS = [
+    RegularizerRow("ATEX", ATEX, {"n_samples": 2, "radius": 0.3}),
+    RegularizerRow("ATEX-published", ATEX, {"n_samples": 2, "radius": 0.3, "paper_compat": True}),
+    RegularizerRow("Hessian", HessianPenalty, {"n_probes": 2}),
+    RegularizerRow("Hessian-differences", HessianPenalty, {"method": "finite_difference"}, _WAYS),
+    RegularizerRow("Sensitivity", ActivationSensitivity, {"n_samples": 2}),
+    RegularizerRow("Jacobian", JacobianRegularization, {"n_probes": 2}, _WAYS),
+    RegularizerRow("Jacobian-exact", JacobianRegularization, {"n_probes": None}, _WAYS, False),
+    RegularizerRow("InputGradient", InputGradientRegularization, {}, _WAYS, False),
+    RegularizerRow("CURE", CurvatureRegularization, {"h": 0.5}, _WAYS, False),
+    RegularizerRow("SSR", SmoothSurface, {}, _WAYS, False),
+    RegularizerRow("SGT", SaliencyGuided),
+    RegularizerRow(
+        "IG-NORM", RobustAttribution, {**_SMALL, "n_steps": 5, "attack_steps": 3}, _WAYS
+    ),
+    RegularizerRow(
+        "IG-SUM-NORM",
+        RobustAttribution,
+        {**_SMALL, "n_steps": 5, "attack_steps": 3, "objective": "ig_sum_norm"},
+        _WAYS,
+    ),
+    RegularizerRow("ART", AttributionAlignment, {**_SMALL, "top_k": 5}, _WAYS),
 ]
 
 DIFFERENTIATIONS = ["double_backprop", "recompute", "finite_difference"]

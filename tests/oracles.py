@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,3 +162,95 @@ def soft_top_k_distance(a: Array, b: Array, k: int, temperature: float) -> Array
         return np.array([1 / (1 + math.exp(-(v - threshold) / softness)) for v in sizes])
 
     return cosine(np.array([membership(x) for x in a]), np.array([membership(y) for y in b]))
+
+
+class TanhNet:
+    """``W2 tanh(W1 x + b1) + b2``, with its derivatives written out."""
+
+    def __init__(self, w1: Array, b1: Array, w2: Array, b2: Array) -> None:
+        self.w1, self.b1, self.w2, self.b2 = w1, b1, w2, b2
+
+    def hidden(self, x: Array) -> Array:
+        return np.tanh(self.w1 @ x + self.b1)
+
+    def logits(self, x: Array) -> Array:
+        return self.w2 @ self.hidden(x) + self.b2
+
+    def probabilities(self, x: Array) -> Array:
+        sizes = np.exp(self.logits(x) - self.logits(x).max())
+        return sizes / sizes.sum()
+
+    def cross_entropy(self, x: Array, label: int) -> float:
+        return -math.log(self.probabilities(x)[label])
+
+    def hidden_jacobian(self, x: Array) -> Array:
+        return (1 - self.hidden(x) ** 2)[:, None] * self.w1
+
+    def jacobian(self, x: Array) -> Array:
+        return self.w2 @ self.hidden_jacobian(x)
+
+    def hessian(self, x: Array, output: int) -> Array:
+        a = self.hidden(x)
+        return self.w1.T @ np.diag(-2 * a * (1 - a**2) * self.w2[output]) @ self.w1
+
+    def loss_gradient(self, x: Array, label: int) -> Array:
+        error = self.probabilities(x)
+        error[label] -= 1
+        return error @ self.jacobian(x)
+
+
+def softmax_hessian_eigenvalue(net: TanhNet, x: Array) -> float:
+    """Largest eigenvalue of the Gauss-Newton Hessian, features by features."""
+    p, w = net.probabilities(x), net.jacobian(x)
+    return float(np.linalg.eigvalsh(w.T @ (np.diag(p) - np.outer(p, p)) @ w)[-1])
+
+
+def cure(net: TanhNet, x: Array, label: int, h: float) -> float:
+    z = np.sign(net.loss_gradient(x, label))
+    z = z / np.linalg.norm(z)
+    change = net.loss_gradient(x + h * z, label) - net.loss_gradient(x, label)
+    return float((change**2).sum())
+
+
+def integrated_loss_gradients(net: TanhNet, x: Array, end: Array, label: int, n: int) -> Array:
+    total = np.zeros_like(x)
+    for k in range(n):
+        total += net.loss_gradient(x + (k + 0.5) / n * (end - x), label)
+    return (end - x) * total / n
+
+
+def alignment_triplet(net: TanhNet, x: Array, moved: Array, label: int) -> float:
+    """ART's loss of one example and its perturbed twin."""
+
+    def distance(a: Array, b: Array) -> float:
+        return 1 - float(a @ b) / float(np.linalg.norm(a) * np.linalg.norm(b))
+
+    total = 0.0
+    for anchor in (x, moved):
+        true, other = [], []
+        for at in (x, moved):
+            logits = net.logits(at)
+            logits[label] = -np.inf
+            true.append(distance(net.jacobian(at)[label], anchor))
+            other.append(distance(net.jacobian(at)[int(logits.argmax())], anchor))
+        total += math.log(1 + math.exp(max(true) - min(other)))
+    return total / 2
+
+
+def kl(p: Array, q: Array) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def softened(logits: Array, temperature: float) -> Array:
+    sizes = np.exp((logits - logits.max()) / temperature)
+    return sizes / sizes.sum()
+
+
+def matrix_of(function: Any, shape: Sequence[int]) -> Array:
+    """Matrix of a linear function, one unit vector after the other."""
+    columns = []
+    for at in np.ndindex(*shape):
+        unit = np.zeros(shape)
+        unit[at] = 1
+        columns.append(np.asarray(function(unit)).ravel())
+    return np.array(columns).T

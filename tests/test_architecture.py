@@ -13,12 +13,13 @@ LAYERS = [
     ["_engine", "penalties", "distances"],
     ["attr"],
     ["adapters"],
-    ["priors", "stability", "testing"],
+    ["priors", "testing"],
+    ["stability"],
     ["_demo"],
     ["__init__", "__main__"],
 ]
 # Within a layer these stand beside each other and do not know each other.
-SIBLINGS = [{"_engine", "penalties", "distances"}, {"priors", "stability", "testing"}]
+SIBLINGS = [{"_engine", "penalties", "distances"}, {"priors", "testing"}]
 
 
 def part_of(module: str) -> str:

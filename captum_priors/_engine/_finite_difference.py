@@ -47,7 +47,7 @@ def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor,
                 "differentiation='double_backprop'.",
             )
         )
-    relative_step, tolerance = (STEP_HALF, 0.5) if _half_precision(points) else (STEP, 0.2)
+    relative_step, tolerance = (STEP_HALF, 0.5) if half_precision(points) else (STEP, 0.2)
     n_points = len(points)
 
     def pullback(
@@ -119,7 +119,8 @@ def _is_half(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
-def _half_precision(points: tuple[Tensor, ...]) -> bool:
+def half_precision(points: tuple[Tensor, ...]) -> bool:
+    """Whether the model will compute in half precision, of itself or by autocast."""
     return any(map(_is_half, points)) or torch.is_autocast_enabled(points[0].device.type)
 
 

@@ -129,7 +129,11 @@ class RandomStream(Counter):
 
     def next_seed(self, *, advance: bool) -> int:
         """Seed of the current step."""
-        seed = _mix(int(self.seed), int(self) if advance else -1)
+        seed = self.peek(advance=advance)
         if advance:
             self.advance()
         return seed
+
+    def peek(self, *, advance: bool) -> int:
+        """Seed that the next call will get."""
+        return _mix(int(self.seed), int(self) if advance else -1)

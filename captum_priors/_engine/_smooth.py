@@ -17,6 +17,8 @@ _thread = threading.local()
 
 _RELU = (F.relu, torch.relu, Tensor.relu)
 _RELU_IN_PLACE = (torch.relu_, Tensor.relu_, F.relu_)
+# Modes see these, too, and are off while they handle one, which may run the model again.
+_BACKWARD = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
 def current_beta() -> float | None:
@@ -44,6 +46,9 @@ class _ReluAsSoftplus(TorchFunctionMode):
                 return _softplus(inputs, beta, in_place=in_place)
             if func in _RELU_IN_PLACE:
                 return _softplus(args[0] if args else kwargs["input"], beta, in_place=True)
+        if func in _BACKWARD:
+            with _suspended(True):
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -55,11 +60,22 @@ def _softplus(inputs: Tensor, beta: float, *, in_place: bool) -> Tensor:
 
 
 @contextmanager
+def _suspended(value: bool) -> Iterator[None]:
+    """Note whether the mode of this thread is off though a steepness is in force."""
+    before = getattr(_thread, "suspended", False)
+    _thread.suspended = value
+    try:
+        yield
+    finally:
+        _thread.suspended = before
+
+
+@contextmanager
 def relu_as_softplus(beta: float | None) -> Iterator[None]:
     """Replace ReLU by Softplus in this thread for the duration (None: leave ReLU as it is)."""
     before = current_beta()
     with ExitStack() as stack:
-        if before is None and beta is not None:
+        if beta is not None and (before is None or getattr(_thread, "suspended", False)):
             stack.enter_context(
                 without_checkpointing(
                     "a smoothed forward pass would be run again with ReLU. Call the model without "
@@ -67,6 +83,7 @@ def relu_as_softplus(beta: float | None) -> Iterator[None]:
                 )
             )
             stack.enter_context(_ReluAsSoftplus())
+            stack.enter_context(_suspended(False))
         _thread.beta = beta
         try:
             yield

@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from captum_priors._types import Penalty, TensorOrTuple
-from captum_priors.priors._explainer_prior import ExplainerPrior, Reduction
+from captum_priors.priors._explainer_prior import ExplainerPrior
+from captum_priors.priors._leaf_prior import Reduction
 
 
 class AttributionPrior(ExplainerPrior):

@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,18 @@ from captum_priors._checks import check_inputs, check_target
 from captum_priors._engine._checkpointing import without_checkpointing
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._engine._modules import submodules_of
-from captum_priors._engine._random import RandomStream, swapped_in
-from captum_priors._engine._smooth import check_beta, relu_as_softplus
+from captum_priors._engine._random import swapped_in
+from captum_priors._engine._smooth import relu_as_softplus
 from captum_priors._engine._still import held
-from captum_priors._errors import NotDifferentiableError, expected_found, one_of
+from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._types import TensorOrTuple
 from captum_priors.adapters import differentiable
-from captum_priors.priors._base import Prior
+from captum_priors.priors._leaf_prior import LeafPrior, Reduction
 
-Reduction = Literal["mean", "sum"]
 _PASSED_AT_CALL = ("inputs", "target", "additional_forward_args")
 
 
-class ExplainerPrior(Prior):
+class ExplainerPrior(LeafPrior):
     """A prior on what one explainer says; concrete priors say what they ask of it."""
 
     def __init__(
@@ -38,8 +37,7 @@ class ExplainerPrior(Prior):
         smooth: float | None,
         options: dict[str, Any],
     ) -> None:
-        super().__init__()
-        one_of("reduction", reduction, ("mean", "sum"))
+        super().__init__(reduction=reduction, smooth=smooth)
         if not callable(score):
             raise TypeError(
                 expected_found(
@@ -54,9 +52,6 @@ class ExplainerPrior(Prior):
         self._check_options(options)
         self.options = options
         self.score = score
-        self.reduction: Reduction = reduction
-        self.smooth = None if smooth is None else check_beta("smooth", smooth)
-        self.stream = RandomStream(type(self).__name__)
 
     @property
     def _parameters_of_attribute(self) -> Any:
@@ -166,11 +161,7 @@ class ExplainerPrior(Prior):
 
     def formula(self) -> str:
         """Return the prior as it would be written."""
-        options = {**self.options}
-        if self.smooth is not None:
-            options["smooth"] = self.smooth
-        if self.reduction != "mean":
-            options["reduction"] = self.reduction
+        options = {**self.options, **self._shared_options()}
         shown = [f"{k}={v!r}" for k, v in options.items() if isinstance(v, (bool, int, float, str))]
         parts = [_name(self.explainer), *map(_name, self._described()), *shown]
         return f"{type(self).__name__}({', '.join(parts)})"
@@ -241,22 +232,6 @@ class ExplainerPrior(Prior):
                         "Check the spelling.",
                     )
                 )
-
-    def _reduce(self, scores: Any, batch: int | None) -> Tensor:
-        """Reduce the scores of a batch; what is no batch of tensors has any number of rows."""
-        shape = tuple(scores.shape) if isinstance(scores, Tensor) else None
-        if shape is None or shape not in ((), (shape[:1] if batch is None else (batch,))):
-            found = type(scores).__name__ if shape is None else shape
-            raise ValueError(
-                expected_found(
-                    f"`{self._score_name}`",
-                    f"a tensor of shape ({'n' if batch is None else batch},), or () for the batch",
-                    str(found),
-                    "Return one unreduced number for each example.",
-                )
-            )
-        reduced: Tensor = scores.mean() if self.reduction == "mean" else scores.sum()
-        return reduced
 
 
 def _each(attributions: Any) -> tuple[Any, ...]:

@@ -9,7 +9,8 @@ from captum_priors._captum import as_tuple, like_inputs
 from captum_priors._engine._random import seed_global
 from captum_priors._errors import expected_found
 from captum_priors._types import Distance, TensorOrTuple
-from captum_priors.priors._explainer_prior import ExplainerPrior, Reduction, parameters_of
+from captum_priors.priors._explainer_prior import ExplainerPrior, parameters_of
+from captum_priors.priors._leaf_prior import Reduction
 
 
 class StabilityPrior(ExplainerPrior):

@@ -12,7 +12,7 @@ from captum_priors._errors import expected_found
 from captum_priors._rows import take_each
 from captum_priors._types import TensorOrTuple
 from captum_priors.priors._base import Prior, SumPrior, WeightedPrior, check_keywords, check_prior
-from captum_priors.priors._explainer_prior import ExplainerPrior
+from captum_priors.priors._leaf_prior import LeafPrior
 
 
 class Subsample(Prior):
@@ -135,5 +135,5 @@ class Subsample(Prior):
         return f"Subsample({self.prior.formula()}, fraction={self.fraction:g})"
 
 
-def _leaves(prior: Prior) -> list[ExplainerPrior]:
-    return [module for module in prior.modules() if isinstance(module, ExplainerPrior)]
+def _leaves(prior: Prior) -> list[LeafPrior]:
+    return [module for module in prior.modules() if isinstance(module, LeafPrior)]

@@ -1,5 +1,50 @@
-"""Stable explanations: what keeps attributions from moving when predictions do not."""
+"""Stable explanations: what keeps attributions from moving when predictions do not.
 
+An explanation is a derivative, so it can move where the model is curved, whatever its predictions
+do. :func:`manipulability_bound` says how far at most. To lower it: :class:`smooth_activations`,
+:func:`weight_decay_groups` and :class:`HessianPenalty` (Dombrowski et al.); :class:`ATEX`, which
+matches predictions alone; :class:`ActivationSensitivity` of single neurons; and the neighbours to
+compare them with. All that return a number are priors: they add up and scale, and leave no trace in
+the training state.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from captum_priors.stability import HessianPenalty, JacobianRegularization
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> prior = 0.01 * HessianPenalty(model, smooth=10) + 0.1 * JacobianRegularization(model)
+    >>> x, y = torch.randn(4, 3), torch.randint(2, (4,))
+    >>> loss = F.cross_entropy(model(x), y) + prior(x, target=y)
+    >>> loss.backward()
+"""
+
+from captum_priors.stability._activation_sensitivity import ActivationSensitivity
+from captum_priors.stability._atex import ATEX
+from captum_priors.stability._attribution_alignment import AttributionAlignment
+from captum_priors.stability._hessian_penalty import HessianPenalty
+from captum_priors.stability._jacobian import JacobianRegularization
+from captum_priors.stability._loss_gradient import (
+    CurvatureRegularization,
+    InputGradientRegularization,
+)
+from captum_priors.stability._manipulability_bound import manipulability_bound
+from captum_priors.stability._robust_attribution import RobustAttribution
+from captum_priors.stability._saliency_guided import SaliencyGuided
 from captum_priors.stability._smooth_activations import smooth_activations
+from captum_priors.stability._smooth_surface import SmoothSurface
+from captum_priors.stability._weight_decay import weight_decay_groups
 
-__all__ = ["smooth_activations"]
+__all__ = [
+    "ATEX",
+    "ActivationSensitivity",
+    "AttributionAlignment",
+    "CurvatureRegularization",
+    "HessianPenalty",
+    "InputGradientRegularization",
+    "JacobianRegularization",
+    "RobustAttribution",
+    "SaliencyGuided",
+    "SmoothSurface",
+    "manipulability_bound",
+    "smooth_activations",
+    "weight_decay_groups",
+]

@@ -17,8 +17,10 @@ class smooth_activations(nn.Module):  # noqa: N801  # used like a function, as t
     tends to ReLU as :math:`\beta` grows and has curvature where ReLU has a kink, which bounds how
     far an explanation can be manipulated (Dombrowski et al. 2019, 2022).
     Use the result in place of the model, whose parameters it shares, or as a context in which the
-    model itself runs smoothed. Max-pooling and other piecewise linear operations stay as they are;
-    so does ReLU inside TorchScript.
+    model itself runs smoothed. ReLU inside TorchScript stays as it is, and so do max-pooling
+    and other piecewise linear operations: the gradient still jumps where the largest entry of a
+    window changes, and there no bound on its manipulation holds (:func:`manipulability_bound`
+    refuses such models). Average-pooling is linear: take it where that matters.
 
     Args:
         model: The module to smooth.

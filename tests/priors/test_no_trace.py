@@ -21,27 +21,7 @@ from captum_priors.distances import mse
 from captum_priors.penalties import l1
 from captum_priors.priors import Prior
 from tests.asserts import assert_same_state, leaves_no_trace, state_of
-from tests.cases import DIFFERENTIATIONS, rows
-
-
-class Everything(nn.Module):
-    """What a prior could disturb: running statistics, dropout and a recurrent module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(6)
-        self.lstm = nn.LSTM(4, 3, num_layers=2, dropout=0.3, batch_first=True)
-        self.dropout = nn.Dropout(0.4)
-        self.head = nn.Linear(3, 2)
-        self.fails_after: int | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.relu(self.lstm(self.norm(x))[0].mean(1))
-        if self.fails_after is not None:
-            if self.fails_after == 0:
-                raise RuntimeError("the model fails midway")
-            self.fails_after -= 1
-        return self.head(self.dropout(hidden))
+from tests.cases import DIFFERENTIATIONS, REGULARIZERS, Everything, RegularizerRow
 
 
 def _attribution(model: nn.Module, x: Tensor, way: Any) -> Prior:
@@ -58,8 +38,25 @@ def _wrapped(model: nn.Module, x: Tensor, way: Any) -> Prior:
     return 0.5 * (Subsample(_attribution(model, x, way), 0.5) + Lazy(_stability(model, x, way), 1))
 
 
-every_prior = pytest.mark.parametrize("make", rows([_attribution, _stability, _wrapped]))
-every_way = pytest.mark.parametrize("way", DIFFERENTIATIONS)
+def _regularizer(row: RegularizerRow) -> Any:
+    # ReLU as Softplus, so that there is curvature to penalise.
+    return lambda model, x, way: row.make(model, way, smooth=20)
+
+
+_PRIORS = {p.__name__: p for p in (_attribution, _stability, _wrapped)}
+_REGULARIZERS = {row.name: _regularizer(row) for row in REGULARIZERS}
+_WAYS = {row.name: row.ways or DIFFERENTIATIONS[:1] for row in REGULARIZERS}
+_DRAWING = _PRIORS | {row.name: _REGULARIZERS[row.name] for row in REGULARIZERS if row.draws}
+
+every_prior = pytest.mark.parametrize("make", _DRAWING.values(), ids=_DRAWING.keys())
+every_prior_and_way = pytest.mark.parametrize(
+    ("make", "way"),
+    [
+        pytest.param(make, way, id=f"{name}-{way}")
+        for name, make in (_PRIORS | _REGULARIZERS).items()
+        for way in _WAYS.get(name, DIFFERENTIATIONS)
+    ],
+)
 
 
 def _trained() -> tuple[Everything, Tensor, Tensor]:
@@ -70,8 +67,7 @@ def _trained() -> tuple[Everything, Tensor, Tensor]:
     return model, x, y
 
 
-@every_prior
-@every_way
+@every_prior_and_way
 def test_call_and_backward(make: Any, way: Any) -> None:
     model, x, y = _trained()
     prior = make(model, x, way)
@@ -88,14 +84,13 @@ def test_call_and_backward(make: Any, way: Any) -> None:
     assert_same_state({k: v for k, v in before.items() if k != "grad"}, after)
 
 
-@every_prior
-@every_way
+@every_prior_and_way
 @pytest.mark.parametrize("fails_after", [0, 1])
 def test_model_that_raises(make: Any, way: Any, fails_after: int) -> None:
     model, x, y = _trained()
     prior = make(model, x, way)
     model.fails_after = fails_after
-    if make is _attribution and fails_after:
+    if fails_after:
         prior = prior + _stability(model, x, way)  # a single pass would not fail
     with leaves_no_trace(model, tensors=[x]), pytest.raises(RuntimeError, match="fails midway"):
         prior(x, target=y)
@@ -127,8 +122,7 @@ def test_refused_call_changes_nothing_of_the_prior() -> None:
         prior(x, target=y, annotation=x)
 
 
-@every_prior
-@every_way
+@every_prior_and_way
 def test_training_with_weight_zero_is_training_without(make: Any, way: Any) -> None:
     start, x, y = _trained()
     twins = [copy.deepcopy(start), copy.deepcopy(start)]

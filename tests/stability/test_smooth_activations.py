@@ -11,6 +11,7 @@ from captum.attr import IntegratedGradients, Saliency
 from torch import Tensor, nn
 
 from captum_priors import ExpectedGradients, differentiable
+from captum_priors._engine._smooth import relu_as_softplus
 from captum_priors.stability import smooth_activations
 from tests.asserts import leaves_no_trace, relative_error
 from tests.cases import DIFFERENTIATIONS
@@ -290,6 +291,22 @@ def test_backward_after_the_context_is_left(name: str, way: Any, as_context: boo
     # ReLU would have given something else.
     rough = gradients(model, smooth=False)
     assert len(rough) != len(found) or relative_error(rough, found) > 1e-2
+
+
+@pytest.mark.parametrize("way", ["recompute", "finite_difference"])
+def test_backward_within_the_context_runs_the_smoothed_model_again(way: Any) -> None:
+    model, x = _net(), torch.randn(3, 4)
+    twin = _softplus_net(model)
+
+    def gradients(explained: nn.Module) -> list[Tensor]:
+        explainer = differentiable(Saliency(explained), differentiation=way)
+        with smooth_activations(model, BETA), relu_as_softplus(BETA):
+            loss = explainer.attribute(x, target=1).square().sum()
+            return list(torch.autograd.grad(loss, [m.weight for m in explained[::2]]))
+
+    # Softplus by hand and by torch round differently; difference quotients take the same step.
+    assert relative_error(gradients(model), gradients(twin)) < 1e-9
+    assert torch.equal(F.relu(x), x.clamp(min=0))
 
 
 @pytest.mark.parametrize("beta", [0, -1.0, float("inf"), float("nan"), True, "3", None])

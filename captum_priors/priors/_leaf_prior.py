@@ -1,0 +1,55 @@
+"""What every prior that is no combination of others has: a reduction and a random stream."""
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from captum_priors._engine._random import RandomStream
+from captum_priors._engine._smooth import check_beta
+from captum_priors._errors import expected_found, one_of
+from captum_priors.priors._base import Prior
+
+Reduction = Literal["mean", "sum"]
+
+
+class LeafPrior(Prior):
+    """A term of a sum of priors."""
+
+    _score_name = "score"
+
+    def __init__(self, *, reduction: Reduction, smooth: float | None) -> None:
+        super().__init__()
+        one_of("reduction", reduction, ("mean", "sum"))
+        self.reduction: Reduction = reduction
+        self.smooth = None if smooth is None else check_beta("smooth", smooth)
+        self.stream = RandomStream(type(self).__name__)
+
+    @property
+    def draws_baselines(self) -> bool:
+        """Whether baselines are a distribution to draw from, rather than one for each example."""
+        return False
+
+    def _reduce(self, scores: Any, batch: int | None) -> Tensor:
+        """Reduce the scores of a batch; what is no batch of tensors has any number of rows."""
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else None
+        if shape is None or shape not in ((), (shape[:1] if batch is None else (batch,))):
+            found = type(scores).__name__ if shape is None else shape
+            raise ValueError(
+                expected_found(
+                    f"`{self._score_name}`",
+                    f"a tensor of shape ({'n' if batch is None else batch},), or () for the batch",
+                    str(found),
+                    "Return one unreduced number for each example.",
+                )
+            )
+        reduced: Tensor = scores.mean() if self.reduction == "mean" else scores.sum()
+        return reduced
+
+    def _shared_options(self) -> dict[str, Any]:
+        """Options that every leaf has, where they are not the default."""
+        options: dict[str, Any] = {}
+        if self.smooth is not None:
+            options["smooth"] = self.smooth
+        if self.reduction != "mean":
+            options["reduction"] = self.reduction
+        return options

@@ -1,0 +1,340 @@
+"""Values against a network whose derivatives are written out by hand, one example at a time."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captum_priors.stability import (
+    ActivationSensitivity,
+    AttributionAlignment,
+    CurvatureRegularization,
+    HessianPenalty,
+    InputGradientRegularization,
+    JacobianRegularization,
+    RobustAttribution,
+    SaliencyGuided,
+    SmoothSurface,
+)
+from tests import oracles
+from tests.asserts import assert_unbiased
+
+# Different orders of the same float64 sums.
+ROUNDING = 1e-11
+N = 5
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)  # curved, and confident enough for probabilities to differ
+    return model
+
+
+@pytest.fixture
+def net(model: nn.Module) -> oracles.TanhNet:
+    w1, b1, w2, b2 = (p.detach().numpy() for p in model.parameters())
+    return oracles.TanhNet(w1, b1, w2, b2)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(N, 4)
+
+
+@pytest.fixture
+def y() -> Tensor:
+    return torch.tensor([0, 2, 1, 1, 0])
+
+
+class Recorder(nn.Module):
+    """Remembers the points at which a model was evaluated."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.detach().clone())
+        return self.model(x)
+
+
+def assert_mean(value: Tensor, each: list[float], tolerance: float = ROUNDING) -> None:
+    assert abs(value.item() - np.mean(each)) <= tolerance * abs(np.mean(each))
+
+
+def pairs(x: Tensor, y: Tensor) -> list[tuple[Any, int]]:
+    return list(zip(x.numpy(), y.tolist(), strict=True))
+
+
+def test_hessian_is_unbiased(model: nn.Module, net: Any, x: Tensor, y: Tensor) -> None:
+    expected = np.mean([(net.hessian(a, c) ** 2).sum() for a, c in pairs(x, y)])
+    penalty = HessianPenalty(model)
+    assert_unbiased(lambda: penalty(x, target=y), torch.tensor(expected), 800)
+
+
+def test_hessian_of_a_diagonal_needs_one_probe() -> None:
+    """Signs square to one: without products of two features the estimate is exact."""
+    x = torch.randn(N, 3)
+    value = HessianPenalty(lambda x: torch.sin(x).sum(1))(x)
+    assert_mean(value, [float((np.sin(a) ** 2).sum()) for a in x.numpy()])
+
+
+def test_hessian_by_differences_tends_to_the_exact_one(
+    model: nn.Module, x: Tensor, y: Tensor
+) -> None:
+    errors = []
+    exact = HessianPenalty(model, 3).eval()
+    for step in (0.04, 0.02, 0.01):
+        near = HessianPenalty(model, 3, method="finite_difference", step=step).eval()
+        values = [p(x, target=y).item() for p in (exact, near)]
+        errors.append(abs(values[1] / values[0] - 1))
+    assert errors[2] < 2e-3
+    # Second order: a quarter of the error at half the step.
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
+
+
+def test_hessian_warns_once_of_a_piecewise_linear_network(x: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    penalty = HessianPenalty(model)
+    with pytest.warns(UserWarning, match="piecewise linear"):
+        assert penalty(x, target=0).item() == 0
+    assert penalty(x, target=0).item() == 0
+    assert HessianPenalty(model, smooth=5)(x, target=0).item() > 0
+    with pytest.warns(UserWarning, match="piecewise linear"):
+        assert HessianPenalty(nn.Linear(4, 3))(x, target=0).item() == 0
+
+
+def test_jacobian(model: nn.Module, net: Any, x: Tensor) -> None:
+    expected = [(net.jacobian(a) ** 2).sum() for a in x.numpy()]
+    assert_mean(JacobianRegularization(model, None)(x), expected)
+    estimate = JacobianRegularization(model)
+    assert_unbiased(lambda: estimate(x), torch.tensor(np.mean(expected)), 800)
+
+
+def test_input_gradient(model: nn.Module, net: Any, x: Tensor, y: Tensor) -> None:
+    expected = [(net.loss_gradient(a, c) ** 2).sum() for a, c in pairs(x, y)]
+    assert_mean(InputGradientRegularization(model)(x, target=y), expected)
+
+
+def test_one_logit_is_a_binary_classifier(x: Tensor) -> None:
+    single = nn.Linear(4, 1)
+    double = nn.Linear(4, 2)
+    with torch.no_grad():
+        double.weight[0], double.bias[0] = 0, 0
+        double.weight[1], double.bias[1] = single.weight[0], single.bias[0]
+    for cls in (InputGradientRegularization, CurvatureRegularization, SmoothSurface):
+        one, two = (cls(model)(x, target=1).item() for model in (single, double))
+        assert one == pytest.approx(two, rel=1e-10)
+
+
+def test_cure(model: nn.Module, net: Any, x: Tensor, y: Tensor) -> None:
+    squares = [oracles.cure(net, a, c, 0.7) for a, c in pairs(x, y)]
+    assert_mean(CurvatureRegularization(model, 0.7)(x, target=y), squares)
+    norms = [value**0.5 for value in squares]
+    assert_mean(CurvatureRegularization(model, 0.7, squared=False)(x, target=y), norms)
+
+
+def test_smooth_surface(model: nn.Module, net: Any, x: Tensor) -> None:
+    expected = [oracles.softmax_hessian_eigenvalue(net, a) for a in x.numpy()]
+    # The root of an eigenvalue problem.
+    assert_mean(SmoothSurface(model)(x), expected, 1e-9)
+
+
+def test_smooth_surface_of_a_piecewise_linear_network_is_the_whole_hessian(x: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    expected = []
+    for row in x:
+        loss = lambda z: nn.functional.cross_entropy(model(z[None]), torch.tensor([1]))  # noqa: E731
+        hessian = torch.autograd.functional.hessian(loss, row)
+        expected.append(float(torch.linalg.eigvalsh(hessian)[-1]))
+    assert_mean(SmoothSurface(model)(x), expected, 1e-9)
+
+
+def test_smooth_surface_of_a_certain_prediction_has_a_finite_gradient() -> None:
+    model = nn.Linear(4, 3).float()
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([500.0, 0.0, 0.0]))
+    SmoothSurface(model)(torch.randn(N, 4, dtype=torch.float32)).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_saliency_guided(model: nn.Module, net: Any, x: Tensor, y: Tensor, absolute: bool) -> None:
+    recorder = Recorder(model)
+    value = SaliencyGuided(recorder, 0.5, absolute=absolute)(x, target=y)
+    masked = recorder.seen[-1][N:].numpy()
+    expected = []
+    for (a, c), m in zip(pairs(x, y), masked, strict=True):
+        gradient = net.jacobian(a)[c]
+        least = np.argsort(np.abs(gradient) if absolute else gradient)[:2]
+        assert sorted(np.flatnonzero(a != m)) == sorted(least)
+        assert a.min() <= m[least].min()
+        assert m[least].max() <= a.max()
+        expected.append(oracles.kl(net.probabilities(a), net.probabilities(m)))
+    assert_mean(value, expected)
+
+
+@pytest.mark.parametrize("objective", ["ig_norm", "ig_sum_norm"])
+def test_robust_attribution(
+    model: nn.Module, net: Any, x: Tensor, y: Tensor, objective: Any
+) -> None:
+    recorder = Recorder(model)
+    prior = RobustAttribution(
+        recorder, objective, radius=0.3, step_size=0.1, n_iter=4, n_steps=30, weight=0.5
+    ).eval()
+    value = prior(x, target=y)
+    # The last midpoint lies 59 sixtieths of the way to the worst point.
+    last = recorder.seen[-1] if objective == "ig_norm" else recorder.seen[-2]
+    ends = (x + (last[-N:] - x) * 60 / 59).numpy()
+    assert np.abs(ends - x.numpy()).max() <= 0.3 + 1e-12
+    expected, completeness = [], []
+    for (a, c), end in zip(pairs(x, y), ends, strict=True):
+        attributions = oracles.integrated_loss_gradients(net, a, end, c, 30)
+        gain = net.cross_entropy(end, c) - net.cross_entropy(a, c)
+        completeness.append(abs(attributions.sum() - gain))
+        size = np.abs(attributions).sum()
+        if objective == "ig_sum_norm":
+            size = net.cross_entropy(end, c) + 0.5 * size
+        expected.append(size)
+    assert_mean(value, expected, 1e-9)
+    assert max(completeness) < 1e-3  # 30 midpoints
+
+
+def test_robust_attribution_climbs(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    values = []
+    for n_iter, step in ((1, 1e-9), (20, 0.03)):
+        torch.manual_seed(0)
+        prior = RobustAttribution(model, radius=0.3, step_size=step, n_iter=n_iter).eval()
+        values.append(prior(x, target=y).item())
+    assert values[1] > 1.3 * values[0]  # a random point of the ball, and one that is sought
+
+
+def test_attribution_alignment(model: nn.Module, net: Any, x: Tensor, y: Tensor) -> None:
+    prior = AttributionAlignment(model, radius=0.3, step_size=0.1, top_k=3)
+    state = prior.state_dict()
+    state = {name: value.clone() for name, value in state.items()}
+    moved = prior.perturb(x, y)
+    assert all(torch.equal(value, prior.state_dict()[name]) for name, value in state.items())
+    assert float((moved - x).abs().max()) <= 0.3 + 1e-12
+    triplets = [
+        oracles.alignment_triplet(net, a, m, c)
+        for (a, c), m in zip(pairs(x, y), moved.numpy(), strict=True)
+    ]
+    assert_mean(prior(x, target=y), triplets)
+
+
+def test_attribution_alignment_climbs(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    values = []
+    for n_iter, step in ((1, 1e-9), (10, 0.1)):
+        torch.manual_seed(0)
+        prior = AttributionAlignment(model, radius=0.3, step_size=step, n_iter=n_iter).eval()
+        values.append(prior(x, target=y).item())
+    assert values[1] > values[0] + 0.02
+
+
+def test_ascent_stays_in_the_valid_range(model: nn.Module, y: Tensor) -> None:
+    x = torch.rand(N, 4)
+    moved = AttributionAlignment(model, radius=0.5, step_size=0.3, bounds=(0, 1)).perturb(x, y)
+    assert moved.min() >= 0
+    assert moved.max() <= 1
+    assert not torch.equal(moved, x)
+
+
+@pytest.mark.parametrize("scale", ["noise", None])
+@pytest.mark.parametrize("noise", ["gaussian", "uniform", "sign"])
+def test_small_noise_limit_of_sensitivity_is_the_jacobian(
+    model: nn.Module, net: Any, x: Tensor, noise: Any, scale: Any
+) -> None:
+    """Per layer: the hidden units, and the logits as named layers."""
+    radius = 1e-4
+    hidden = np.mean([(net.hidden_jacobian(a) ** 2).sum() / 6 for a in x.numpy()])
+    logits = np.mean([(net.jacobian(a) ** 2).sum() / 3 for a in x.numpy()])
+    variance = radius**2 * (1 / 3 if noise == "uniform" else 1)
+    for layers, expected in (("activations", hidden), ([model[2]], logits), (["2"], logits)):
+        prior = ActivationSensitivity(
+            model, radius, layers=layers, noise=noise, scale=scale, n_samples=20
+        )
+        limit = torch.tensor(expected * (1 if scale == "noise" else variance))
+        assert_unbiased(lambda p=prior: p(x), limit, 200)
+    both = ActivationSensitivity(model, radius, layers=[model[1], model[2]], n_samples=4000)
+    # A mean over layers; 20000 draws.
+    assert both(x).item() == pytest.approx((hidden + logits) / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+@pytest.mark.parametrize("scale", ["noise", "activation", None])
+def test_sensitivity_neuron_by_neuron(
+    model: nn.Module, net: Any, x: Tensor, norm: Any, scale: Any
+) -> None:
+    recorder = Recorder(model)
+    prior = ActivationSensitivity(recorder, 0.5, norm=norm, scale=scale, n_samples=2)
+    value = prior(x)
+    points = recorder.seen[-1].numpy()
+    total = []
+    for i in range(N):
+        for sample in (1, 2):
+            noisy = points[sample * N + i]
+            clean, moved = net.hidden(points[i]), net.hidden(noisy)
+            for j in range(6):
+                size = {
+                    "noise": np.sqrt(((noisy - points[i]) ** 2).mean()),
+                    "activation": abs(clean[j]) + np.abs(clean).mean(),
+                    None: 1.0,
+                }[scale]
+                total.append((abs(moved[j] - clean[j]) / size) ** norm)
+    assert_mean(value, total)
+
+
+def test_sensitivity_finds_activations_of_any_spelling(x: Tensor) -> None:
+    class Functional(nn.Module):
+        def __init__(self, spelling: Any) -> None:
+            super().__init__()
+            self.first, self.last, self.spelling = nn.Linear(4, 6), nn.Linear(6, 3), spelling
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.spelling(self.first(x))
+            hidden *= 3  # what is recorded is not what the model goes on with in place
+            return self.last(hidden)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    expected = ActivationSensitivity(model).eval()(x).item()
+    assert expected > 0
+    relu = nn.functional.relu
+    for spelling in (nn.ReLU(), nn.ReLU(inplace=True), relu, torch.relu_, Tensor.relu):
+        torch.manual_seed(0)
+        assert ActivationSensitivity(Functional(spelling)).eval()(x).item() == expected
+
+
+def test_sensitivity_without_activations_is_refused(x: Tensor) -> None:
+    with pytest.raises(ValueError, match="activation functions that run"):
+        ActivationSensitivity(nn.Linear(4, 3))(x)
+
+
+def test_sensitivity_of_layers_without_a_batch_is_refused(x: Tensor) -> None:
+    class Strange(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum(1, keepdim=True) + self.layer(x.mean(0)).sum()
+
+    model = Strange()
+    with pytest.raises(ValueError, match="first dimension holds the 10 examples"):
+        ActivationSensitivity(model, layers=["layer"])(x)
+
+
+def test_sensitivity_before_the_activations(x: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)  # all units dead
+    assert ActivationSensitivity(model)(x).item() == 0
+    assert ActivationSensitivity(model, layers="weights")(x).item() > 0

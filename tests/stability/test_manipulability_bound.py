@@ -1,0 +1,341 @@
+"""No attack moves a gradient by more than its bound."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_priors import NotDifferentiableError
+from captum_priors.stability import manipulability_bound, smooth_activations
+from captum_priors.stability._curvature_bound import curvature_bound
+from tests import oracles
+from tests.asserts import leaves_no_trace
+from tests.cases import TwoInputs
+
+
+def gradient(model: nn.Module, x: Tensor, target: Any, *, graph: bool = False) -> Tensor:
+    x = x if x.requires_grad else x.requires_grad_()
+    outputs = model(x).gather(1, target.reshape(-1, 1)).sum()
+    (found,) = torch.autograd.grad(outputs, x, create_graph=graph)
+    return found
+
+
+def attack(model: nn.Module, x: Tensor, target: Tensor, radius: float) -> tuple[Tensor, Tensor]:
+    """Strongest change of the gradient in a Euclidean ball: projected ascent with restarts.
+
+    Normalised gradient steps in shrinking length, from many random points of the ball.
+    """
+    start = gradient(model, x.clone(), target).detach()
+    best, best_points = torch.zeros(len(x)), x.clone()
+    for restart in range(6):
+        move = torch.randn_like(x) * 0.1**restart
+        points = x + project(move, radius)
+        for step in torch.linspace(0.5, 0.02, 40).tolist():
+            points = points.detach().requires_grad_()
+            change = (gradient(model, points, target, graph=True) - start).flatten(1).norm(dim=1)
+            better = change.detach() > best
+            best = torch.where(better, change.detach(), best)
+            best_points = torch.where(expand(better, x), points.detach(), best_points)
+            (up,) = torch.autograd.grad(change.sum(), points)
+            up = up / expand(up.flatten(1).norm(dim=1).clamp_min(1e-30), x)
+            points = x + project(points.detach() + step * radius * up - x, radius)
+    return best, best_points
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def project(move: Tensor, radius: float) -> Tensor:
+    length = move.flatten(1).norm(dim=1)
+    return move * expand((radius / length.clamp_min(1e-30)).clamp(max=1), move)
+
+
+def mlp(beta: float) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(4, 8), nn.Softplus(beta), nn.Linear(8, 6), nn.Softplus(beta), nn.Linear(6, 3)
+    )
+
+
+def one_hidden(beta: float) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.Softplus(beta), nn.Linear(3, 2))
+
+
+def tanh_mlp(beta: float) -> nn.Module:
+    layers = [nn.Linear(4, 8), nn.Tanh(), nn.BatchNorm1d(8), nn.Linear(8, 6), nn.Sigmoid()]
+    return nn.Sequential(*layers, nn.Linear(6, 3)).eval()
+
+
+class Cnn(nn.Module):
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+        self.conv1 = nn.Conv2d(1, 3, 3, padding=1)
+        self.conv2 = nn.Conv2d(3, 4, 2, stride=2, groups=1)
+        self.pool, self.head = nn.AvgPool2d(2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.softplus(self.conv1(x), beta=self.beta)
+        x = self.pool(F.softplus(self.conv2(x), self.beta))
+        return self.head(x.view(x.size(0), -1))
+
+
+def smoothed_relu(beta: float) -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    return smooth_activations(model, beta)
+
+
+NETWORKS = [mlp, one_hidden, tanh_mlp, Cnn, smoothed_relu]
+
+
+def batch(model: nn.Module) -> tuple[Tensor, Tensor]:
+    shape = (1, 4, 4) if isinstance(model, Cnn) else (4,)
+    return torch.randn(6, *shape), torch.tensor([0, 1, 0, 1, 1, 0])
+
+
+@pytest.mark.parametrize("beta", [1.0, 10.0])
+@pytest.mark.parametrize("make", NETWORKS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("radius", [0.1, 2.0])
+def test_bounds_are_never_exceeded_by_an_attack(make: Any, beta: float, radius: float) -> None:
+    model = make(beta)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    x, target = batch(model)
+    moved, end = attack(model, x, target, radius)
+    with torch.no_grad():
+        distance = (end - x).flatten(1).norm(dim=1)
+    assert bool((distance <= radius * (1 + 1e-9)).all())
+    bounds = {
+        (form, norm): manipulability_bound(model, x, end, target, form=form, norm=norm, n_steps=30)
+        for form in ("product", "path")
+        for norm in ("spectral", "frobenius")
+    }
+    for name, bound in bounds.items():
+        assert bound.shape == (6,), name
+        assert bool((moved <= bound).all()), name
+    # In order: each form is tighter in spectral norms, and the product holds everywhere.
+    for form in ("product", "path"):
+        assert bool((bounds[form, "spectral"] <= bounds[form, "frobenius"] * (1 + 1e-9)).all())
+    assert bool((bounds["path", "frobenius"] <= bounds["product", "spectral"]).all())
+    # An attack that hardly moved anything would have proved nothing.
+    assert bool((moved > 0.25 * bounds["path", "spectral"]).any())
+    assert float(moved.min()) > 0
+
+
+def test_bound_is_reached() -> None:
+    """One unit at the bend of Softplus, moved a little along its weight."""
+    model = nn.Sequential(nn.Linear(3, 1), nn.Softplus(4.0), nn.Linear(1, 1))
+    with torch.no_grad():
+        model[0].bias.zero_()
+    w = model[0].weight.detach()
+    x = torch.zeros(1, 3)
+    end = x + 1e-4 * w
+    moved = gradient(model, end, torch.zeros(1).long()) - gradient(model, x, torch.zeros(1).long())
+    for form in ("product", "path"):
+        bound = manipulability_bound(model, x, end, 0, form=form)
+        assert float(moved.norm() / bound) == pytest.approx(1, abs=1e-6)
+
+
+def test_product_form_written_out() -> None:
+    model = mlp(3.0)
+    norms = [np.linalg.norm(model[i].weight.detach().numpy(), 2) for i in (0, 2, 4)]
+    a, b, c = norms
+    expected = 3 / 4 * (a**2 * b * c + a**2 * b**2 * c)
+    assert float(curvature_bound(model, None, "spectral").detach()) == pytest.approx(expected)
+    fa, fb, fc = (np.linalg.norm(model[i].weight.detach().numpy()) for i in (0, 2, 4))
+    expected = 3 / 4 * (fa**2 * fb * fc + fa**2 * fb**2 * fc)
+    assert float(curvature_bound(model, None, "frobenius").detach()) == pytest.approx(expected)
+    row = np.linalg.norm(model[4].weight[2].detach().numpy())
+    x = torch.randn(2, 4)
+    bound = manipulability_bound(model, x, x + 1, 2)
+    assert bound[0].item() == pytest.approx(2 * 3 / 4 * (a**2 * b + a**2 * b**2) * row)
+    each = manipulability_bound(model, x, x + 1, torch.tensor([2, 0]))
+    assert each[0] == bound[0]
+    assert each[1] != each[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Conv1d(2, 3, 3), (2, 8)),
+        (nn.Conv2d(1, 5, 3, padding=1), (1, 5, 5)),
+        (nn.Conv2d(4, 6, 2, stride=2, groups=2), (4, 4, 4)),
+        (nn.Conv2d(2, 2, 3, padding=2, dilation=2), (2, 6, 6)),
+        (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 5, 5)),
+        (nn.Conv3d(1, 2, 2), (1, 3, 3, 3)),
+        (nn.AvgPool1d(3, 2, padding=1), (2, 7)),
+        (nn.AvgPool2d(2), (1, 6, 6)),
+        (nn.AvgPool2d(3, 1), (1, 6, 6)),
+        (nn.AvgPool2d(2, 3), (1, 6, 6)),
+        (nn.AdaptiveAvgPool2d(1), (2, 3, 3)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("norm", ["spectral", "frobenius"])
+def test_gain_of_a_layer_is_at_least_its_matrix_norm(module: Any, shape: Any, norm: str) -> None:
+    from captum_priors.stability._curvature_bound import _gain
+
+    module = module.double()
+    bias = getattr(module, "bias", None)
+    if bias is not None:
+        nn.init.zeros_(bias)
+    with torch.no_grad():
+        matrix = oracles.matrix_of(lambda unit: module(torch.tensor(unit)[None]), shape)
+        exact, bound = np.linalg.norm(matrix, 2), float(_gain(module, norm))
+    assert exact <= bound * (1 + 1e-12)
+    assert bound < 4 * exact or norm == "frobenius"
+
+
+def test_path_form_estimated_from_probes() -> None:
+    model = mlp(2.0)
+    x = torch.randn(6, 4)
+    exact = manipulability_bound(model, x, x + 0.5, 1, form="path", norm="frobenius")
+    near = manipulability_bound(model, x, x + 0.5, 1, form="path", norm="frobenius", n_probes=200)
+    # Two hundred probes of relative standard deviation about 1, and a maximum over 20 points.
+    assert float((near / exact - 1).abs().max()) < 0.3
+
+
+def test_path_form_takes_tuples_and_arguments() -> None:
+    model, args = TwoInputs(), (torch.rand(4) + 0.5, 2.0)
+    a, b = torch.randn(4, 2, 2), torch.randn(4, 3)
+    ends = (a + 0.2, b - 0.3)
+    with leaves_no_trace(model):
+        bound = manipulability_bound(model, (a, b), ends, 1, args, form="path")
+
+    def slopes(*inputs: Tensor) -> Tensor:
+        inputs = tuple(t.clone().requires_grad_() for t in inputs)
+        found = torch.autograd.grad(model(*inputs, *args)[:, 1].sum(), inputs)
+        return torch.cat([f.flatten(1) for f in found], 1)
+
+    moved = (slopes(*ends) - slopes(a, b)).norm(dim=1)
+    assert bool((moved <= bound).all())
+    assert bool((moved > 0.1 * bound).any())
+
+
+def test_train_mode_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Softplus(), nn.Dropout(0.5))
+    model.append(nn.Linear(8, 3))
+    x = torch.randn(6, 4)
+    with leaves_no_trace(model, tensors=[x]):
+        product = manipulability_bound(model, x, x + 0.1, 1)
+        path = manipulability_bound(model, x, x + 0.1, 1, form="path")
+    assert bool((path < product).all())
+    assert not product.requires_grad
+    assert not path.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(manipulability_bound(model, x, x + 0.1, 1, form="path"), path)
+
+
+def test_kinks_are_refused_by_both_forms() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(6, 4)
+    with pytest.raises(NotDifferentiableError, match="ReLU, whose gradient jumps"):
+        manipulability_bound(model, x, x + 3, 1)
+    with pytest.raises(NotDifferentiableError, match="moves by no more than the sampled Hessians"):
+        manipulability_bound(model, x, x + 3, 1, form="path")
+    pooled = nn.Sequential(nn.Conv1d(1, 2, 2), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(2, 1))
+    with pytest.raises(NotDifferentiableError, match="found MaxPool1d"):
+        manipulability_bound(pooled, x[:, None, :3], x[:, None, :3] + 1, 0)
+    z = torch.randn(40, 1, 3)
+    with pytest.raises(NotDifferentiableError, match="moves by no more than the sampled Hessians"):
+        manipulability_bound(pooled, z, -z, 0, form="path")
+
+
+class Skip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(x + F.softplus(self.a(x)))
+
+
+class Twice(Skip):
+    def forward(self, x: Tensor) -> Tensor:
+        self.a(x)
+        return self.b(F.softplus(x))
+
+
+class Branches(Skip):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(x) if x.sum() > 0 else self.b(-x)
+
+
+REFLECTING = nn.Conv1d(1, 2, 3, padding=1, padding_mode="reflect")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Skip(),
+        Twice(),
+        Branches(),
+        nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)),
+        nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)),
+        nn.Sequential(nn.Unflatten(1, (1, 4)), nn.ConvTranspose1d(1, 2, 2)),
+        nn.Sequential(
+            nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3, padding=1, padding_mode="reflect")
+        ),
+        nn.Sequential(nn.Unflatten(1, (1, 4)), nn.AvgPool1d(2, ceil_mode=True)),
+        nn.BatchNorm1d(4, track_running_stats=False),
+        nn.Sequential(nn.Linear(4, 3), nn.Softplus(threshold=1)),
+        lambda x: x,
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_what_is_no_chain_is_refused(model: Any) -> None:
+    x = torch.randn(6, 4)
+    with pytest.raises(NotDifferentiableError, match="Use form='path'"):
+        manipulability_bound(model, x, x + 1, 0)
+
+
+def test_unused_layers_are_no_part_of_the_chain() -> None:
+    """Dead code would otherwise stretch the bound, or lower it where it shrinks."""
+    with pytest.raises(NotDifferentiableError, match="on something else"):
+        curvature_bound(Twice(), None, "spectral")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"form": "sum"},
+        {"norm": "nuclear"},
+        {"n_steps": 1},
+        {"n_probes": 3},
+        {"n_probes": 3, "form": "path"},
+        {"target": [0, 1]},
+        {"target": 3},
+        {"additional_forward_args": 3.0},
+        {"perturbed": torch.zeros(6, 5)},
+    ],
+)
+def test_bad_arguments_are_refused(options: Any) -> None:
+    x = torch.randn(6, 4)
+    given = {"perturbed": x + 1, "target": 0, **options}
+    with pytest.raises(ValueError, match=r"expected .* found"):
+        manipulability_bound(mlp(1.0), x, **given)
+
+
+def test_constants_of_the_activations() -> None:
+    """Largest slope and curvature on a fine grid."""
+    from captum_priors.stability._curvature_bound import _SIGMOID, _TANH
+
+    z = torch.linspace(-8, 8, 200_001)
+    for function, (slope, second) in (
+        (torch.tanh, _TANH),
+        (torch.sigmoid, _SIGMOID),
+        (lambda z: F.softplus(z, 5.0), (1.0, 5 / 4)),
+    ):
+        point = z.clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(point).sum(), point, create_graph=True)
+        (curve,) = torch.autograd.grad(first.sum(), point)
+        steepest = first.max().item()
+        assert steepest <= slope + 1e-12
+        assert math.isclose(steepest, slope, rel_tol=1e-6)
+        assert float(curve.abs().max()) <= second + 1e-12
+        assert math.isclose(float(curve.abs().max()), second, rel_tol=1e-6)
