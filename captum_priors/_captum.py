@@ -14,6 +14,7 @@ from captum._utils.models.linear_model import (
     SkLearnLinearRegression,
     SkLearnRidge,
 )
+from captum._utils.progress import progress
 from captum.attr._utils.common import _format_callable_baseline
 from captum.log import log_usage
 from torch import Tensor
@@ -31,6 +32,7 @@ __all__ = [
     "forward_args",
     "like_inputs",
     "log_usage",
+    "progress",
     "run_forward",
     "run_repeated",
 ]

@@ -83,7 +83,7 @@ def swapped_in(state: GlobalRandomState | int) -> Iterator[None]:
             before.restore()
 
 
-def _mix(seed: int, step: int) -> int:
+def mixed(seed: int, step: int) -> int:
     """Spread (seed, step) over 63 bits (the finaliser of SplitMix64, Steele et al. 2014)."""
     mask = (1 << 64) - 1
     z = (seed + (step + 1) * 0x9E3779B97F4A7C15) & mask
@@ -129,7 +129,7 @@ class RandomStream(Counter):
 
     def next_seed(self, *, advance: bool) -> int:
         """Seed of the current step."""
-        seed = _mix(int(self.seed), int(self) if advance else -1)
+        seed = mixed(int(self.seed), int(self) if advance else -1)
         if advance:
             self.advance()
         return seed
