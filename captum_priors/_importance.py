@@ -54,9 +54,7 @@ def importance(attributions: Tensor, spatial_dims: int | None = None) -> Tensor:
     return size.flatten(1, -n - 1).sum(1) if size.dim() > n + 1 else size
 
 
-def importance_rows(
-    attributions: tuple[Tensor, ...], spatial_dims: int | None = None
-) -> Tensor:
+def importance_rows(attributions: tuple[Tensor, ...], spatial_dims: int | None = None) -> Tensor:
     """Put the places of all tensors of an example into one row: ``(batch, places)``."""
     rows = [importance(a, spatial_dims).flatten(1) for a in attributions]
     return torch.cat(rows, 1) if len(rows) > 1 else rows[0]

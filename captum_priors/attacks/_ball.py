@@ -68,7 +68,8 @@ def _column(tensor: Tensor) -> tuple[int, ...]:
 
 def rows_norm(tensor: Tensor) -> Tensor:
     """Euclidean norm of each example, shaped to broadcast."""
-    return torch.linalg.vector_norm(tensor.flatten(1), dim=1).reshape(_column(tensor))
+    norms: Tensor = torch.linalg.vector_norm(tensor.flatten(1), dim=1)
+    return norms.reshape(_column(tensor))
 
 
 def check_ball(radius: Any, norm: Any) -> None:
@@ -115,9 +116,7 @@ def _for_each(name: str, value: Any, n: int) -> tuple[Any, ...]:
     return value
 
 
-def _ball(
-    name: str, inputs: Tensor, radius: float, lower: Any, upper: Any, norm: str
-) -> Ball:
+def _ball(name: str, inputs: Tensor, radius: float, lower: Any, upper: Any, norm: str) -> Ball:
     centre = inputs.detach()
     low, high = (_bound(bound, centre) for bound in (lower, upper))
     # Bounds are often the normalised 0 and 1, rounded otherwise than the inputs were.

@@ -273,9 +273,7 @@ class AttributionAttack(BoundedPerturbation):
         with self._undisturbed(self.explainer) as seed, torch.enable_grad():
             search = _Search(self, inputs, region, target, args, baselines, seed)
             steps = self.n_restarts * self.n_steps
-            with progress(
-                desc=type(self).__name__, total=steps, disable=not show_progress
-            ) as bar:
+            with progress(desc=type(self).__name__, total=steps, disable=not show_progress) as bar:
                 found = search.run(lambda: bar.update(1))
         return like_inputs(inputs, found)
 
