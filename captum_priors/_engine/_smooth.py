@@ -44,7 +44,14 @@ class _ReluAsSoftplus(TorchFunctionMode):
                 return _softplus(inputs, beta, in_place=in_place)
             if func in _RELU_IN_PLACE:
                 return _softplus(args[0] if args else kwargs["input"], beta, in_place=True)
-        return func(*args, **kwargs)
+        # Torch sets a mode aside while its handler runs, and a backward pass that replays the model
+        # runs in here whole: whoever smooths again must know.
+        before = getattr(_thread, "set_aside", False)
+        _thread.set_aside = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            _thread.set_aside = before
 
 
 def _softplus(inputs: Tensor, beta: float, *, in_place: bool) -> Tensor:
@@ -57,7 +64,7 @@ def _softplus(inputs: Tensor, beta: float, *, in_place: bool) -> Tensor:
 @contextmanager
 def relu_as_softplus(beta: float | None) -> Iterator[None]:
     """Replace ReLU by Softplus in this thread for the duration (None: leave ReLU as it is)."""
-    before = current_beta()
+    before, set_aside = current_beta(), getattr(_thread, "set_aside", False)
     with ExitStack() as stack:
         if before is None and beta is not None:
             stack.enter_context(
@@ -66,12 +73,14 @@ def relu_as_softplus(beta: float | None) -> Iterator[None]:
                     "checkpointing while it is smoothed, or leave smoothing out."
                 )
             )
+        if beta is not None and (before is None or set_aside):
             stack.enter_context(_ReluAsSoftplus())
+            _thread.set_aside = False
         _thread.beta = beta
         try:
             yield
         finally:
-            _thread.beta = before
+            _thread.beta, _thread.set_aside = before, set_aside
 
 
 class SmoothedModule:

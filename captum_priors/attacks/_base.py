@@ -134,8 +134,8 @@ class AttributionAttack(BoundedPerturbation):
         radius: :math:`r`, in units of the inputs; a tuple has one for each input. Each
             tensor of an example has a ball of its own, as in :class:`captum.robust.PGD`.
         norm: ``"Linf"`` or ``"L2"``.
-        n_steps: Gradient steps of each restart.
-        step_size: Length of a step relative to the radius; by default ``2.5 / n_steps``.
+        step_num: Gradient steps of each restart.
+        step_size: Length of a step relative to the radius; by default ``2.5 / step_num``.
         betas: First and last steepness of Softplus in the steps; None leaves the model as it is.
         lower_bound: :math:`l`, a number or a tensor that broadcasts to the inputs; a tuple has one
             for each input.
@@ -180,7 +180,7 @@ class AttributionAttack(BoundedPerturbation):
         *,
         radius: float | tuple[float, ...],
         norm: Norm = "Linf",
-        n_steps: int = 100,
+        step_num: int = 100,
         step_size: float | None = None,
         betas: tuple[float, float] | None = (10.0, 100.0),
         lower_bound: Any = float("-inf"),
@@ -204,14 +204,14 @@ class AttributionAttack(BoundedPerturbation):
             keep_prediction=keep_prediction,
             seed=seed,
         )
-        check_count("n_steps", n_steps)
+        check_count("step_num", step_num)
         check_count("n_restarts", n_restarts)
         _check_number("step_size", 1 if step_size is None else step_size, above=True)
         _check_number("output_weight", output_weight, above=False)
         check_spatial_dims(spatial_dims)
         self.explainer = differentiable(explainer)
-        self.n_steps, self.n_restarts, self.random_start = n_steps, n_restarts, random_start
-        self.step_size = 2.5 / n_steps if step_size is None else float(step_size)
+        self.step_num, self.n_restarts, self.random_start = step_num, n_restarts, random_start
+        self.step_size = 2.5 / step_num if step_size is None else float(step_size)
         self.betas = None if betas is None else _checked_betas(betas)
         self.output_weight, self.spatial_dims = float(output_weight), spatial_dims
         self.attribute_options = attribute_options
@@ -272,7 +272,7 @@ class AttributionAttack(BoundedPerturbation):
         region = self._checked(inputs, target)
         with self._undisturbed(self.explainer) as seed, torch.enable_grad():
             search = _Search(self, inputs, region, target, args, baselines, seed)
-            steps = self.n_restarts * self.n_steps
+            steps = self.n_restarts * self.step_num
             with progress(desc=type(self).__name__, total=steps, disable=not show_progress) as bar:
                 found = search.run(lambda: bar.update(1))
         return like_inputs(inputs, found)
@@ -282,7 +282,7 @@ class AttributionAttack(BoundedPerturbation):
         if self.betas is None:
             return None
         first, last = self.betas
-        return float(first * (last / first) ** (step / max(1, self.n_steps - 1)))
+        return float(first * (last / first) ** (step / max(1, self.step_num - 1)))
 
 
 class _Search:
@@ -319,8 +319,8 @@ class _Search:
             if attack.random_start:
                 points = tuple(ball.draw("uniform") for ball in self.region)
             self._consider(points)
-            for step in range(attack.n_steps):
-                draws = mixed(self.seed, restart * attack.n_steps + step)
+            for step in range(attack.step_num):
+                draws = mixed(self.seed, restart * attack.step_num + step)
                 gradients = self._gradients(points, attack.steepness(step), draws)
                 if gradients is None:
                     return self.best

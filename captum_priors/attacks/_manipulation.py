@@ -56,8 +56,8 @@ class ManipulationAttack(AttributionAttack):
         output_weight: float = 25.0,
         **options: Any,
     ) -> None:
-        for each in as_tuple(target_map) if target_map is not None else ():
-            if not isinstance(each, Tensor):
+        for each in target_map if isinstance(target_map, tuple) else (target_map,):
+            if each is not None and not isinstance(each, Tensor):
                 raise TypeError(
                     expected_found(
                         "`target_map`",

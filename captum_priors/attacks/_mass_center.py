@@ -29,7 +29,7 @@ class MassCenterAttack(AttributionAttack):
         >>> from captum_priors.attacks import MassCenterAttack
         >>> model, x = torch.nn.Linear(5, 1), torch.ones(1, 5)
         >>> _ = torch.nn.init.ones_(model.weight)
-        >>> attack = MassCenterAttack(InputXGradient(model), radius=0.5, n_steps=20, seed=0)
+        >>> attack = MassCenterAttack(InputXGradient(model), radius=0.5, step_num=20, seed=0)
         >>> position = torch.arange(5.0)
         >>> moved = attack.perturb(x)  # the centre of five equal attributions is 2
         >>> abs((position * moved).sum() / moved.sum() - 2).item() > 0.5

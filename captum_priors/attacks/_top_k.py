@@ -35,7 +35,7 @@ class TopKAttack(AttributionAttack):
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.ReLU(),
         ...                             torch.nn.Linear(9, 2))
         >>> x = torch.rand(4, 6)
-        >>> attacked = TopKAttack(Saliency(model), 2, radius=0.1, n_steps=5).perturb(x)
+        >>> attacked = TopKAttack(Saliency(model), 2, radius=0.1, step_num=5).perturb(x)
         >>> torch.equal(model(attacked).argmax(1), model(x).argmax(1))
         True
         >>> bool(((attacked - x).abs() <= 0.1 + 1e-6).all())

@@ -87,7 +87,8 @@ def stability_report(
         target: Explain the ``"predicted"`` class of the clean input, or the ``"label"``.
         additional_forward_args: Further arguments of all models, the same for all batches.
         max_examples: Stop after this many.
-        confidence: Level of the intervals: of the mean over examples, Student's, for each column.
+        confidence: Level of the intervals of the means over examples: Student's, and Wilson's for
+            shares.
         n_shown: Examples of each row to keep for :meth:`StabilityReport.figure`.
         seed: Seed of all draws; every model sees the same.
         show_progress: Show a progress bar.

@@ -28,13 +28,22 @@ class Score:
 
     @classmethod
     def of(cls, values: Sequence[float], confidence: float) -> "Score":
-        """Average what is not NaN; the interval is Student's, NaN for fewer than two values."""
+        """Average what is not NaN.
+
+        The interval is Student's, and Wilson's for zeros and ones, where Student's may leave [0, 1]
+        or shrink to a point; NaN for fewer than two values.
+        """
         known = np.asarray([v for v in values if not np.isnan(v)], np.float64)
         n, nan = len(known), float("nan")
         if n < 2:
             return cls(float(known.mean()) if n else nan, nan, nan, n)
-        quantile = extra("scipy.stats", "metrics").t.ppf((1 + confidence) / 2, n - 1)
-        mean, half = float(known.mean()), float(quantile * known.std(ddof=1) / n**0.5)
+        stats = extra("scipy.stats", "metrics")
+        mean = float(known.mean())
+        if set(known) <= {0.0, 1.0}:
+            share = stats.binomtest(int(known.sum()), n).proportion_ci(confidence, method="wilson")
+            return cls(mean, float(share.low), float(share.high), n)
+        quantile = stats.t.ppf((1 + confidence) / 2, n - 1)
+        half = float(quantile * known.std(ddof=1) / n**0.5)
         return cls(mean, mean - half, mean + half, n)
 
     def __str__(self) -> str:
