@@ -133,6 +133,15 @@ def stability_report(
     n_done = 0
     with progress(desc="stability", disable=not show_progress) as bar:
         for number, (inputs, labels) in enumerate(_batches(loader, max_examples)):
+            if labels is None and target == "label":
+                raise ValueError(
+                    expected_found(
+                        "`target`",
+                        "'predicted' for a loader without labels",
+                        "'label'",
+                        "Let the loader give (inputs, labels).",
+                    )
+                )
             n = as_tuple(inputs)[0].shape[0]
             for cell in cells:
                 found, example = cell.evaluate(

@@ -61,8 +61,9 @@ def _membership(size: Tensor, k: int) -> Tensor:
     """Part of each feature in the top k: 1, 0, or an equal share among those that tie."""
     last = size.topk(k, dim=1).values[:, -1:]
     above, tied = size > last, size == last
+    above, tied = above.to(size.dtype), tied.to(size.dtype)
     places = k - above.sum(1, keepdim=True)
-    return above.to(size.dtype) + tied * places / tied.sum(1, keepdim=True).clamp_min(1)
+    return above + tied * places / tied.sum(1, keepdim=True).clamp_min(1)
 
 
 def spearman(attributions: TensorOrTuple, other: TensorOrTuple) -> Tensor:
