@@ -106,6 +106,16 @@ class BoundedPerturbation(Perturbation, ABC):
         """Which examples have the prediction that they had, shape ``(batch,)``."""
         if callable(self.keep_prediction):
             same = self.keep_prediction(outputs, clean_outputs)
+            if not isinstance(same, Tensor) or same.shape[:1] != outputs.shape[:1]:
+                found = tuple(same.shape) if isinstance(same, Tensor) else type(same).__name__
+                raise ValueError(
+                    expected_found(
+                        "`keep_prediction`",
+                        f"truth values of shape ({outputs.shape[0]},)",
+                        str(found),
+                        "Return one for each example.",
+                    )
+                )
         else:
             same = predictions(outputs) == predictions(clean_outputs)
         return same.reshape(same.shape[0], -1).all(1)
@@ -209,6 +219,15 @@ class AttributionAttack(BoundedPerturbation):
         _check_number("step_size", 1 if step_size is None else step_size, above=True)
         _check_number("output_weight", output_weight, above=False)
         check_spatial_dims(spatial_dims)
+        if output_weight and not callable(self.forward_func):
+            raise TypeError(
+                expected_found(
+                    "`forward_func`",
+                    "the model whose outputs `output_weight` holds in place",
+                    type(self.forward_func).__name__,
+                    "Pass forward_func=model, or output_weight=0.",
+                )
+            )
         self.explainer = differentiable(explainer)
         self.step_num, self.n_restarts, self.random_start = step_num, n_restarts, random_start
         self.step_size = 2.5 / step_num if step_size is None else float(step_size)
@@ -259,19 +278,9 @@ class AttributionAttack(BoundedPerturbation):
             TypeError: If an argument has another type.
             ValueError: If inputs leave the bounds, or shapes do not match.
         """
-        return self._run(inputs, target, additional_forward_args, baselines, show_progress)
-
-    def _run(
-        self,
-        inputs: TensorOrTuple,
-        target: Any,
-        args: Any,
-        baselines: Any,
-        show_progress: bool,
-    ) -> TensorOrTuple:
         region = self._checked(inputs, target)
         with self._undisturbed(self.explainer) as seed, torch.enable_grad():
-            search = _Search(self, inputs, region, target, args, baselines, seed)
+            search = _Search(self, inputs, region, target, additional_forward_args, baselines, seed)
             steps = self.n_restarts * self.step_num
             with progress(desc=type(self).__name__, total=steps, disable=not show_progress) as bar:
                 found = search.run(lambda: bar.update(1))

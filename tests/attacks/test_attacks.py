@@ -447,6 +447,13 @@ def test_detached_explainer_is_refused() -> None:
         distance(Detached(case.model), radius=0.1).perturb(case.inputs, target=1)
 
 
+def test_explainer_without_a_known_model() -> None:
+    x = torch.ones(2, 4)
+    attack = distance(Free(), radius=0.5, keep_prediction=False)
+    # Squares move furthest at either end of the ball.
+    torch.testing.assert_close((attack.perturb(x) - 1).abs(), torch.full((2, 4), 0.5))
+
+
 def test_progress_bar_shows_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     case = mlp()
     attack = top_k(Saliency(case.model), radius=0.1)
@@ -479,6 +486,13 @@ def test_random_control_redraws_what_changes_the_prediction() -> None:
     for moved, share in ((once, 1 / 2), (often, 1 / 32)):
         found = float((moved == x).double().mean())
         assert abs(found - share) < 4 * (share * (1 - share) / 4000) ** 0.5
+
+
+class Free:
+    """An explainer that does not say what it explains."""
+
+    def attribute(self, inputs: Tensor) -> Tensor:
+        return inputs.square()
 
 
 M = nn.Linear(4, 3).double()
@@ -542,6 +556,18 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         lambda: RandomAttack(radius=1),
         TypeError,
         "`forward_func`: expected the model whose prediction",
+    ),
+    (
+        "outputs",
+        lambda: ManipulationAttack(Free(), radius=1, keep_prediction=False),
+        TypeError,
+        "`forward_func`: expected the model whose outputs",
+    ),
+    (
+        "same",
+        lambda: noise(M, radius=1, keep_prediction=lambda a, b: True).perturb(torch.ones(2, 4)),
+        ValueError,
+        r"`keep_prediction`: expected truth values of shape \(2,\), found bool",
     ),
     (
         "integers",
