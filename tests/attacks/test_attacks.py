@@ -133,6 +133,19 @@ def test_never_ends_below_the_clean_input(make: Make) -> None:
         assert bool((after > before).any())
 
 
+class Misjudged(DistanceAttack):
+    """Climbs the distance and is ranked by its opposite."""
+
+    def score(self, attributions: Any, clean: Any) -> Tensor:
+        return -self.objective(attributions, clean)
+
+
+def test_points_that_rank_below_the_clean_input_are_not_taken() -> None:
+    case = mlp()
+    attack = Misjudged(Saliency(case.model), mse, radius=0.3, step_num=3)
+    assert torch.equal(attack.perturb(case.inputs, target=1), case.inputs)
+
+
 class Everything(nn.Module):
     """Statistics, dropout and a kink."""
 
