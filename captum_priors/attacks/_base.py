@@ -145,7 +145,7 @@ class AttributionAttack(BoundedPerturbation):
             tensor of an example has a ball of its own, as in :class:`captum.robust.PGD`.
         norm: ``"Linf"`` or ``"L2"``.
         step_num: Gradient steps of each restart.
-        step_size: Length of a step relative to the radius; by default ``2.5 / step_num``.
+        step_size: Length of a step relative to the radius; by default ``5 / step_num``.
         betas: First and last steepness of Softplus in the steps; None leaves the model as it is.
         lower_bound: :math:`l`, a number or a tensor that broadcasts to the inputs; a tuple has one
             for each input.
@@ -230,7 +230,7 @@ class AttributionAttack(BoundedPerturbation):
             )
         self.explainer = differentiable(explainer)
         self.step_num, self.n_restarts, self.random_start = step_num, n_restarts, random_start
-        self.step_size = 2.5 / step_num if step_size is None else float(step_size)
+        self.step_size = 5 / step_num if step_size is None else float(step_size)
         self.betas = None if betas is None else _checked_betas(betas)
         self.output_weight, self.spatial_dims = float(output_weight), spatial_dims
         self.attribute_options = attribute_options
