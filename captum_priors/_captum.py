@@ -14,7 +14,11 @@ from captum._utils.models.linear_model import (
     SkLearnLinearRegression,
     SkLearnRidge,
 )
+from captum._utils.progress import progress
+from captum.attr._core.dataloader_attr import SUPPORTED_METHODS
+from captum.attr._core.llm_attr import GradientForwardFunc
 from captum.attr._utils.common import _format_callable_baseline
+from captum.attr._utils.lrp_rules import PropagationRule
 from captum.log import log_usage
 from torch import Tensor
 
@@ -22,6 +26,9 @@ from captum_priors._rows import tile
 from captum_priors._types import TensorOrTuple
 
 __all__ = [
+    "SUPPORTED_METHODS",
+    "GradientForwardFunc",
+    "PropagationRule",
     "SkLearnLasso",
     "SkLearnLinearRegression",
     "SkLearnRidge",
@@ -31,6 +38,7 @@ __all__ = [
     "forward_args",
     "like_inputs",
     "log_usage",
+    "progress",
     "run_forward",
     "run_repeated",
 ]

@@ -9,17 +9,21 @@ ROOT = Path(captum_priors.__file__).parent
 
 # From the bottom up: a module may import from its own layer and the layers before it.
 LAYERS = [
-    ["_types", "_errors", "_rows", "_lift", "_captum", "_checks"],
+    ["_types", "_errors", "_extras", "_rows", "_lift", "_importance", "_captum", "_checks"],
     ["_engine", "penalties", "distances"],
+    ["_probe"],
     ["attr"],
     ["adapters"],
-    ["priors", "testing"],
+    ["priors", "attacks", "metrics", "testing"],
     ["stability"],
     ["_demo"],
     ["__init__", "__main__"],
 ]
 # Within a layer these stand beside each other and do not know each other.
-SIBLINGS = [{"_engine", "penalties", "distances"}, {"priors", "testing"}]
+SIBLINGS = [
+    {"_engine", "penalties", "distances"},
+    {"priors", "attacks", "metrics", "testing"},
+]
 
 
 def part_of(module: str) -> str:
@@ -81,7 +85,7 @@ def test_private_doors() -> None:
 
 def test_import_is_light() -> None:
     """The core neither needs nor imports the extras."""
-    extras = {"shap", "sklearn", "matplotlib", "rich"}
+    extras = {"shap", "sklearn", "matplotlib", "rich", "scipy", "torchmetrics"}
     for path in ROOT.rglob("*.py"):
         if "_demo" in path.parts:
             continue

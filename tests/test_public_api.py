@@ -6,9 +6,28 @@ from typing import Any
 import pytest
 
 import captum_priors
-from captum_priors import attr, distances, penalties, priors, stability, testing
+from captum_priors import (
+    attacks,
+    attr,
+    distances,
+    metrics,
+    penalties,
+    priors,
+    stability,
+    testing,
+)
 
-MODULES = [captum_priors, attr, penalties, distances, priors, stability, testing]
+MODULES = [
+    captum_priors,
+    attacks,
+    attr,
+    distances,
+    metrics,
+    penalties,
+    priors,
+    stability,
+    testing,
+]
 EXPORTS = [
     pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
     for module in MODULES

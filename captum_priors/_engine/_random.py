@@ -83,7 +83,7 @@ def swapped_in(state: GlobalRandomState | int) -> Iterator[None]:
             before.restore()
 
 
-def _mix(seed: int, step: int) -> int:
+def mixed(seed: int, step: int) -> int:
     """Spread (seed, step) over 63 bits (the finaliser of SplitMix64, Steele et al. 2014)."""
     mask = (1 << 64) - 1
     z = (seed + (step + 1) * 0x9E3779B97F4A7C15) & mask
@@ -136,4 +136,4 @@ class RandomStream(Counter):
 
     def peek(self, *, advance: bool) -> int:
         """Seed that the next call will get."""
-        return _mix(int(self.seed), int(self) if advance else -1)
+        return mixed(int(self.seed), int(self) if advance else -1)

@@ -17,8 +17,6 @@ _thread = threading.local()
 
 _RELU = (F.relu, torch.relu, Tensor.relu)
 _RELU_IN_PLACE = (torch.relu_, Tensor.relu_, F.relu_)
-# Modes see these, too, and are off while they handle one, which may run the model again.
-_BACKWARD = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
 def current_beta() -> float | None:
@@ -46,10 +44,14 @@ class _ReluAsSoftplus(TorchFunctionMode):
                 return _softplus(inputs, beta, in_place=in_place)
             if func in _RELU_IN_PLACE:
                 return _softplus(args[0] if args else kwargs["input"], beta, in_place=True)
-        if func in _BACKWARD:
-            with _suspended(True):
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+        # Torch sets a mode aside while its handler runs, and a backward pass that replays the model
+        # runs in here whole: whoever smooths again must know.
+        before = getattr(_thread, "set_aside", False)
+        _thread.set_aside = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            _thread.set_aside = before
 
 
 def _softplus(inputs: Tensor, beta: float, *, in_place: bool) -> Tensor:
@@ -60,35 +62,25 @@ def _softplus(inputs: Tensor, beta: float, *, in_place: bool) -> Tensor:
 
 
 @contextmanager
-def _suspended(value: bool) -> Iterator[None]:
-    """Note whether the mode of this thread is off though a steepness is in force."""
-    before = getattr(_thread, "suspended", False)
-    _thread.suspended = value
-    try:
-        yield
-    finally:
-        _thread.suspended = before
-
-
-@contextmanager
 def relu_as_softplus(beta: float | None) -> Iterator[None]:
     """Replace ReLU by Softplus in this thread for the duration (None: leave ReLU as it is)."""
-    before = current_beta()
+    before, set_aside = current_beta(), getattr(_thread, "set_aside", False)
     with ExitStack() as stack:
-        if beta is not None and (before is None or getattr(_thread, "suspended", False)):
+        if before is None and beta is not None:
             stack.enter_context(
                 without_checkpointing(
                     "a smoothed forward pass would be run again with ReLU. Call the model without "
                     "checkpointing while it is smoothed, or leave smoothing out."
                 )
             )
+        if beta is not None and (before is None or set_aside):
             stack.enter_context(_ReluAsSoftplus())
-            stack.enter_context(_suspended(False))
+            _thread.set_aside = False
         _thread.beta = beta
         try:
             yield
         finally:
-            _thread.beta = before
+            _thread.beta, _thread.set_aside = before, set_aside
 
 
 class SmoothedModule:

@@ -13,11 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 from captum.attr import LRP, LayerLRP
-from captum.attr._utils.lrp_rules import PropagationRule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from captum_priors._captum import as_tuple, like_inputs
+from captum_priors._captum import PropagationRule, as_tuple, like_inputs
 from captum_priors.adapters._graph_mode import KeepGraph, calling_frame
 from captum_priors.adapters._mode_adapters import ModeAdapter, detached
 

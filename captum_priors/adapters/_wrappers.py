@@ -10,10 +10,9 @@ from captum.attr import (
     LLMAttributionResult,
     LLMGradientAttribution,
 )
-from captum.attr._core.dataloader_attr import SUPPORTED_METHODS
-from captum.attr._core.llm_attr import GradientForwardFunc
 from torch import Tensor
 
+from captum_priors._captum import SUPPORTED_METHODS, GradientForwardFunc
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._types import Differentiation
 from captum_priors.adapters._captum_adapter import CaptumAdapter

@@ -25,10 +25,10 @@ class StabilityPrior(ExplainerPrior):
     Args:
         explainer: An explainer that :func:`captum_priors.differentiable` takes.
         distance: ``distance(attributions, other)`` of shape ``(batch,)``.
-        perturbation: A :class:`captum.robust.Perturbation`, or a function, of the inputs. It is
-            also given ``target`` and ``additional_forward_args`` where it takes them; other
-            arguments of an attack are bound first, as in ``lambda x, target: fgsm.perturb(x, 0.1,
-            target)``.
+        perturbation: A :class:`captum.robust.Perturbation`, such as those of
+            :mod:`captum_priors.attacks`, or a function, of the inputs. It is also given ``target``,
+            ``additional_forward_args`` and ``baselines`` where it takes them; other arguments of an
+            attack are bound first, as in ``lambda x, target: fgsm.perturb(x, 0.1, target)``.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: As in :class:`AttributionPrior`.
         attribute_options: As in :class:`AttributionPrior`.
@@ -104,10 +104,9 @@ class StabilityPrior(ExplainerPrior):
 
     def _moved(self, inputs: TensorOrTuple, call: dict[str, Any]) -> TensorOrTuple:
         known = parameters_of(self._perturb)
-        extra = {k: call[k] for k in ("target", "additional_forward_args") if k in call}
-        moved: TensorOrTuple = self._perturb(
-            inputs, **{k: v for k, v in extra.items() if k in known}
-        )
+        given = ("target", "additional_forward_args", "baselines")
+        extra = {k: call[k] for k in given if k in call and k in known}
+        moved: TensorOrTuple = self._perturb(inputs, **extra)
         if not self.takes_tensors:
             return moved
         each = moved if isinstance(moved, tuple) else (moved,)

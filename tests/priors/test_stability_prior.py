@@ -10,9 +10,10 @@ from captum.robust import FGSM
 from torch import Tensor, nn
 
 from captum_priors import AttributionPrior, ExpectedGradients, StabilityPrior, differentiable
+from captum_priors.attacks import DistanceAttack, ManipulationAttack, RandomAttack, TopKAttack
 from captum_priors.distances import SoftTopK, cosine, mse
 from captum_priors.penalties import l2
-from tests.asserts import assert_same_numbers, relative_error
+from tests.asserts import assert_same_numbers, leaves_no_trace, relative_error
 from tests.cases import DIFFERENTIATIONS, EXACT, cnn, mlp, relu_mlp, tuple_inputs
 
 # The same float64 operations in another order.
@@ -257,3 +258,85 @@ def test_bad_input_gives_one_clear_error(
 ) -> None:
     with pytest.raises(error, match=text):
         call(mlp().model)
+
+
+def _attacks(model: nn.Module) -> list[Any]:
+    explainer = Saliency(model)
+    return [
+        RandomAttack(explainer, radius=0.3),
+        RandomAttack(radius=0.3, keep_prediction=False),
+        DistanceAttack(explainer, mse, radius=0.3, step_num=3),
+        TopKAttack(explainer, 2, radius=0.3, step_num=3),
+        ManipulationAttack(explainer, radius=0.3, step_num=3),
+    ]
+
+
+@pytest.mark.parametrize("i", range(5))
+@pytest.mark.parametrize("smooth", [None, 5.0])
+def test_attack_is_a_perturbation_through_which_no_gradient_flows(
+    i: int, smooth: float | None
+) -> None:
+    case = relu_mlp()
+    attack, seen = _attacks(case.model)[i], []
+
+    def record(x: Tensor, target: Any) -> Tensor:
+        seen.append(attack.perturb(x, target=target))
+        return seen[-1]
+
+    prior = StabilityPrior(Saliency(case.model), mse, record, smooth=smooth)
+    value = prior(case.inputs, target=1)
+    fixed = seen[0]
+    assert not fixed.requires_grad
+    assert not torch.equal(fixed, case.inputs)
+    expected = StabilityPrior(Saliency(case.model), mse, lambda x: fixed, smooth=smooth)(
+        case.inputs, target=1
+    )
+    assert value.item() > 0
+    assert_same_numbers(value, expected, ROUNDING)
+    assert (
+        relative_error(_gradients(value, case.model), _gradients(expected, case.model)) < ROUNDING
+    )
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_attack_leaves_no_trace_in_training_and_takes_any_batch(i: int) -> None:
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 3)
+    )
+    x = torch.randn(9, 4)
+    model(x).square().sum().backward()
+    prior = StabilityPrior(Saliency(model), mse, _attacks(model)[i], smooth=10)
+    for batch in x.split(4):  # the last has one example
+        with leaves_no_trace(model, tensors=[x]):
+            value = prior(batch, target=1)
+        assert value.isfinite()
+        value.backward()
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_attack_draws_anew_at_each_step(i: int) -> None:
+    case = relu_mlp()
+    prior = StabilityPrior(Saliency(case.model), mse, _attacks(case.model)[i])
+    assert prior(case.inputs, target=1).item() != prior(case.inputs, target=1).item()
+    assert prior.eval()(case.inputs, target=1).item() == prior(case.inputs, target=1).item()
+
+
+def test_attack_is_given_the_baselines() -> None:
+    case = mlp()
+    explainer = ExpectedGradients(case.model)
+    attack = DistanceAttack(explainer, mse, radius=0.3, step_num=2)
+    value = StabilityPrior(explainer, mse, attack)(case.inputs, baselines=case.baselines, target=1)
+    assert value.item() > 0
+
+
+def test_adversarial_stability_is_above_random_stability() -> None:
+    case = cnn()
+    explainer = Saliency(case.model)
+    attacks = [
+        RandomAttack(explainer, radius=0.3, keep_prediction=False),
+        DistanceAttack(explainer, mse, radius=0.3, step_num=10, keep_prediction=False),
+    ]
+    noise, attacked = (
+        StabilityPrior(explainer, mse, a)(case.inputs, target=1).item() for a in attacks
+    )
+    assert attacked > 2 * noise

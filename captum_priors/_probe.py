@@ -1,0 +1,115 @@
+"""Look at a model and an explainer from outside: held still, same draws each time, no trace."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from zlib import crc32
+
+import torch
+from captum.attr import Attribution
+from torch import Tensor
+
+from captum_priors._captum import as_tuple, forward_args, like_inputs, run_forward
+from captum_priors._engine._modules import submodules_of
+from captum_priors._engine._random import seed_global, swapped_in
+from captum_priors._engine._still import held
+from captum_priors._errors import expected_found
+from captum_priors._types import TensorOrTuple
+
+
+def check_explainer(explainer: Any) -> None:
+    """Require an object with Captum's ``attribute``."""
+    if isinstance(explainer, type) or not callable(getattr(explainer, "attribute", None)):
+        found = f"the class {explainer.__name__}" if isinstance(explainer, type) else None
+        raise TypeError(
+            expected_found(
+                "`explainer`",
+                "an object with Captum's attribute(inputs, ...)",
+                found or type(explainer).__name__,
+                "Pass for example captum.attr.Saliency(model).",
+            )
+        )
+
+
+def forward_func_of(explainer: Any) -> Any:
+    """Find the model that an explainer explains, or None."""
+    for name in ("forward_func", "model"):
+        found = getattr(explainer, name, None)
+        if callable(found):
+            return found
+    inner = getattr(explainer, "attribution_method", None)  # what a NoiseTunnel averages
+    return None if inner is None else forward_func_of(inner)
+
+
+def seed_from_global_state() -> int:
+    """Read a seed off torch's global generator without moving it."""
+    return crc32(torch.get_rng_state().numpy().tobytes())
+
+
+@contextmanager
+def undisturbed(seed: int, *holders: Any) -> Iterator[None]:
+    """Hold the modules behind the holders still, with random streams of the block's own."""
+    with swapped_in(seed), held(submodules_of(*holders)):
+        yield
+
+
+class Probe:
+    """One batch's explainer call, to be asked at any points."""
+
+    def __init__(self, explainer: Any, like: TensorOrTuple, call: dict[str, Any]) -> None:
+        self.explainer, self._like = explainer, like
+        self._call = {name: value for name, value in call.items() if value is not None}
+
+    def __call__(
+        self, points: tuple[Tensor, ...], seed: int, *, graph: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Attribute at the points; one seed gives the same draws at all of them."""
+        generator = self._call.get("generator")
+        with ExitStack() as stack:
+            if isinstance(generator, torch.Generator):
+                stack.callback(generator.set_state, generator.get_state())
+                generator.manual_seed(seed)
+            # Explainers from elsewhere may need gradients recorded to explain at all.
+            stack.enter_context(
+                torch.set_grad_enabled(graph or not isinstance(self.explainer, Attribution))
+            )
+            seed_global(seed)
+            found = self.explainer.attribute(like_inputs(self._like, points), **self._call)
+        each = as_tuple(found)
+        return each if graph else tuple(a.detach() for a in each)
+
+
+@torch.no_grad()
+def outputs_of(
+    forward_func: Any, points: tuple[Tensor, ...], additional_forward_args: Any
+) -> Tensor:
+    """Run the model without a graph."""
+    return run_forward(forward_func, points, None, forward_args(additional_forward_args))
+
+
+def check_outputs(outputs: Tensor, n_examples: int) -> Tensor:
+    """Require one row of outputs for each example."""
+    if outputs.dim() == 0 or outputs.shape[0] != n_examples:
+        raise ValueError(
+            expected_found(
+                "`forward_func`",
+                f"outputs for each of the {n_examples} examples",
+                f"shape {tuple(outputs.shape)}",
+                "Return shape (batch, classes), or (batch,) for one logit.",
+            )
+        )
+    return outputs
+
+
+def predictions(outputs: Tensor) -> Tensor:
+    """Return the class of each example: largest of several outputs, or the sign of one logit."""
+    if outputs.dim() > 1 and outputs.shape[1] > 1:
+        return outputs.argmax(1)
+    return (outputs > 0).long().reshape(outputs.shape[0], -1).squeeze(1)
+
+
+def default_target(outputs: Tensor, target: Any) -> Any:
+    """Explain the predicted class where the caller names none and there are several."""
+    if target is None and outputs.dim() == 2 and outputs.shape[1] > 1:
+        return predictions(outputs)
+    return target

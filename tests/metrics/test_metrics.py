@@ -1,0 +1,297 @@
+"""Scores against torchmetrics, plain loops and closed forms, with ties and degenerate maps."""
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchmetrics.functional as tm
+from captum.attr import InputXGradient, IntegratedGradients, Saliency
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from captum_priors import ExpectedGradients, differentiable
+from captum_priors.metrics import (
+    completeness_gap,
+    gini,
+    kendall,
+    local_lipschitz,
+    mse,
+    pearson,
+    spearman,
+    ssim,
+    top_k_intersection,
+    wrong_reason_rate,
+)
+from tests import oracles
+from tests.asserts import leaves_no_trace
+from tests.cases import mlp, tuple_inputs
+
+TIGHT = {"rtol": 1e-9, "atol": 1e-9}  # the same float64 formula in another order
+
+
+def top_3(a: Any, b: Any) -> Tensor:
+    return top_k_intersection(a, b, 3)
+
+
+PAIRS = [top_3, spearman, kendall, pearson, mse]
+
+
+def _maps(ties: bool) -> tuple[Tensor, Tensor]:
+    a, b = torch.randn(5, 1, 6, 6), torch.randn(5, 1, 6, 6)
+    return (a.round(), (a + b).round()) if ties else (a, a + b)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(
+    ("metric", "oracle"),
+    [
+        (pearson, tm.pearson_corrcoef),
+        (spearman, tm.spearman_corrcoef),
+        (kendall, tm.kendall_rank_corrcoef),
+    ],
+)
+def test_correlations_are_torchmetrics(metric: Any, oracle: Any, ties: bool) -> None:
+    a, b = _maps(ties)
+    expected = oracle(a.flatten(1).T.contiguous(), b.flatten(1).T.contiguous())
+    # torchmetrics counts pairs and adds up ranks in float32 in places.
+    torch.testing.assert_close(metric(a, b), expected.to(a), rtol=1e-5, atol=1e-5)
+
+
+def test_mse_and_ssim_are_torchmetrics_example_by_example() -> None:
+    a, b = torch.rand(3, 1, 24, 24), torch.rand(3, 1, 24, 24)
+    for i in range(3):
+        x, y = a[i : i + 1], b[i : i + 1]
+        torch.testing.assert_close(mse(a, b)[i], tm.mean_squared_error(x, y), **TIGHT)
+        # Ours scales by the range of the pair and has a window of 7, theirs 11: alike, not equal.
+        both = torch.cat([x, y])
+        scaled = [t / (both.max() - both.min()) for t in (x, y)]
+        theirs = structural_similarity_index_measure(*scaled, data_range=1.0)
+        assert abs(float(ssim(a, b)[i] - theirs)) < 0.05
+
+
+def test_top_k_intersection_without_ties_is_that_of_sets() -> None:
+    a, b = torch.randn(6, 20), torch.randn(6, 20)
+    for k in (1, 5, 20):
+        for i, found in enumerate(top_k_intersection(a, b, k).tolist()):
+            tops = [set(t[i].abs().argsort(descending=True)[:k].tolist()) for t in (a, b)]
+            assert found == pytest.approx(len(tops[0] & tops[1]) / k)
+
+
+def test_top_k_shares_places_among_ties() -> None:
+    constant, one = torch.ones(1, 10), torch.eye(10)[:1]
+    assert top_k_intersection(constant, constant, 3).item() == pytest.approx(1)
+    assert top_k_intersection(constant, torch.arange(10.0)[None], 3).item() == pytest.approx(0.3)
+    # One place is sure, two are shared by nine.
+    assert top_k_intersection(one, one, 3).item() == pytest.approx(1)
+    # Against 3 others of which the tie holds 2/9 each.
+    other = torch.tensor([[0.0] * 7 + [1.0, 2.0, 3.0]])
+    assert top_k_intersection(one, other, 3).item() == pytest.approx(3 * (2 / 9) / 3)
+
+
+def test_top_k_sums_channels_of_images() -> None:
+    a = torch.zeros(1, 2, 1, 3)
+    a[0, :, 0] = torch.tensor([[1.0, 0.0, 0.9], [1.0, 1.5, 0.0]])
+    b = torch.tensor([[[[1.0, 0.0, 0.0]], [[0.0, 0.0, 0.0]]]])
+    assert top_k_intersection(a, b, 1).item() == 1
+    assert top_k_intersection(a, b, 1, spatial_dims=3).item() == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32), st.booleans())
+def test_pairs_are_symmetric_and_best_for_equal_maps(seed: int, ties: bool) -> None:
+    torch.manual_seed(seed)
+    a, b = _maps(ties)
+    for metric in (*PAIRS, ssim):
+        torch.testing.assert_close(metric(a, b), metric(b, a), **TIGHT)
+        best = torch.zeros(5) if metric is mse else torch.ones(5)
+        torch.testing.assert_close(metric(a, a), best, **TIGHT)
+        assert bool((metric(a, b) <= 1 + 1e-9).all()) or metric is mse
+
+
+@pytest.mark.parametrize("metric", [spearman, kendall, pearson])
+def test_constant_and_zero_maps(metric: Any) -> None:
+    zero, constant, other = torch.zeros(1, 6), torch.full((1, 6), 0.3), torch.randn(1, 6)
+    assert metric(zero, constant).item() == 1
+    assert metric(zero, other).item() == pytest.approx(0, abs=1e-12)
+    assert metric(other, constant).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", [*PAIRS, ssim])
+def test_what_is_not_finite_is_nan_and_stays_with_its_example(metric: Any) -> None:
+    a, b = _maps(False)
+    expected = metric(a, b)
+    a[1, 0, 2, 2], b[3, 0, 0, 0] = float("nan"), float("inf")
+    found = metric(a, b)
+    assert found.isnan().tolist() == [False, True, False, True, False]
+    torch.testing.assert_close(found[[0, 2, 4]], expected[[0, 2, 4]], **TIGHT)
+
+
+@pytest.mark.parametrize("metric", PAIRS)
+def test_features_of_a_tuple_count_together(metric: Any) -> None:
+    a, b = torch.randn(4, 10), torch.randn(4, 10)
+    parts = [(t[:, :6].reshape(4, 2, 3), t[:, 6:]) for t in (a, b)]
+    torch.testing.assert_close(metric(*parts), metric(a, b), **TIGHT)
+
+
+@pytest.mark.parametrize("metric", [*PAIRS, ssim])
+def test_takes_half_precision_and_gives_no_graph(metric: Any) -> None:
+    a, b = (t.to(torch.bfloat16).requires_grad_() for t in _maps(False))
+    found = metric(a, b)
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    assert bool(found.isfinite().all())
+
+
+def test_top_k_keeps_the_dtype_of_the_maps() -> None:
+    a = torch.rand(2, 6, dtype=torch.float32)
+    assert top_k_intersection(a, a, 2).dtype == torch.float32
+
+
+def test_gini_of_each_example() -> None:
+    a = torch.randn(4, 3, 5)
+    expected = [-float(oracles.gini(row[None].numpy())) for row in a]
+    torch.testing.assert_close(gini(a), torch.tensor(expected), **TIGHT)
+    assert gini(torch.zeros(2, 3)).tolist() == [0, 0]
+    assert gini(torch.tensor([[1.0, float("nan")]])).isnan().all()
+
+
+def test_wrong_reason_rate_by_hand() -> None:
+    phi = torch.tensor([[0.0, 4.0, 1.0, -5.0], [2.0, 0.0, 0.0, 1.0], [-1.0, -2.0, -3.0, 0.0]])
+    allowed = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
+    # Scaled: 0 1 .25 0 | 1 0 0 .5 | 0 0 0 0; their mean is 2.75 / 12 = .229.
+    torch.testing.assert_close(
+        wrong_reason_rate(phi, allowed), torch.tensor([2 / 3, 1 / 2, 0.0]), **TIGHT
+    )
+    torch.testing.assert_close(
+        wrong_reason_rate(phi, allowed, threshold=0.3), torch.tensor([1 / 3, 1 / 2, 0.0]), **TIGHT
+    )
+    assert wrong_reason_rate(phi, torch.ones(4)).isnan().all()
+    everywhere = torch.ones(2, 4)
+    assert wrong_reason_rate(everywhere, torch.tensor([1, 1, 0, 0])).tolist() == [1, 1]
+
+
+def test_local_lipschitz_of_a_quadratic() -> None:
+    """The gradient of x'Ax / 2 changes by A d: at most the largest singular value."""
+    matrix = torch.randn(3, 3)
+    matrix = matrix + matrix.T
+
+    def model(x: Tensor) -> Tensor:
+        return ((x @ matrix) * x).sum(1) / 2
+
+    explainer = differentiable(Saliency(model))
+    found = local_lipschitz(explainer, torch.randn(4, 3), radius=0.2, n_samples=400, abs=False)
+    largest = float(torch.linalg.matrix_norm(matrix, 2))
+    assert bool((found <= largest * (1 + 1e-9)).all())
+    assert bool((found > 0.9 * largest).all())
+
+
+def test_local_lipschitz_uses_common_draws_and_leaves_no_trace() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    x = torch.randn(5, 3)
+    model(x).sum().backward()
+    explainer = ExpectedGradients(model)
+    with leaves_no_trace(model, tensors=[x]):
+        found = local_lipschitz(explainer, x, radius=1e-3, baselines=x)
+    # Expected gradients of an affine model are w (x - mu) for any references.
+    weight = model[1].weight[0] / (model[0].running_var + model[0].eps).sqrt()
+    assert bool((found <= float(weight.abs().max().detach()) * (1 + 1e-9)).all())
+
+
+def test_completeness_gap() -> None:
+    case = mlp()
+    explainer = differentiable(IntegratedGradients(case.model))
+    gaps = []
+    for n_steps in (2, 100):
+        phi = explainer.attribute(case.inputs, target=case.target, n_steps=n_steps)
+        gaps.append(completeness_gap(case.model, case.inputs, phi, target=case.target))
+    assert gaps[0].shape == (5,)
+    assert float(gaps[1].max()) < 1e-9 < float(gaps[0].max())
+    reference = case.baselines[:1]
+    phi = explainer.attribute(case.inputs, baselines=reference, target=1, n_steps=100)
+    gap = completeness_gap(case.model, case.inputs, phi, reference[0], target=1)
+    assert float(gap.max()) < 1e-9
+    out = case.model(case.inputs)[:, 1] - case.model(case.baselines)[:, 1].mean()
+    found = completeness_gap(
+        case.model, case.inputs, torch.zeros(5, 4), case.baselines, target=1, distribution=True
+    )
+    torch.testing.assert_close(found, out.abs().detach(), **TIGHT)
+
+
+def test_completeness_gap_of_several_inputs() -> None:
+    case = tuple_inputs()
+    phi = differentiable(IntegratedGradients(case.model)).attribute(case.inputs, **case.call)
+    gap = completeness_gap(case.model, case.inputs, phi, None, **case.call)
+    # 50 steps of the Gauss-Legendre rule on a smooth function.
+    assert float(gap.max()) < 1e-9
+
+
+BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
+    (
+        "shapes",
+        lambda: pearson(torch.ones(2, 3), torch.ones(2, 4)),
+        ValueError,
+        r"`other`: expected shapes \[\(2, 3\)\] as in `attributions`, found \[\(2, 4\)\]",
+    ),
+    ("type", lambda: mse([1.0], [2.0]), TypeError, "`attributions`: expected a tensor"),
+    ("dim", lambda: gini(torch.ones(3)), ValueError, "`attributions`: expected shape"),
+    (
+        "k",
+        lambda: top_k_intersection(torch.ones(2, 3), torch.ones(2, 3), 4),
+        ValueError,
+        "`k`: expected at most the 3 features, found 4",
+    ),
+    (
+        "annotation",
+        lambda: wrong_reason_rate(torch.ones(2, 3), torch.full((3,), 0.5)),
+        ValueError,
+        "`annotation`: expected zeros and ones",
+    ),
+    (
+        "annotation-shape",
+        lambda: wrong_reason_rate(torch.ones(2, 3), torch.ones(4)),
+        ValueError,
+        "`annotation`: expected masks that broadcast",
+    ),
+    (
+        "radius",
+        lambda: local_lipschitz(InputXGradient(nn.Linear(3, 1)), torch.ones(2, 3), radius=0),
+        ValueError,
+        "`radius`: expected a positive",
+    ),
+    (
+        "target",
+        lambda: completeness_gap(nn.Linear(3, 2), torch.ones(2, 3), torch.ones(2, 3)),
+        ValueError,
+        "`target`: expected it to select one output",
+    ),
+    (
+        "baselines",
+        lambda: completeness_gap(
+            nn.Linear(3, 1), torch.ones(2, 3), torch.ones(2, 3), torch.ones(4)
+        ),
+        ValueError,
+        "`baselines`: expected rows that fit",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"), [pytest.param(*bad[1:], id=bad[0]) for bad in BAD]
+)
+def test_bad_input_gives_one_clear_error(
+    call: Callable[[], Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(ImportError, match=r"'scipy'.*pip install 'captum_priors\[metrics\]'"):
+        spearman(torch.ones(2, 3), torch.ones(2, 3))
+    assert math.isclose(pearson(torch.ones(2, 3), torch.ones(2, 3))[0].item(), 1)
