@@ -4,63 +4,131 @@ Three columns: values alone (under ``torch.no_grad``), values with their graph, 
 backward pass to the parameters. Runs take turns; medians.
 """
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' table of classes
 
 import captum.attr as ca
 import torch
 from _common import interleaved, parser, save, show
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from captum_priors import differentiable
+from captum_priors._captum import as_tuple
+from tests.adapters.captum_table import ROWS, set_up
 
 
-def network() -> nn.Module:
-    """Return a small convolutional network."""
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(8, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(16 * 64, 10),
-    )
+class Network(nn.Module):
+    """A small convolutional network with everything that Captum's methods look for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act = nn.Conv2d(1, 8, 3, padding=1), nn.ReLU()
+        self.pool, self.second = nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1)
+        self.last, self.head = nn.ReLU(), nn.Linear(16 * 64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ten logits."""
+        hidden = self.second(self.pool(self.act(self.first(x))))
+        return self.head(self.last(hidden).flatten(1))
 
 
-def explainers(model: nn.Sequential) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """One of each kind, with its options."""
-    references = torch.randn(8, 1, 16, 16)
-    mask = (torch.arange(256).reshape(1, 1, 16, 16) // 16).long()
+REFERENCES = torch.randn(8, 1, 16, 16)
+SEGMENTS = (torch.arange(256).reshape(1, 1, 16, 16) // 16).long()
+FEW = (torch.arange(256).reshape(1, 1, 16, 16) // 64).long()
+NEURON = {"neuron_selector": (3, 2, 2)}
+TARGET = {"target": 1}
+
+
+def calls() -> dict[str, dict[str, Any]]:
+    """Options of each class: enough samples that its own work shows."""
+    few = {"feature_mask": FEW, "n_samples": 20, **TARGET}
+    shap = {"baselines": REFERENCES, "n_samples": 8, **TARGET}
+    several = {"baselines": REFERENCES[:4], **TARGET}
+    steps = {"n_steps": 10, **TARGET}
     return {
-        "Saliency": (ca.Saliency(model), {}),
-        "IntegratedGradients": (ca.IntegratedGradients(model), {"n_steps": 20}),
-        "GradientShap": (ca.GradientShap(model), {"baselines": references, "n_samples": 8}),
-        "GuidedBackprop": (ca.GuidedBackprop(model), {}),
-        "DeepLift": (ca.DeepLift(model), {}),
-        "FeatureAblation": (ca.FeatureAblation(model), {"feature_mask": mask}),
-        "ShapleyValueSampling": (
-            ca.ShapleyValueSampling(model),
-            {"feature_mask": mask, "n_samples": 2},
-        ),
-        "KernelShap": (ca.KernelShap(model), {"feature_mask": mask, "n_samples": 20}),
-        "LayerGradCam": (ca.LayerGradCam(model, model[3]), {}),
-        "LayerConductance": (ca.LayerConductance(model, model[3]), {"n_steps": 10}),
-        "NoiseTunnel": (ca.NoiseTunnel(ca.Saliency(model)), {"nt_samples": 8}),
+        "Deconvolution": TARGET,
+        "DeepLift": TARGET,
+        "DeepLiftShap": several,
+        "FeatureAblation": {"feature_mask": SEGMENTS, **TARGET},
+        "FeaturePermutation": {"feature_mask": SEGMENTS, **TARGET},
+        "GradientShap": shap,
+        "GuidedBackprop": TARGET,
+        "GuidedGradCam": TARGET,
+        "InputXGradient": TARGET,
+        "IntegratedGradients": {**steps, "n_steps": 20},
+        "InternalInfluence": steps,
+        "KernelShap": few,
+        "LRP": TARGET,
+        "LayerActivation": {},
+        "LayerConductance": steps,
+        "LayerDeepLift": TARGET,
+        "LayerDeepLiftShap": several,
+        "LayerFeatureAblation": {"layer_mask": torch.arange(16).reshape(1, 16, 1, 1), **TARGET},
+        "LayerFeaturePermutation": {"layer_mask": torch.arange(16).reshape(1, 16, 1, 1)},
+        "LayerGradCam": TARGET,
+        "LayerGradientShap": shap,
+        "LayerGradientXActivation": TARGET,
+        "LayerIntegratedGradients": steps,
+        "LayerLRP": TARGET,
+        "Lime": few,
+        "NeuronConductance": {**steps, **NEURON},
+        "NeuronDeconvolution": NEURON,
+        "NeuronDeepLift": NEURON,
+        "NeuronDeepLiftShap": {"baselines": REFERENCES[:4], **NEURON},
+        "NeuronFeatureAblation": {"feature_mask": SEGMENTS, **NEURON},
+        "NeuronGradient": NEURON,
+        "NeuronGradientShap": {"baselines": REFERENCES, "n_samples": 8, **NEURON},
+        "NeuronGuidedBackprop": NEURON,
+        "NeuronIntegratedGradients": {"n_steps": 10, **NEURON},
+        "NoiseTunnel": {"nt_samples": 8, **TARGET},
+        "Occlusion": {"sliding_window_shapes": (1, 8, 8), "strides": (1, 4, 4), **TARGET},
+        "Saliency": TARGET,
+        "ShapleyValueSampling": {"feature_mask": SEGMENTS, "n_samples": 2, **TARGET},
+        "ShapleyValues": {"feature_mask": FEW, **TARGET},
     }
+
+
+def explainers() -> dict[str, tuple[Any, Any, Any, dict[str, Any]]]:
+    """Make one of each class: model, explainer, what is explained, options."""
+    model, x = Network(), torch.randn(16, 1, 16, 16)
+    made: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {}
+    for name, call in calls().items():
+        layered = name.startswith(("Layer", "Neuron", "Internal")) or name == "GuidedGradCam"
+        if name == "NoiseTunnel":
+            explainer: Any = ca.NoiseTunnel(ca.Saliency(model))
+        elif name == "LayerFeaturePermutation":  # stock fails for any target
+            explainer = ca.LayerFeaturePermutation(lambda x: model(x)[:, 1], model.second)
+        else:
+            explainer = getattr(ca, name)(model, *([model.second] if layered else []))
+        made[name] = (model, explainer, x[:2] if name in ("KernelShap", "Lime") else x, call)
+    batches = DataLoader(TensorDataset(x), batch_size=8)
+    ablation = ca.FeatureAblation(lambda x: model(x)[:, 1])
+    made["DataLoaderAttribution"] = (
+        model,
+        ca.DataLoaderAttribution(ablation),
+        batches,
+        {"feature_mask": FEW, "perturbations_per_pass": 4},
+    )
+    for name in ("LimeBase", "LLMAttribution", "LLMGradientAttribution"):
+        row, small, batch = set_up(name, ROWS[name].model)
+        made[name] = (small, row.make(small), row.subject(batch), row.call(small))
+    return made
 
 
 def main() -> None:
     """Run and report."""
     options = parser(__doc__).parse_args()
     torch.manual_seed(0)
-    model, x = network(), torch.randn(16, 1, 16, 16)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     results, rows = {}, []
-    for name, (stock, call) in explainers(model).items():
+    for name, (model, stock, subject, call) in sorted(explainers().items()):
         adapter = differentiable(stock)
-        batch = x[:2] if name == "KernelShap" else x
-        runs = _runs(stock, adapter, batch, {**call, "target": 1}, parameters)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        runs = _runs(stock, adapter, subject, call, parameters)
         seconds = interleaved(runs, rounds=5 if options.quick else 15)
         ratios = {k: s / seconds["stock"] for k, s in seconds.items() if k != "stock"}
         results[name] = {"stock_seconds": seconds["stock"], **ratios}
@@ -74,18 +142,20 @@ def main() -> None:
 
 
 def _runs(
-    stock: Any, adapter: Any, x: Tensor, call: dict[str, Any], parameters: list[Tensor]
+    stock: Any, adapter: Any, x: Any, call: dict[str, Any], parameters: list[Tensor]
 ) -> dict[str, Callable[[], object]]:
     def values() -> object:
         with torch.no_grad():
             return adapter.attribute(x, **call)
 
     def with_backward() -> object:
-        loss = adapter.attribute(x, **call).square().sum()
+        found = adapter.attribute(x, **call)
+        found = (found.seq_attr,) if hasattr(found, "seq_attr") else as_tuple(found)
+        loss = torch.stack([f.square().sum() for f in found]).sum()
         return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     return {
-        "stock": lambda: stock.attribute(x.clone(), **call),
+        "stock": lambda: stock.attribute(x.clone() if isinstance(x, Tensor) else x, **call),
         "values": values,
         "with graph": lambda: adapter.attribute(x, **call),
         "with backward": with_backward,

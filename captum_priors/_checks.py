@@ -7,18 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_priors._errors import expected_found
+from captum_priors._errors import TargetError, expected_found
 
 
-def check_inputs(inputs: Any) -> None:
-    """Require a tensor, or a tuple of tensors of one non-empty batch."""
+def check_tensors(inputs: Any) -> None:
+    """Require a tensor, or a tuple of at least one."""
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     if not tensors:
         raise ValueError(
             expected_found("`inputs`", "at least one tensor", "an empty tuple", "Pass a batch.")
         )
-    for i, tensor in enumerate(tensors):
-        name = f"`inputs[{i}]`" if isinstance(inputs, tuple) else "`inputs`"
+    for name, tensor in _named(inputs):
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 expected_found(
@@ -28,6 +27,20 @@ def check_inputs(inputs: Any) -> None:
                     "Convert it with torch.as_tensor(..., dtype=..., device=...).",
                 )
             )
+
+
+def _named(inputs: Any) -> list[tuple[str, Any]]:
+    if not isinstance(inputs, tuple):
+        return [("`inputs`", inputs)]
+    return [(f"`inputs[{i}]`", tensor) for i, tensor in enumerate(inputs)]
+
+
+def check_inputs(inputs: Any) -> None:
+    """Require a tensor, or a tuple of tensors of one non-empty batch."""
+    check_tensors(inputs)
+    named = _named(inputs)
+    n_examples = named[0][1].shape[:1]
+    for name, tensor in named:
         if tensor.dim() == 0 or tensor.shape[0] == 0:
             raise ValueError(
                 expected_found(
@@ -37,11 +50,11 @@ def check_inputs(inputs: Any) -> None:
                     "Skip empty batches; unsqueeze a single example.",
                 )
             )
-        if tensor.shape[0] != tensors[0].shape[0]:
+        if tensor.shape[:1] != n_examples:
             raise ValueError(
                 expected_found(
                     name,
-                    f"{tensors[0].shape[0]} examples as in `inputs[0]`",
+                    f"{n_examples[0]} examples as in `inputs[0]`",
                     str(tensor.shape[0]),
                     "Inputs of one call share their batch dimension.",
                 )
@@ -54,7 +67,7 @@ def check_target(target: Any, n_examples: int) -> None:
         return
     if isinstance(target, (list, Tensor)):
         if isinstance(target, Tensor) and target.dim() > 1:
-            raise ValueError(
+            raise TargetError(
                 expected_found(
                     "`target`",
                     "at most one dimension",
@@ -65,7 +78,7 @@ def check_target(target: Any, n_examples: int) -> None:
         length = len(target) if isinstance(target, list) or target.dim() else 1
         single = isinstance(target, Tensor) and target.numel() == 1
         if not single and length != n_examples:
-            raise ValueError(
+            raise TargetError(
                 expected_found(
                     "`target`", f"one for each of the {n_examples} examples", str(length), "Match."
                 )

@@ -1,4 +1,4 @@
-"""The package's one exception of its own, and the wording of errors that several files raise."""
+"""The package's own exceptions, and the wording of errors that several files raise."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,18 @@ class NotDifferentiableError(RuntimeError):
 
     Example:
         >>> import torch
-        >>> from captum.attr import LRP
+        >>> from captum.attr import Attribution
         >>> from captum_priors import NotDifferentiableError, differentiable
         >>> try:
-        ...     differentiable(LRP(torch.nn.Linear(3, 1)))
+        ...     differentiable(Attribution(torch.nn.Linear(3, 1)))
         ... except NotDifferentiableError as error:
-        ...     "LRP" in str(error)
+        ...     "abstract" in str(error)
         True
     """
+
+
+class TargetError(ValueError, AssertionError):
+    """A target that does not select one output for each example; Captum asserts it."""
 
 
 def expected_found(what: str, expected: str, found: object, remedy: str) -> str:

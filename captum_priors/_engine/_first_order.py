@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from captum_priors._engine._graph import leaves, no_second_derivative, now, refuse_dead_ends
-from captum_priors._errors import NotDifferentiableError
+from captum_priors._errors import NotDifferentiableError, TargetError
 
 Field = Callable[[tuple[Tensor, ...]], Tensor]
 """The explained output, one number for each row, as a function of the points.
@@ -169,7 +169,7 @@ def _grad(outputs: Any, inputs: Any, cotangents: Any, **options: bool) -> tuple[
 def _check_outputs(outputs: Tensor, n_rows: int) -> None:
     if outputs.numel() == 1 or outputs.shape in ((n_rows,), (n_rows, 1)):
         return
-    raise ValueError(
+    raise TargetError(
         f"`target`: expected it to select one output for each of the {n_rows} rows, found outputs "
         f"of shape {tuple(outputs.shape)}. Pass target=... (a class index, or one for each "
         "example), or let forward_func return shape (batch,)."

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import captum.attr
 import torch
 from captum.attr import GradientAttribution, NoiseTunnel
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, like_inputs
-from captum_priors._checks import check_inputs, check_target
+from captum_priors._checks import check_target, check_tensors
 from captum_priors._engine import Visit, recompute
 from captum_priors._engine._modules import submodules_of
 from captum_priors._errors import NotDifferentiableError, expected_found
@@ -46,9 +46,11 @@ class ModeAdapter(CaptumAdapter):
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
         inputs = given["inputs"]
-        check_inputs(inputs)
+        # Not that they are one batch: tables for embedding bags and empty features are welcome.
+        check_tensors(inputs)
         tensors = as_tuple(inputs)
-        check_target(given.get("target"), tensors[0].shape[0])
+        if tensors[0].dim() > 0:
+            check_target(given.get("target"), tensors[0].shape[0])
         if not torch.is_grad_enabled():
             return self._without_graph(given)
         if self.differentiation == "double_backprop":
@@ -85,13 +87,20 @@ class ModeAdapter(CaptumAdapter):
     def _without_graph(self, given: dict[str, Any]) -> Any:
         if not self._marks_modules:
             return self._run_stock(**given)
-        with modules_put_back(submodules_of(self)):
+        with modules_put_back(self._modules()):
             return self._run_stock(**given)
 
+    def _modules(self) -> tuple[nn.Module, ...]:
+        """Every module that the method may leave something on."""
+        model = getattr(self, "forward_func", None)
+        return tuple(model.modules()) if isinstance(model, nn.Module) else submodules_of(self)
+
     def _with_graph(self, given: dict[str, Any]) -> Any:
-        mode = self._mode()
+        return self._under(self._mode(), given)
+
+    def _under(self, mode: KeepGraph, given: dict[str, Any]) -> Any:
         try:
-            with modules_put_back(submodules_of(self)), mode:
+            with modules_put_back(self._modules()), mode:
                 return self._run_stock(**given)
         finally:
             mode.release()
@@ -111,13 +120,6 @@ def _unflatten(shape: Any, values: Iterator[Tensor]) -> Any:
         if isinstance(shape, int)
         else type(shape)(_unflatten(s, values) for s in shape)
     )
-
-
-def detached(value: Any) -> Any:
-    """Detach the tensors in a structure of tuples and lists."""
-    leaves: list[Tensor] = []
-    shape = _flatten(value, leaves)
-    return _unflatten(shape, iter([leaf.detach() for leaf in leaves]))
 
 
 NAMES = (

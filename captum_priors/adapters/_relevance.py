@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from captum_priors._captum import PropagationRule, as_tuple, like_inputs
 from captum_priors.adapters._graph_mode import KeepGraph, calling_frame
-from captum_priors.adapters._mode_adapters import ModeAdapter, detached
+from captum_priors.adapters._mode_adapters import ModeAdapter
+from captum_priors.adapters._put_back import modules_put_back
 
 _GET, _SET = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor
 
@@ -32,7 +33,7 @@ class _Splice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mode: "KeepRelevance", place: Tensor, value: Tensor) -> Tensor:
         ctx.mode = mode
-        return value.detach().clone()
+        return value.detach().clone()  # the model may work in place on what it is given
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -113,24 +114,30 @@ class KeepRelevance(KeepGraph):
 
 
 class RelevanceAdapter(ModeAdapter):
-    """Runs LRP under :class:`KeepRelevance`, also for values alone.
-
-    Captum's own way of putting the weights back invalidates graphs that the user holds.
-    """
+    """Runs LRP under :class:`KeepRelevance`; for values alone, as Captum does."""
 
     _mode: ClassVar[type[KeepGraph]] = KeepRelevance
+    _originals: tuple[tuple[nn.Parameter, Tensor], ...] = ()
 
     def _without_graph(self, given: dict[str, Any]) -> Any:
         inputs = like_inputs(given["inputs"], self._own(as_tuple(given["inputs"])))
-        with torch.enable_grad():
-            return detached(self._with_graph({**given, "inputs": inputs}))
+        worker, modules = copy.copy(self), self._modules()
+        parameters = (p for module in modules for p in module.parameters(recurse=False))
+        worker._originals = tuple((p, p.data) for p in parameters)
+        with modules_put_back(modules):
+            return worker._run_stock(**{**given, "inputs": inputs})
 
-    def _with_graph(self, given: dict[str, Any]) -> Any:
+    def _under(self, mode: KeepGraph, given: dict[str, Any]) -> Any:
         # What LRP notes about itself on the way holds the graph: leave it on a copy.
-        return super(RelevanceAdapter, copy.copy(self))._with_graph(given)
+        return super(RelevanceAdapter, copy.copy(self))._under(mode, given)
 
     def _restore_state(self) -> None:
-        """Load nothing: no weight was written."""
+        """Give the parameters their own storage back, which no graph of the user's notices.
+
+        Captum copies their values into the storage that it made. With a graph, none was written.
+        """
+        for parameter, data in self._originals:
+            parameter.data = data
 
 
 class DifferentiableLRP(RelevanceAdapter, LRP):

@@ -11,6 +11,7 @@ import captum.attr as ca
 import pytest
 import torch
 import torch.nn.functional as F
+from captum.attr._utils.lrp_rules import GammaRule
 from torch import Tensor, nn
 
 from captum_priors import AttributionPrior, NotDifferentiableError, StabilityPrior, differentiable
@@ -194,6 +195,22 @@ def test_the_table_is_complete() -> None:
             differentiable(everything[name])
         with pytest.raises(NotDifferentiableError, match=f"found {name},"):
             differentiable(everything[name].__new__(everything[name]))
+
+
+@pytest.mark.parametrize("name", ["LRP-rules", "LayerLRP-rules"])
+@pytest.mark.parametrize("recording", [False, True])
+def test_relevance_between_forward_and_backward(name: str, recording: bool) -> None:
+    """Captum's LRP gives weights new storage and copies values back: open graphs then fail."""
+    row, model, x = set_up(name, "tanh-mlp")
+    explainer, where = differentiable(row.make(model)), model.first.weight.data_ptr()
+    loss = model(x).square().sum()
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    with torch.set_grad_enabled(recording):
+        explainer.attribute(x, **row.call(model))
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(map(torch.equal, found, expected))
+    assert model.first.weight.data_ptr() == where
+    assert isinstance(model.first.rule, GammaRule)
 
 
 def test_layer_permutation_selects_its_target_once() -> None:
