@@ -1,6 +1,7 @@
 """What the benchmarks share: arguments, timing, tables, and results with their versions."""
 
 import argparse
+import gzip
 import json
 import platform
 import statistics
@@ -12,10 +13,12 @@ from typing import Any
 
 import captum
 import matplotlib as mpl
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import captum_priors
 
@@ -77,3 +80,21 @@ def save_plot(output: Path, name: str, figure: Figure) -> None:
     """Write a figure."""
     output.mkdir(parents=True, exist_ok=True)
     figure.savefig(output / f"{name}.png", dpi=120, bbox_inches="tight")
+
+
+def mnist(source: str) -> tuple[Tensor, Tensor]:
+    """Read the images of MNIST's test file in [0, 1], and their labels, from ``mnist=DIR``."""
+    kind, _, folder = source.partition("=")
+    if kind != "mnist" or not folder:
+        raise SystemExit(f"--data: expected mnist=DIR, found {source!r}.")
+    images = read_idx(Path(folder), "t10k-images-idx3-ubyte").unsqueeze(1).float() / 255
+    return images, read_idx(Path(folder), "t10k-labels-idx1-ubyte").long()
+
+
+def read_idx(folder: Path, name: str) -> Tensor:
+    """Read one IDX file of bytes, gzipped or not."""
+    packed = folder / f"{name}.gz"
+    data = gzip.decompress(packed.read_bytes()) if packed.exists() else (folder / name).read_bytes()
+    shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    return torch.from_numpy(values.reshape(shape.tolist()).copy())

@@ -8,16 +8,13 @@ weight does not transfer.
 """
 
 import argparse
-import gzip
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from _common import interleaved, parser, save, save_plot, show
+from _common import interleaved, mnist, parser, save, save_plot, show
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -31,22 +28,10 @@ SALT_AND_PEPPER = (0.1, 0.2, 0.3)
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def read_idx(folder: Path, name: str) -> Tensor:
-    """Read one IDX file of bytes, gzipped or not."""
-    packed = folder / f"{name}.gz"
-    data = gzip.decompress(packed.read_bytes()) if packed.exists() else (folder / name).read_bytes()
-    shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
-    return torch.from_numpy(values.reshape(shape.tolist()).copy())
-
-
 def load(source: str) -> Data:
     """Training and test images in [-1, 1] with their labels, split by a fixed permutation."""
-    kind, _, folder = source.partition("=")
-    if kind != "mnist" or not folder:
-        raise SystemExit(f"--data: expected mnist=DIR, found {source!r}.")
-    x = read_idx(Path(folder), "t10k-images-idx3-ubyte").unsqueeze(1).float() / 127.5 - 1
-    y = read_idx(Path(folder), "t10k-labels-idx1-ubyte").long()
+    x, y = mnist(source)
+    x = 2 * x - 1
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     train, test = order[:N_TRAIN], order[N_TRAIN:]
     return x[train], y[train], x[test], y[test]
