@@ -59,9 +59,9 @@ class AdditiveFamily(ShapAdapter):
             zero, offsets = self._offsets or self._current_offsets()
             inner = copy.copy(self)
             inner.model = recording
-            inner._zero_offset = zero.detach().cpu().numpy()
+            inner._zero_offset = float(zero)
             inner._input_offsets = offsets.detach().cpu().numpy()
-            inner._expected_value = (zero + offsets.sum()).detach().cpu().numpy()
+            inner._expected_value = float(zero + offsets.sum())
             result: dict[str, Any] = self._stock.explain_row(inner, *row_args, **options)
         self._remember(seen[0] - zero - offsets, zero + offsets.sum(), result["values"])
         return result

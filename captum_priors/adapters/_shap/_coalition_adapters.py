@@ -59,6 +59,18 @@ class CoalitionFamily(ShapAdapter):
         if not is_tabular(self.masker):
             super()._check_input_graph()
 
+    def _worker(self, args: tuple[Any, ...]) -> Any:
+        worker = super()._worker(args)
+        if len(args) > 1 and worker.feature_names is None and hasattr(self.masker, "arg_counts"):
+            # SHAP counts columns to name features, and a fixed argument need not have any.
+            worker.feature_names = [
+                [f"Feature {i}" for i in range(int(np.prod(np.shape(a)[1:])) if np.ndim(a) > 1 else 0)]
+                for a in args
+            ]
+        return worker
+
+    feature_names: Any
+
     def _row(self, row_args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the row's arguments, those of a tensor with a graph as they were given."""
         if self._rows is None:

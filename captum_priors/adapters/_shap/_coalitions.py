@@ -131,12 +131,25 @@ class MaskerStandIn:
         if knows_invariants and callable(getattr(masker, "invariants", None)):
             self.invariants = self._invariants
         if callable(getattr(masker, "mask_shapes", None)):
-            self.mask_shapes = masker.mask_shapes
+            self.mask_shapes = self._mask_shapes
 
     def __getattr__(self, name: str) -> Any:
+        if name == "clustering" and any(
+            getattr(part, name, None) is None for part in parts_of(self._masker)
+        ):
+            return None  # SHAP's Composite asks for the length of what is not there
         if name in ("clustering", "feature_names", "data", "partition"):
             return getattr(self._masker, name)
         raise AttributeError(name)
+
+    def _mask_shapes(self, *row: Any) -> list[Any]:
+        shapes: list[Any] = []
+        for part, arguments in zip(
+            parts_of(self._masker), arguments_of(self._masker, row), strict=True
+        ):
+            known = getattr(part, "mask_shapes", None)
+            shapes += known(*arguments) if callable(known) else [a.shape for a in arguments]
+        return shapes
 
     def shape(self, *row: Any) -> tuple[int, int]:
         """Return the number of background rows as SHAP is to see it, and of features."""
@@ -194,6 +207,19 @@ def full_masks(deltas: np.ndarray, n_features: int) -> np.ndarray:
     np.add.at(flips, (which[real], feature[real]), 1)
     masks: np.ndarray = np.cumsum(flips, axis=0) % 2 == 1
     return masks
+
+
+def parts_of(masker: Any) -> tuple[Any, ...]:
+    """Return the maskers that a Composite joins, or the masker itself."""
+    return tuple(masker.maskers) if hasattr(masker, "arg_counts") else (masker,)
+
+
+def arguments_of(masker: Any, row: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Split a row's arguments among the maskers that a Composite joins."""
+    if not hasattr(masker, "arg_counts"):
+        return [row]
+    ends = np.cumsum(masker.arg_counts)
+    return [row[end - n : end] for n, end in zip(masker.arg_counts, ends, strict=True)]
 
 
 def is_tabular(masker: Any) -> bool:
