@@ -74,6 +74,7 @@ class ShapAdapter:
     _unchecked = False
     _rows: list[tuple[Tensor, Tensor]] | None = None
     _inputs: tuple[Any, ...] = ()
+    _is_still = False
 
     @classmethod
     def of(cls, explainer: Any, differentiation: Differentiation, model: Any) -> Any:
@@ -171,6 +172,9 @@ class ShapAdapter:
 
     @contextmanager
     def _still(self) -> Iterator[None]:
+        if self._is_still:
+            yield
+            return
         model = self._torch_model()
         with held(submodules_of(self._held(), None if model is None else model.function)):
             yield
@@ -197,15 +201,15 @@ class ShapAdapter:
         """Run SHAP's own ``__call__``, and put the tensors of its rows beside the result."""
         if self._torch_model() is None:
             return with_tensors(self._stock.__call__(self, *args, **kwargs), None, None)
-        worker = self._worker(args)
         with self._still():
+            worker = self._worker(args)
             explanation = self._stock.__call__(worker, *map(_array, args), **kwargs)
         return _beside(explanation, worker._rows)
 
     def _worker(self, args: tuple[Any, ...]) -> Any:
-        """Return a copy that remembers what the rows of one call gave."""
+        """Return a copy that remembers what the rows of one call gave, for a model held still."""
         worker = copy.copy(self)
-        worker._rows, worker._inputs = [], args
+        worker._rows, worker._inputs, worker._is_still = [], args, True
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self._check_input_graph()
         return worker

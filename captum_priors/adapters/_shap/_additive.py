@@ -38,8 +38,7 @@ class AdditiveFamily(ShapAdapter):
 
     def _worker(self, args: tuple[Any, ...]) -> Any:
         worker = super()._worker(args)
-        with self._still():
-            worker._offsets = self._current_offsets()
+        worker._offsets = worker._current_offsets()
         return worker
 
     def explain_row(self, *row_args: Any, **options: Any) -> dict[str, Any]:
@@ -59,9 +58,9 @@ class AdditiveFamily(ShapAdapter):
             zero, offsets = self._offsets or self._current_offsets()
             inner = copy.copy(self)
             inner.model = recording
-            inner._zero_offset = float(zero)
+            inner._zero_offset = float(zero.detach())
             inner._input_offsets = offsets.detach().cpu().numpy()
-            inner._expected_value = float(zero + offsets.sum())
+            inner._expected_value = float((zero + offsets.sum()).detach())
             result: dict[str, Any] = self._stock.explain_row(inner, *row_args, **options)
         self._remember(seen[0] - zero - offsets, zero + offsets.sum(), result["values"])
         return result

@@ -185,12 +185,13 @@ class WinterFamily(CoalitionFamily):
     def _model_stand_in(self, game: Coalitions) -> ModelStandIn:
         # One output makes SHAP convert arrays of one element to numbers, which NumPy 2.4 refuses;
         # two equal ones do not.
-        return ModelStandIn(self.model, game, doubled=self._n_outputs() == 1)
+        if self._one_output is None:
+            with torch.no_grad():
+                base = self._base()
+            self._one_output = base is not None and base.numel() == 1
+        return ModelStandIn(self.model, game, doubled=self._one_output)
 
-    def _n_outputs(self) -> int:
-        with torch.no_grad():
-            base = self._base()
-        return 2 if base is None else base.numel()
+    _one_output: bool | None = None
 
     def _undoubled(self, result: dict[str, Any], game: Coalitions) -> dict[str, Any]:
         shape = tuple(game.values().shape[1:])
@@ -201,5 +202,12 @@ class WinterFamily(CoalitionFamily):
         return {**result, **{name: result[name][kept][()] for name in names}}
 
     def _weights(self, inner: Any, game: Coalitions, options: dict[str, Any]) -> Weights:
-        numbers = {mask.tobytes(): i for i, mask in enumerate(game.masks())}
-        return _weights.winter(self.masker.feature_names, numbers, inner.mask_permutations)
+        masks = game.masks()
+        key = masks.tobytes()  # the tree asks for the same coalitions in every row
+        if self._known is None or self._known[0] != key:
+            numbers = {mask.tobytes(): i for i, mask in enumerate(masks)}
+            names = self.masker.feature_names
+            self._known = key, _weights.winter(names, numbers, inner.mask_permutations)
+        return self._known[1]
+
+    _known: tuple[bytes, Weights] | None = None

@@ -42,6 +42,7 @@ class Coalitions:
         self._link = link
         self._linearized = linearized and link is not identity
         self._weights: Tensor | None = None
+        self._table: tuple[Tensor, Tensor] | None = None
         self._check = check
         self._asked: list[np.ndarray] = []
         self._values: list[Tensor] = []
@@ -91,10 +92,12 @@ class Coalitions:
 
     def _tabular(self, masks: np.ndarray) -> Tensor:
         """Mask a background table in torch: the inputs keep their graph, and no row is copied."""
-        background = self._model.convert(np.asarray(self._masker.data, dtype=float))
-        row = self._model.convert(self._row[0])
-        row = row if isinstance(row, Tensor) else torch.as_tensor(np.asarray(row, dtype=float))
-        row = row.to(background)
+        if self._table is None:
+            background = self._model.convert(np.asarray(self._masker.data, dtype=float))
+            row = self._row[0]
+            row = row if isinstance(row, Tensor) else torch.tensor(np.asarray(row, dtype=float))
+            self._table = row.to(background), background
+        row, background = self._table
         keep = torch.as_tensor(masks, device=background.device)
         n_background = len(background)
         values = []

@@ -48,12 +48,12 @@ class KernelFamily(ShapAdapter):
         return torch.tensordot(weights, outputs, dims=1)
 
     def _base(self) -> Tensor:
-        return torch_link(self.link, clipped=True)(self._mean_output())
+        null = self._mean_output() if self._null is None else self._null
+        return torch_link(self.link, clipped=True)(null)
 
     def _worker(self, args: tuple[Any, ...]) -> Any:
         worker = super()._worker(args)
-        with self._still():
-            worker._null = self._mean_output()
+        worker._null = worker._mean_output()
         return worker
 
     @leaves_inference_mode
@@ -68,8 +68,9 @@ class KernelFamily(ShapAdapter):
         self, tensors: tuple[Tensor, ...], target: Any, options: dict[str, Any]
     ) -> tuple[Tensor, ...]:
         (inputs,) = tensors
-        worker = self._worker(tensors)
-        worker.shap_values(inputs, **options)
+        with self._still():
+            worker = self._worker(tensors)
+            worker.shap_values(inputs, **options)
         return (select_output(torch.stack([v for v, _ in worker._rows]), inputs, target),)
 
     def explain(self, incoming_instance: Any, **kwargs: Any) -> Any:

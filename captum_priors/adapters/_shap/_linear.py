@@ -31,6 +31,7 @@ class LinearFamily(ShapAdapter):
     cov: np.ndarray
     x_transform: np.ndarray
     _slopes: Tensor | None = None
+    _now: tuple[Tensor, Tensor] | None = None
 
     def _held(self) -> Any:
         return self._predict
@@ -54,6 +55,8 @@ class LinearFamily(ShapAdapter):
 
     def _coefficients(self) -> tuple[Tensor, Tensor]:
         """Coefficients ``(features[, outputs])`` and intercept of the module."""
+        if self._now is not None:
+            return self._now
         n = len(self._original_mean())
         outputs = self._model()(np.concatenate([np.zeros((1, n)), np.eye(n)])).double()
         return outputs[1:] - outputs[0], outputs[0]
@@ -116,11 +119,21 @@ class LinearFamily(ShapAdapter):
         places = torch.as_tensor(self.valid_inds, device=coef.device)
         return x.new_zeros(len(x), self.M).index_copy(1, places, reduced)
 
+    def _worker(self, args: tuple[Any, ...]) -> Any:
+        worker = super()._worker(args)
+        worker._now = worker._coefficients()
+        worker._fresh = worker._refreshed()
+        return worker
+
+    _fresh: Any = None
+
     def _refreshed(self) -> Any:
         """Return a copy for SHAP's own code, with the coefficients of now."""
+        if self._fresh is not None:
+            return self._fresh
         inner = copy.copy(self)
         with torch.no_grad():
-            coef, _ = self._coefficients()
+            coef, _ = inner._now = self._coefficients()
             if self.feature_perturbation == "interventional":
                 inner.coef = coef.cpu().numpy().T
             else:
@@ -142,12 +155,11 @@ class LinearFamily(ShapAdapter):
         if self._torch_model() is None:
             found: dict[str, Any] = self._stock.explain_row(self, *row_args, **options)
             return found
+        row = np.asarray(row_args[0], dtype=float)  # SHAP would subtract in single precision
         with self._still():
-            result: dict[str, Any] = self._stock.explain_row(
-                self._refreshed(), *row_args, **options
-            )
+            result: dict[str, Any] = self._stock.explain_row(self._refreshed(), row, **options)
             coef, _ = self._coefficients()
-            values = self._phi(np.asarray(row_args[0], dtype=float).reshape(1, -1), coef)[0]
+            values = self._phi(row.reshape(1, -1), coef)[0]
             self._remember(values, self._base(), result["values"])
         return result
 

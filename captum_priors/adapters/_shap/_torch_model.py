@@ -25,14 +25,18 @@ class TorchModel:
         self.function = function
         self.converts = converts
         self._shape: str | None = None
+        self._parameter = self._first_parameter()
 
-    def like(self) -> Tensor:
-        """Return an empty tensor with the dtype and device of the model's parameters."""
+    def _first_parameter(self) -> Tensor | None:
         for module in modules_of(self.function):
             for parameter in module.parameters():
                 if parameter.is_floating_point():
-                    return parameter.new_empty(0)
-        return torch.empty(0)
+                    return parameter
+        return None
+
+    def like(self) -> Tensor:
+        """Return an empty tensor with the dtype and device of the model's parameters."""
+        return torch.empty(0) if self._parameter is None else self._parameter.detach()[:0]
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Evaluate on rows; one output for each row, or one row of outputs."""

@@ -124,11 +124,12 @@ def winter(
     """Winter values: pairs of coalitions without and with a feature, each with its weight."""
     weights = Weights(len(names))
     place = {name: i for i, name in enumerate(names)}
-    for (feature, without, weight), (_, with_it, _) in zip(
-        permutations[::2], permutations[1::2], strict=True
-    ):
-        weights.add(place[feature], numbers[with_it.tobytes()], weight)
-        weights.add(place[feature], numbers[without.tobytes()], -weight)
+    signs = (-1.0, 1.0) * (len(permutations) // 2)
+    weights.add(
+        [place[feature] for feature, _, _ in permutations],
+        [numbers[mask.tobytes()] for _, mask, _ in permutations],
+        [sign * weight for sign, (_, _, weight) in zip(signs, permutations, strict=True)],
+    )
     return weights
 
 
