@@ -171,7 +171,6 @@ differentiable = Differentiable()
 differentiable.__doc__ = Differentiable.__doc__
 
 
-
 def _refusal(cls: type) -> str:
     names = ", ".join(sorted(known.__name__ for known in _ADAPTERS))
     instead = (

@@ -7,8 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("shap")
-
 from captum_priors import AttributionPrior, NotDifferentiableError, ShapAdapter, StabilityPrior
 from captum_priors.adapters._shap import ROWS
 from captum_priors.distances import mse
@@ -96,7 +94,7 @@ def test_certificate(name: str, outputs: int) -> None:
 @every_pair
 def test_base_value_is_that_of_the_model_now(name: str, outputs: int) -> None:
     """After a step of training: what a freshly made explainer says, not what was stored."""
-    model, explainer, adapter, x = set_up(name, outputs)
+    model, _, adapter, x = set_up(name, outputs)
     before = np.array(adapter.expected_value)
     with torch.no_grad():
         for p in model.parameters():
@@ -151,7 +149,7 @@ def test_priors_leave_no_trace(name: str, stability: bool) -> None:
 
 @every_row
 def test_stability_uses_the_same_draws_on_both_sides(name: str) -> None:
-    model, _, adapter, x = set_up(name)
+    _, _, adapter, x = set_up(name)
     prior = StabilityPrior(adapter, mse, lambda x: x.clone())
     assert float(prior(torch.as_tensor(x)).detach()) < 1e-20
 
@@ -184,7 +182,9 @@ def test_single_precision_single_row_and_no_gradient(name: str) -> None:
     found = seeded(lambda: adapter.attribute(x))
     assert found.dtype == torch.float32
     assert found.shape == (1, 5)
-    assert all(bool(torch.isfinite(g).all()) for g in parameter_gradients(found, list(model.parameters())))
+    assert all(
+        bool(torch.isfinite(g).all()) for g in parameter_gradients(found, list(model.parameters()))
+    )
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             detached = seeded(lambda: adapter.attribute(x))

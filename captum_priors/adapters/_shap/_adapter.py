@@ -114,10 +114,10 @@ class ShapAdapter:
         if cls is not self._stock and cls.__name__ == self._stock.__name__:
             defaults = dict(cls.__call__.__kwdefaults__ or {})  # type: ignore[operator]  # its own
 
-            def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            def call(self: Any, *args: Any, **kwargs: Any) -> Any:
                 return super(own, self).__call__(*args, **{**defaults, **kwargs})
 
-            own = type(type(self).__name__, (type(self),), {"__call__": __call__})
+            own = type(type(self).__name__, (type(self),), {"__call__": call})
             own.__module__, own.__qualname__ = type(self).__module__, type(self).__qualname__
             self.__class__ = own
 
@@ -255,7 +255,10 @@ class ShapAdapter:
         values = self._values(tensors, target, options)
         return like_inputs(
             inputs,
-            tuple(v.to(t) if t.is_floating_point() else v for v, t in zip(values, tensors, strict=True)),
+            tuple(
+                v.to(t) if t.is_floating_point() else v
+                for v, t in zip(values, tensors, strict=True)
+            ),
         )
 
     def _values(
@@ -264,9 +267,7 @@ class ShapAdapter:
         """Attributions of the target, one tensor for each input."""
         explanations = self(*tensors, **options)  # type: ignore[operator]  # from SHAP's class
         each = explanations if isinstance(explanations, list) else [explanations]
-        return tuple(
-            select_output(e.tensor, t, target) for e, t in zip(each, tensors, strict=True)
-        )
+        return tuple(select_output(e.tensor, t, target) for e, t in zip(each, tensors, strict=True))
 
 
 def _array(argument: Any) -> Any:

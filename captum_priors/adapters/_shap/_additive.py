@@ -7,7 +7,6 @@ import copy
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from captum_priors.adapters._shap._adapter import ShapAdapter

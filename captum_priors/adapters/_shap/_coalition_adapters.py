@@ -64,7 +64,10 @@ class CoalitionFamily(ShapAdapter):
         if len(args) > 1 and worker.feature_names is None and hasattr(self.masker, "arg_counts"):
             # SHAP counts columns to name features, and a fixed argument need not have any.
             worker.feature_names = [
-                [f"Feature {i}" for i in range(int(np.prod(np.shape(a)[1:])) if np.ndim(a) > 1 else 0)]
+                [
+                    f"Feature {i}"
+                    for i in range(int(np.prod(np.shape(a)[1:])) if np.ndim(a) > 1 else 0)
+                ]
                 for a in args
             ]
         return worker

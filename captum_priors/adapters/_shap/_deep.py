@@ -93,9 +93,7 @@ class DeepFamily(TorchFamily):
             record = _Record(self._module, self._layer())
             with record.first_pass():
                 self._module(*(torch.cat(pair) for pair in pairs))
-            points = [
-                b if b.requires_grad else b.detach().requires_grad_() for _, b in pairs
-            ]
+            points = [b if b.requires_grad else b.detach().requires_grad_() for _, b in pairs]
             with record.second_pass():
                 values = self._module(*points)
             explained: Sequence[Tensor] = points

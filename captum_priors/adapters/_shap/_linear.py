@@ -167,8 +167,8 @@ class LinearFamily(ShapAdapter):
 def transform_slopes(covariance: np.ndarray, n_orders: int) -> Tensor:
     r"""Derivative of SHAP's transform by each coefficient, ``(coefficients, features, features)``.
 
-    With :math:`R_S = \Sigma_{\cdot S}\Sigma_{SS}^{-1}`, the prediction of all features from those in
-    :math:`S`, feature :math:`i` that joins :math:`S` receives :math:`c_i x_i + c_{\bar{S i}}
+    With :math:`R_S = \Sigma_{\cdot S}\Sigma_{SS}^{-1}`, the prediction of all features from those
+    in :math:`S`, feature :math:`i` that joins :math:`S` receives :math:`c_i x_i + c_{\bar{S i}}
     R_{Si} x_{Si} - c_{\bar S} R_S x_S`, on average over the orders.
     """
     n = len(covariance)

@@ -134,7 +134,7 @@ _REFUSED = {
     "Random": "returns random numbers that do not depend on the model",
     "LimeTabular": "is the lime package's, which selects features on arrays; captum.attr.Lime is "
     "adapted",
-    "Explainer": "only chooses one of the others; pass the explainer that shap.Explainer(...) makes",
+    "Explainer": "only chooses one of the others; pass what shap.Explainer(...) makes",
 }
 
 
@@ -143,9 +143,7 @@ def is_shap(cls: type) -> bool:
     return any(base.__module__.partition(".")[0] == "shap" for base in cls.__mro__)
 
 
-def adapter_of(
-    explainer: Any, differentiation: Differentiation | None, model: Any
-) -> Any:
+def adapter_of(explainer: Any, differentiation: Differentiation | None, model: Any) -> Any:
     """Make a SHAP explainer, or class of explainers, differentiable."""
     if isinstance(explainer, type):
         if issubclass(explainer, ShapAdapter):
@@ -204,7 +202,7 @@ def __getattr__(name: str) -> Any:
 def _make(row: Row) -> type:
     stock = getattr(shap(), row.name)
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._explain(args, kwargs)
 
     def attribute(self: Any, inputs: Any, target: Any = None, **options: Any) -> Any:
@@ -219,10 +217,10 @@ def _make(row: Row) -> type:
                 )
         return {"silent": True, **options} if "silent" in row.options else options
 
-    __call__.__doc__ = (
+    call.__doc__ = (
         f"As :meth:`shap.{row.name}.__call__`, with ``.tensor`` and ``.tensor_base`` beside."
     )
-    __call__.__signature__ = inspect.signature(stock.__call__)  # type: ignore[attr-defined]
+    call.__signature__ = inspect.signature(stock.__call__)  # type: ignore[attr-defined]
     attribute.__doc__ = f"Attributions by :class:`shap.{row.name}`, like ``inputs``."
     own = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
@@ -241,7 +239,7 @@ def _make(row: Row) -> type:
         "_stock": stock,
         "__module__": __name__,
         "__doc__": f":class:`shap.{row.name}` with its graph.",
-        "__call__": __call__,
+        "__call__": call,
         "attribute": attribute,
     }
     if row.name in ("GradientExplainer", "DeepExplainer"):

@@ -57,9 +57,9 @@ class SamplingFamily(KernelFamily):
         for variance, ((n, mean, _), *more) in zip(variances, estimates, strict=True):
             for n_more, mean_more, variance_more in more:
                 total = n + n_more
-                mean = (mean * n + mean_more * n_more) / total  # noqa: PLW2901
-                variance = (variance * n + variance_more * n_more) / total  # noqa: PLW2901
-                n = total  # noqa: PLW2901
+                mean = (mean * n + mean_more * n_more) / total
+                variance = (variance * n + variance_more * n_more) / total
+                n = total
             means.append(mean)
             spread.append(variance / n**0.5)
         values, spreads = torch.stack(means), torch.stack(spread)

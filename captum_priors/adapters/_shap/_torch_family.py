@@ -182,7 +182,7 @@ def keeps_training_flags(init: Callable[..., None]) -> Callable[..., None]:
     """Put back the evaluation mode that a SHAP constructor leaves its module in."""
 
     @functools.wraps(init)
-    def __init__(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    def wrapper(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         root = model[0] if isinstance(model, tuple) else model
         modules = list(root.modules()) if isinstance(root, nn.Module) else []
         flags = [module.training for module in modules]
@@ -192,6 +192,6 @@ def keeps_training_flags(init: Callable[..., None]) -> Callable[..., None]:
             for module, flag in zip(modules, flags, strict=True):
                 module.training = flag
 
-    del __init__.__wrapped__  # type: ignore[attr-defined]  # what SHAP's loading reads
-    __init__.__signature__ = inspect.signature(init)  # type: ignore[attr-defined]
-    return __init__
+    del wrapper.__wrapped__  # type: ignore[attr-defined]  # what SHAP's loading reads
+    wrapper.__signature__ = inspect.signature(init)  # type: ignore[attr-defined]
+    return wrapper

@@ -65,7 +65,9 @@ class TorchModel:
             return argument.to(like) if argument.is_floating_point() else argument.to(like.device)
         array = as_array(argument)
         if array.dtype.kind == "f":
-            return torch.tensor(np.ascontiguousarray(array)).to(like)  # a copy: SHAP reuses its buffers
+            return torch.tensor(np.ascontiguousarray(array)).to(
+                like
+            )  # a copy: SHAP reuses its buffers
         if array.dtype.kind in "iub":
             return torch.tensor(np.ascontiguousarray(array)).to(like.device)
         return argument
