@@ -52,7 +52,7 @@ def predictor(model: nn.Module) -> Callable[[Any], np.ndarray]:
 
     def predict(x: Any) -> np.ndarray:
         with torch.no_grad():
-            outputs = model(torch.as_tensor(np.asarray(x), dtype=dtype)).numpy()
+            outputs = model(torch.tensor(np.asarray(x), dtype=dtype)).numpy()
         return outputs[:, 0] if outputs.shape[1:] == (1,) else outputs
 
     return predict

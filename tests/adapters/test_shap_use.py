@@ -56,7 +56,7 @@ def test_logit_link_of_kernel() -> None:
     same(explainer, model, table(2, 1))
     adapter = differentiable(explainer, model=model)
     x = torch.as_tensor(table(2, 1))
-    for l1_reg in (False, "aic", "num_features(2)", 0.01):
+    for l1_reg in (False, "aic", "num_features(2)", 1e-4):
         check_differentiable(
             adapter, x, parameters=model.named_parameters(), nsamples=20, l1_reg=l1_reg
         )
@@ -183,7 +183,7 @@ def test_classes_and_saving() -> None:
     model = mlp(1)
     cls = differentiable(shap.PermutationExplainer)
     assert differentiable(cls) is cls
-    adapter = cls(model, shap.maskers.Independent(table(7, 0)), max_evals=60)
+    adapter = cls(model, shap.maskers.Independent(table(7, 0)))
     stream = io.BytesIO()
     adapter.save(stream)
     stream.seek(0)

@@ -112,13 +112,14 @@ class ShapAdapter:
     def _take_defaults(self, cls: type) -> None:
         """Keep defaults of ``__call__`` that SHAP stores in a class made for one explainer."""
         if cls is not self._stock and cls.__name__ == self._stock.__name__:
-            defaults = dict(cls.__call__.__kwdefaults__ or {})  # type: ignore[operator]  # its own
+            defaults = dict(cls.__call__.__kwdefaults__ or {})
+            adapter: Any = type(self)
 
             def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-                return super(own, self).__call__(*args, **{**defaults, **kwargs})
+                return adapter.__call__(self, *args, **{**defaults, **kwargs})
 
-            own = type(type(self).__name__, (type(self),), {"__call__": call})
-            own.__module__, own.__qualname__ = type(self).__module__, type(self).__qualname__
+            own: Any = type(adapter.__name__, (adapter,), {"__call__": call})
+            own.__module__, own.__qualname__ = adapter.__module__, adapter.__qualname__
             self.__class__ = own
 
     # What differs from family to family.
@@ -188,7 +189,7 @@ class ShapAdapter:
             with self._still(), torch.no_grad():
                 base = self._base()
             if base is not None:
-                value = base.double().cpu().numpy()
+                value = base.detach().double().cpu().numpy()
                 return float(value) if value.ndim == 0 else value
         return self.__dict__.get("expected_value")
 

@@ -15,6 +15,9 @@ from captum_priors.adapters._shap._adapter import ShapAdapter
 class AdditiveFamily(ShapAdapter):
     """Runs SHAP's ``explain_row`` with offsets of the model as it is now."""
 
+    _zero_offset: float
+    _input_offsets: np.ndarray
+    _expected_value: float
     _offsets: tuple[Tensor, Tensor] | None = None
 
     def _sample(self) -> tuple[Any, ...] | None:

@@ -97,6 +97,7 @@ class CoalitionFamily(ShapAdapter):
             linearized=self.linearize_link,
             check=self._check_on,
         )
+        self._look_ahead(game)
         inner = copy.copy(self)
         inner.masker = MaskerStandIn(self.masker, game, knows_invariants=self._knows_invariants)
         inner.model = self._model_stand_in(game)
@@ -111,6 +112,9 @@ class CoalitionFamily(ShapAdapter):
         matrix = weights.matrix(len(chosen), chosen.device)
         self._remember(weigh(matrix, chosen), chosen[0], result["values"])
         return result
+
+    def _look_ahead(self, game: Coalitions) -> None:
+        """Evaluate at once what is known to be asked for."""
 
     def _model_stand_in(self, game: Coalitions) -> ModelStandIn:
         return ModelStandIn(self.model, game)
@@ -210,7 +214,12 @@ class WinterFamily(CoalitionFamily):
         if self._known is None or self._known[0] != key:
             numbers = {mask.tobytes(): i for i, mask in enumerate(masks)}
             names = self.masker.feature_names
-            self._known = key, _weights.winter(names, numbers, inner.mask_permutations)
+            self._known = key, _weights.winter(names, numbers, inner.mask_permutations), masks
         return self._known[1]
 
-    _known: tuple[bytes, Weights] | None = None
+    def _look_ahead(self, game: Coalitions) -> None:
+        if self._known is not None:
+            with self._still():
+                game.foresee(self._known[2])
+
+    _known: tuple[bytes, Weights, np.ndarray] | None = None

@@ -48,6 +48,14 @@ class Coalitions:
         self._values: list[Tensor] = []
         self.calls: list[np.ndarray] = []
         self._n = 0
+        self._ahead: tuple[dict[bytes, int], Tensor, np.ndarray] | None = None
+        self._taken: list[int] = []
+
+    def foresee(self, masks: np.ndarray) -> None:
+        """Evaluate coalitions together that SHAP is going to ask for one by one."""
+        values = self._evaluate(masks)
+        places = {mask.tobytes(): i for i, mask in enumerate(masks)}
+        self._ahead = places, values, values.detach().cpu().numpy()
 
     def number(self, masks: np.ndarray) -> np.ndarray:
         """Number new coalitions, given as rows of a boolean matrix."""
@@ -61,6 +69,13 @@ class Coalitions:
         assert len(numbers) == len(masks)  # SHAP evaluates what it has masked, in order
         self._asked.clear()
         self.calls.append(masks)
+        if self._ahead is not None:
+            places, _, known = self._ahead
+            found = [places.get(mask.tobytes(), -1) for mask in masks]
+            if min(found) >= 0:
+                self._taken += found
+                return known[found]
+            self._values, self._ahead = [self.values()], None
         self._values.append(self._evaluate(masks))
         values: np.ndarray = self._values[-1].detach().cpu().numpy()
         return values
@@ -71,6 +86,8 @@ class Coalitions:
 
     def values(self) -> Tensor:
         """Return the values of all coalitions so far, ``(coalitions,)`` or with outputs behind."""
+        if self._ahead is not None:
+            return self._ahead[1][self._taken]
         return torch.cat(self._values)
 
     def _evaluate(self, masks: np.ndarray) -> Tensor:

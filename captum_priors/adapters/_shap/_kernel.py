@@ -24,6 +24,7 @@ class KernelFamily(ShapAdapter):
 
     link: Any
     data: Any
+    fnull: np.ndarray
     vector_out: bool
     _null: Tensor | None = None
     _seen: list[Tensor] | None = None
@@ -45,7 +46,8 @@ class KernelFamily(ShapAdapter):
         rows = rows.convert_to_df() if hasattr(rows, "convert_to_df") else rows.data
         outputs = self._model()(rows).double()
         weights = torch.as_tensor(np.asarray(self.data.weights, dtype=float)).to(outputs)
-        return torch.tensordot(weights, outputs, dims=1)
+        mean: Tensor = torch.tensordot(weights, outputs, dims=1)
+        return mean
 
     def _base(self) -> Tensor:
         null = self._mean_output() if self._null is None else self._null

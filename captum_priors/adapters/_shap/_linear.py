@@ -30,6 +30,7 @@ class LinearFamily(ShapAdapter):
     valid_inds: np.ndarray
     cov: np.ndarray
     x_transform: np.ndarray
+    mean_transformed: np.ndarray
     _slopes: Tensor | None = None
     _now: tuple[Tensor, Tensor] | None = None
 
@@ -78,7 +79,8 @@ class LinearFamily(ShapAdapter):
     def _base(self) -> Tensor:
         coef, intercept = self._coefficients()
         mean = torch.as_tensor(self._original_mean()).to(coef)
-        return torch.tensordot(mean, coef, dims=1) + intercept
+        base: Tensor = torch.tensordot(mean, coef, dims=1) + intercept
+        return base
 
     def _transform(self, coef: Tensor) -> Tensor:
         """SHAP's matrix for imputed features, at these coefficients."""

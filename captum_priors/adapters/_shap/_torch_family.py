@@ -192,6 +192,6 @@ def keeps_training_flags(init: Callable[..., None]) -> Callable[..., None]:
             for module, flag in zip(modules, flags, strict=True):
                 module.training = flag
 
-    del wrapper.__wrapped__  # type: ignore[attr-defined]  # what SHAP's loading reads
+    del wrapper.__wrapped__  # what SHAP's loading reads
     wrapper.__signature__ = inspect.signature(init)  # type: ignore[attr-defined]
     return wrapper

@@ -47,9 +47,8 @@ class Weights:
 
 def weigh(matrix: Tensor, values: Tensor) -> Tensor:
     """Return ``W v`` for values with or without an axis of outputs."""
-    if values.dim() == 1:
-        return torch.sparse.mm(matrix, values.unsqueeze(1)).squeeze(1)
-    return torch.sparse.mm(matrix, values)
+    product: Tensor = torch.sparse.mm(matrix, values.reshape(len(values), -1))
+    return product.reshape(matrix.shape[0], *values.shape[1:])
 
 
 def permutation(n_features: int, passes: Sequence[np.ndarray]) -> Weights:
