@@ -62,7 +62,8 @@ def test_numbers_of_shap(name: str, outputs: int, dtype: torch.dtype, tolerance:
             assert values.shape == found.values.shape
         assert np.abs(values.reshape(found.values.shape) - found.values).max() < tolerance
         if expected.base_values is not None:
-            assert np.shape(expected.base_values) == np.shape(found.base_values)
+            if name != "SamplingExplainer":  # SHAP gives one for all rows, which no plot takes
+                assert np.shape(expected.base_values) == np.shape(found.base_values)
             assert np.abs(expected.base_values - found.base_values).max() < tolerance
     if hasattr(explainer, "shap_values"):
         expected = seeded(lambda: explainer.shap_values(data(name, x, model)))

@@ -45,17 +45,27 @@ class Coalitions:
         self._table: tuple[Tensor, Tensor] | None = None
         self._check = check
         self._asked: list[np.ndarray] = []
+        self._places: dict[bytes, int] = {}
+        self._taken: list[int] = []
         self._values: list[Tensor] = []
+        self._answers: np.ndarray | None = None
         self.calls: list[np.ndarray] = []
         self._n = 0
-        self._ahead: tuple[dict[bytes, int], Tensor, np.ndarray] | None = None
-        self._taken: list[int] = []
 
     def foresee(self, masks: np.ndarray) -> None:
-        """Evaluate coalitions together that SHAP is going to ask for one by one."""
-        values = self._evaluate(masks)
-        places = {mask.tobytes(): i for i, mask in enumerate(masks)}
-        self._ahead = places, values, values.detach().cpu().numpy()
+        """Evaluate coalitions together, each once, also if SHAP will ask for them one by one."""
+        keys = [row.tobytes() for row in np.packbits(masks, axis=1)]
+        new = []
+        for i, key in enumerate(keys):
+            if key not in self._places:
+                self._places[key] = len(self._places)
+                new.append(i)
+        if new:
+            values = self._evaluate(masks[new])
+            answers = values.detach().cpu().numpy()
+            known = self._answers
+            self._values.append(values)
+            self._answers = answers if known is None else np.concatenate([known, answers])
 
     def number(self, masks: np.ndarray) -> np.ndarray:
         """Number new coalitions, given as rows of a boolean matrix."""
@@ -69,16 +79,12 @@ class Coalitions:
         assert len(numbers) == len(masks)  # SHAP evaluates what it has masked, in order
         self._asked.clear()
         self.calls.append(masks)
-        if self._ahead is not None:
-            places, _, known = self._ahead
-            found = [places.get(mask.tobytes(), -1) for mask in masks]
-            if min(found) >= 0:
-                self._taken += found
-                return known[found]
-            self._values, self._ahead = [self.values()], None
-        self._values.append(self._evaluate(masks))
-        values: np.ndarray = self._values[-1].detach().cpu().numpy()
-        return values
+        self.foresee(masks)
+        taken = [self._places[row.tobytes()] for row in np.packbits(masks, axis=1)]
+        self._taken += taken
+        assert self._answers is not None
+        answers: np.ndarray = self._answers[taken]
+        return answers
 
     def masks(self) -> np.ndarray:
         """Return all coalitions so far, one row each."""
@@ -86,9 +92,10 @@ class Coalitions:
 
     def values(self) -> Tensor:
         """Return the values of all coalitions so far, ``(coalitions,)`` or with outputs behind."""
-        if self._ahead is not None:
-            return self._ahead[1][self._taken]
-        return torch.cat(self._values)
+        values = torch.cat(self._values)
+        if self._taken == list(range(len(values))):
+            return values
+        return values[torch.tensor(self._taken, device=values.device)]
 
     def _evaluate(self, masks: np.ndarray) -> Tensor:
         if is_tabular(self._masker):

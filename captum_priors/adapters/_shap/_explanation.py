@@ -3,10 +3,9 @@
 import sys
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from captum_priors.adapters._shap._door import shap, shap_module
+from captum_priors.adapters._shap._door import shap
 
 _NAME = "DifferentiableExplanation"
 
@@ -37,10 +36,6 @@ def with_tensors(explanation: Any, values: Tensor | None, base: Tensor | None) -
     A graph cannot be copied, and SHAP's plots copy: the tensors stay with this object and are not
     on its slices, copies and pickles.
     """
-    if explanation.feature_names is None and np.ndim(explanation.values) >= 2:
-        # Some of SHAP's plots need names, and some of its explainers give none.
-        names = [f"Feature {i}" for i in range(np.shape(explanation.values)[1])]
-        explanation.feature_names = shap_module("_explanation").Alias(names, 1)
     explanation.__class__ = getattr(sys.modules[__name__], _NAME)
     explanation.tensor, explanation.tensor_base = values, base
     return explanation

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors.adapters._shap._adapter import ShapAdapter, _array, select_output
+from captum_priors.adapters._shap._door import shap
+from captum_priors.adapters._shap._explanation import with_tensors
 from captum_priors.adapters._shap._links import Link, torch_link
 from captum_priors.adapters._shap._torch_model import TorchModel
 
@@ -65,6 +67,23 @@ class KernelFamily(ShapAdapter):
             return self._stock.shap_values(self, X, **kwargs)
         with self._still():
             return self._stock.shap_values(self, _array(X), **kwargs)
+
+    def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As SHAP, with the base value of each row and the names that its plots ask for."""
+        found = super()._explain(args, kwargs)
+        if found.tensor is None:
+            return found
+        names = found.feature_names
+        if names is None:
+            names = [f"Feature {i}" for i in range(found.values.shape[1])]
+        complete = shap().Explanation(
+            found.values,
+            base_values=found.tensor_base.detach().cpu().numpy(),
+            data=found.data,
+            feature_names=list(names),
+            compute_time=found.compute_time,
+        )
+        return with_tensors(complete, found.tensor, found.tensor_base)
 
     def _values(
         self, tensors: tuple[Tensor, ...], target: Any, options: dict[str, Any]
