@@ -246,7 +246,7 @@ def test_plots(name: str) -> None:
             with pytest.raises((IndexError, ValueError, TypeError, AttributeError)):
                 _draw(plot, seeded(lambda: explainer(data(name, X, model))))
         plt.close("all")
-    assert {"waterfall", "beeswarm", "violin"} <= set(drawn)
+    assert {"waterfall", "violin"} <= set(drawn)
     if name in ("GradientExplainer", "DeepExplainer"):  # SHAP's own are drawn nowhere
         assert drawn == list(plots)
     copy.deepcopy(explanation)
