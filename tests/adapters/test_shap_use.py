@@ -356,8 +356,8 @@ def test_ways_agree_on_a_smooth_model() -> None:
     assert float(difference.norm() / gradients[0].norm()) < 5e-3  # a finite step
 
 
-def test_wrong_routes_fail_the_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The certificate sees a sampling correction that is held fixed."""
+def test_a_replay_that_is_not_shap_s_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call holds the arithmetic on tensors against SHAP's own numbers."""
     model, _, adapter, x = set_up("SamplingExplainer")
     options = {"nsamples": 60, "min_samples_per_feature": 6}
     named = list(model.named_parameters())
