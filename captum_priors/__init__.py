@@ -22,7 +22,7 @@ papers' priors in :mod:`captum_priors.priors`, what keeps explanations from bein
 """
 
 from captum_priors._errors import NotDifferentiableError
-from captum_priors.adapters import CaptumAdapter, differentiable
+from captum_priors.adapters import CaptumAdapter, ShapAdapter, differentiable
 from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
 from captum_priors.priors import AttributionPrior, Lazy, StabilityPrior, Subsample
 
@@ -33,6 +33,7 @@ __all__ = [
     "LayerExpectedGradients",
     "Lazy",
     "NotDifferentiableError",
+    "ShapAdapter",
     "StabilityPrior",
     "Subsample",
     "differentiable",

@@ -61,7 +61,9 @@ def _children(holder: Any) -> Iterator[Any]:
         # Long ones are data, but a zoo of models is long, too.
         yield from (v for v in values if len(holder) <= _MAX_ITEMS or isinstance(v, nn.Module))
     elif not isinstance(holder, (type, types.ModuleType, Tensor)):
-        yield from getattr(holder, "__dict__", {}).values()
+        attributes = getattr(holder, "__dict__", None)
+        if isinstance(attributes, dict):  # some objects of C extensions answer anything
+            yield from attributes.values()
         for cls in type(holder).__mro__:
             slots = cls.__dict__.get("__slots__", ())
             for name in (slots,) if isinstance(slots, str) else slots:

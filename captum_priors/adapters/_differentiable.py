@@ -9,6 +9,7 @@ from captum.attr import Attribution, NoiseTunnel
 from captum_priors._errors import NotDifferentiableError, expected_found, one_of
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
 from captum_priors.adapters._captum_adapter import CaptumAdapter
+from captum_priors.adapters._shap import adapter_of, is_shap
 from captum_priors.adapters._table import ADAPTERS, refusal
 from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
 
@@ -28,10 +29,12 @@ class Differentiable:
 
     Args:
         explainer: A Captum explainer or class, or any object with Captum's ``attribute`` whose
-            result already carries its graph.
+            result already carries its graph; or a SHAP explainer or class.
         differentiation: How the parameter gradient is taken; see :class:`ExpectedGradients`. By
             default ``"double_backprop"``, or what an explainer that has one was made with. Not
             with a class: apply it to the instance.
+        model: The torch model (a module or a function of tensors) behind a SHAP explainer that
+            holds a NumPy function. Both must say the same on the background.
 
     Returns:
         The differentiable explainer or class.
@@ -52,7 +55,13 @@ class Differentiable:
         (True, True)
     """
 
-    def __call__(self, explainer: Any, *, differentiation: Differentiation | None = None) -> Any:
+    def __call__(
+        self,
+        explainer: Any,
+        *,
+        differentiation: Differentiation | None = None,
+        model: Any = None,
+    ) -> Any:
         if differentiation is not None:
             one_of("differentiation", differentiation, DIFFERENTIATIONS)
         if isinstance(explainer, type):
@@ -60,6 +69,17 @@ class Differentiable:
         convert = _registered.get(type(explainer))
         if convert is not None:
             return convert(explainer, differentiation or "double_backprop")
+        if is_shap(type(explainer)):
+            return adapter_of(explainer, differentiation, model)
+        if model is not None:
+            raise TypeError(
+                expected_found(
+                    "`model`",
+                    "a SHAP explainer to go with it",
+                    type(explainer).__name__,
+                    "Other explainers hold their model themselves: leave it out.",
+                )
+            )
         if isinstance(explainer, _OWN):
             if differentiation in (None, explainer.differentiation):
                 return explainer
@@ -73,7 +93,7 @@ class Differentiable:
             if isinstance(explainer, NoiseTunnel):
                 self(explainer.attribution_method)  # what it averages must be admitted, too
             return adapter.of(explainer, differentiation or "double_backprop")
-        if isinstance(explainer, Attribution) or _is_shap(explainer):
+        if isinstance(explainer, Attribution):
             raise NotDifferentiableError(refusal(type(explainer)))
         if not callable(getattr(explainer, "attribute", None)):
             raise TypeError(
@@ -108,6 +128,9 @@ class Differentiable:
             )
         if issubclass(cls, _OWN):
             return cls
+        if is_shap(cls):
+            shap_class: type = adapter_of(cls, None, None)
+            return shap_class
         if cls not in ADAPTERS:
             raise NotDifferentiableError(refusal(cls))
         return ADAPTERS[cls]
@@ -132,7 +155,3 @@ class Differentiable:
 
 differentiable = Differentiable()
 differentiable.__doc__ = Differentiable.__doc__
-
-
-def _is_shap(explainer: Any) -> bool:
-    return any(cls.__module__.partition(".")[0] == "shap" for cls in type(explainer).__mro__)

@@ -4,7 +4,7 @@ The tests and the support table run over these rows.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_priors import differentiable
+from tests.cases import EXACT
 
 
 class Mlp(nn.Module):
@@ -187,6 +188,23 @@ class Explained:
     def attribute(self, inputs: Tensor, **call: Any) -> Any:
         result = self.explainer.attribute(self.row.subject(inputs), **call)
         return self.row.tensors(result)
+
+
+def flat(value: Any) -> tuple[Tensor, ...]:
+    """Tensors of a structure of tuples and lists."""
+    return (value,) if isinstance(value, Tensor) else tuple(t for v in value for t in flat(v))
+
+
+class Flat(Explained):
+    """What an explainer says, as one tuple of tensors."""
+
+    def attribute(self, inputs: Tensor, **call: Any) -> tuple[Tensor, ...]:
+        return flat(super().attribute(inputs, **call))
+
+
+def ways(row: Row, model: Any) -> Sequence[str]:
+    """Exact differentiations that the class has."""
+    return [way for way in EXACT if way in differentiable(row.make(model)).differentiations]
 
 
 def loader(x: Tensor) -> Any:

@@ -5,7 +5,6 @@ import gc
 import os
 import pickle
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,14 @@ from captum_priors.penalties import l2
 from captum_priors.testing import check_differentiable
 from tests.adapters.captum_table import (
     ROWS,
-    Explained,
-    Row,
+    Flat,
     every_pair,
     every_row,
+    flat,
     in_double,
     seeded,
     set_up,
+    ways,
 )
 from tests.asserts import (
     assert_same_numbers,
@@ -49,23 +49,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 # Steps of the test for growth of each class; 2000 take about a minute for each.
 STEPS = int(os.environ.get("CAPTUM_PRIORS_SOAK_STEPS", "30"))
-
-
-def flat(value: Any) -> tuple[Tensor, ...]:
-    """Tensors of a structure of tuples and lists."""
-    return (value,) if isinstance(value, Tensor) else tuple(t for v in value for t in flat(v))
-
-
-class Flat(Explained):
-    """What an explainer says, as one tuple of tensors."""
-
-    def attribute(self, inputs: Tensor, **call: Any) -> tuple[Tensor, ...]:
-        return flat(super().attribute(inputs, **call))
-
-
-def ways(row: Row, model: Any) -> Sequence[str]:
-    """Exact differentiations that the class has."""
-    return [way for way in EXACT if way in differentiable(row.make(model)).differentiations]
 
 
 @every_pair

@@ -15,7 +15,7 @@ from torch import nn
 
 from captum_priors import differentiable
 from captum_priors.adapters._table import ADAPTERS
-from tests.adapters.test_captum_classes import flat
+from tests.adapters.captum_table import flat
 from tests.asserts import assert_same_numbers
 
 test_config = pytest.importorskip("captum.testing.attr.helpers.test_config")  # not in every wheel

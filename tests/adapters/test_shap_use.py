@@ -1,0 +1,439 @@
+"""SHAP adapters in use: maskers, links, plots, saving, refusals, training, SHAP left as it is."""
+
+import copy
+import io
+import subprocess
+import sys
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import shap
+import torch
+from torch import Tensor, nn
+
+from captum_priors import AttributionPrior, NotDifferentiableError, differentiable
+from captum_priors.adapters._shap import ROWS
+from captum_priors.adapters._shap import _sampling as sampling
+from captum_priors.penalties import l2
+from captum_priors.testing import check_differentiable
+from tests.adapters.shap_cases import adapted, data, mlp, predictor, stock, table
+from tests.adapters.test_shap_laws import seeded, set_up
+from tests.asserts import leaves_no_trace
+
+
+def same(explainer: Any, model: Any, X: Any, **options: Any) -> Any:
+    """The adapter's explanation, after a comparison with SHAP's."""
+    expected = seeded(lambda: explainer(X, **options))
+    found = seeded(lambda: differentiable(explainer, model=model)(X, **options))
+    for name in ("values", "base_values", "main_effects", "hierarchical_values", "error_std"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert (a is None) == (b is None)
+        assert a is None or np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-10
+    assert np.abs(found.values - found.tensor.detach().numpy()).max() < 1e-10
+    return found
+
+
+@pytest.mark.parametrize("linearize", [True, False])
+@pytest.mark.parametrize("name", ["PermutationExplainer", "ExactExplainer", "PartitionExplainer"])
+def test_logit_link(name: str, linearize: bool) -> None:
+    model = nn.Sequential(mlp(1), nn.Sigmoid())
+    masker: Any = table(7, 0)
+    masker = shap.maskers.Partition(masker) if name == "PartitionExplainer" else masker
+    cls = getattr(shap, name)
+    explainer = cls(predictor(model), masker, link=shap.links.logit, linearize_link=linearize)
+    if not (name == "PartitionExplainer" and linearize):  # stock has no such values: it fails
+        same(explainer, model, table(2, 1))
+    adapter = differentiable(explainer, model=model)
+    x = torch.as_tensor(table(2, 1))
+    check_differentiable(adapter, x, parameters=model.named_parameters(), max_evals=40)
+
+
+def test_logit_link_of_kernel() -> None:
+    model = nn.Sequential(mlp(1), nn.Sigmoid())
+    explainer = shap.KernelExplainer(predictor(model), table(7, 0), link="logit")
+    same(explainer, model, table(2, 1))
+    adapter = differentiable(explainer, model=model)
+    x = torch.as_tensor(table(2, 1))
+    for l1_reg in (False, "aic", "num_features(2)", 1e-4):
+        check_differentiable(
+            adapter, x, parameters=model.named_parameters(), nsamples=20, l1_reg=l1_reg
+        )
+
+
+def test_options_of_shap_keep_their_meaning() -> None:
+    model = mlp(3)
+    predict, X = predictor(model), table(2, 1)
+    tree = shap.maskers.Partition(table(7, 0))
+    same(shap.ExactExplainer(predict, table(7, 0)), model, X, interactions=True)
+    same(shap.ExactExplainer(predict, tree), model, X)
+    permutation = shap.PermutationExplainer(predict, table(7, 0), max_evals=60)
+    same(permutation, model, X, main_effects=True, error_bounds=True)
+    same(permutation, model, X)
+    partition = shap.PartitionExplainer(predict, tree)
+    for options in ({"max_evals": 6, "batch_size": 2}, {"fixed_context": 0}, {"fixed_context": 1}):
+        same(partition, model, X, **options)
+    chosen = same(partition, model, X, outputs=shap.Explanation.argsort.flip[:2])
+    assert chosen.tensor.shape == (2, 5, 2)
+
+
+def test_frames_means_and_constant_features() -> None:
+    model = mlp(1)
+    background = table(7, 0)
+    background[:, 4] = 1.5
+    X = table(2, 1)
+    X[0, 4] = 1.5
+    columns = list("abcde")
+    frame, rows = pd.DataFrame(background, columns=columns), pd.DataFrame(X, columns=columns)
+    for cls in (shap.KernelExplainer, shap.PermutationExplainer, shap.ExactExplainer):
+        found = same(cls(predictor(model), frame), model, rows)
+        assert list(found.feature_names) == columns
+        assert found.values[0, 4] == 0
+    same(shap.KernelExplainer(predictor(model), shap.kmeans(background, 3)), model, X)
+
+
+def test_imputed_features() -> None:
+    model = nn.Linear(5, 1)
+    background = table(40, 0)
+    background[:, 4] = background[:, 0]  # SHAP groups what is redundant
+    coefficients = (model.weight.detach().numpy()[0].copy(), float(model.bias.detach()))
+    explainer = shap.LinearExplainer(coefficients, shap.maskers.Impute(background), nsamples=20)
+    same(explainer, model, table(3, 1))
+    adapter = differentiable(explainer, model=model)
+    check_differentiable(adapter, torch.as_tensor(table(3, 1)), parameters=model.named_parameters())
+
+
+class Image(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 2, 3), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(x.permute(0, 3, 1, 2))).flatten(1))
+
+
+def test_images() -> None:
+    model = Image()
+    masker = shap.maskers.Image(np.full((4, 4, 3), 0.5))
+    X = np.random.RandomState(0).rand(2, 4, 4, 3)
+    explainer = shap.PartitionExplainer(predictor(model), masker)
+    assert same(explainer, model, X, max_evals=30).tensor.shape == (2, 4, 4, 3, 2)
+    adapter = differentiable(explainer, model=model)
+    parameters = list(model.named_parameters())
+    check_differentiable(adapter, torch.as_tensor(X), target=1, parameters=parameters, max_evals=20)
+    with pytest.raises(NotDifferentiableError, match="require no gradient"):
+        adapter.attribute(torch.as_tensor(X).requires_grad_(), target=1)
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, 4), nn.Linear(4, 2)
+
+    def forward(self, texts: Any) -> Tensor:
+        ids = [[sum(map(ord, word)) % 50 for word in str(t).split()] or [0] for t in texts]
+        means = [self.embedding(torch.tensor(i)).mean(0) for i in ids]
+        return self.head(torch.tanh(torch.stack(means)))
+
+
+def test_text_reaches_the_embedding() -> None:
+    model = Words()
+    texts = ["a good film with songs", "not so bad at all my friends"]
+    explainer = shap.PartitionExplainer(
+        lambda t: model(t).detach().numpy(), shap.maskers.Text(r"\W+")
+    )
+    expected = explainer(texts)
+    found = differentiable(explainer, model=model)(texts)
+    for a, b, c in zip(expected.values, found.values, found.tensor, strict=True):
+        assert np.abs(a - b).max() < 1e-10
+        assert np.abs(c.detach().numpy() - b).max() < 1e-10
+    loss = torch.cat([t.flatten() for t in found.tensor]).square().sum()
+    gradient = torch.autograd.grad(loss, model.embedding.weight)[0]
+    assert float(gradient.abs().max()) > 0
+
+
+def test_fixed_arguments() -> None:
+    """The loss as a function of the inputs, with the label fixed; SHAP's own composite fails."""
+    model, y = mlp(1), np.array([0.3, -1.0])
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return (model(x)[:, 0] - y) ** 2
+
+    masker = shap.maskers.Composite(shap.maskers.Independent(table(7, 0)), shap.maskers.Fixed())
+    explainer = shap.PermutationExplainer(lambda x, y: np.zeros(len(x)), masker)
+    explainer.model.inner_model = lambda x, y: loss(torch.as_tensor(x), torch.as_tensor(y)).detach()
+    found, fixed = differentiable(explainer, model=loss)(table(2, 1), y)
+    assert fixed.values.shape == (2, 0)
+    total = found.tensor.sum(1) + found.tensor_base
+    expected = loss(torch.as_tensor(table(2, 1)), torch.as_tensor(y))
+    assert torch.allclose(total, expected, atol=1e-12)
+
+
+def test_what_shap_picks() -> None:
+    model = mlp(1)
+    for masker in (table(7, 0), torch.as_tensor(table(7, 0))):
+        adapter = differentiable(shap.Explainer(model, masker))
+        assert adapter.attribute(torch.as_tensor(table(2, 1))).requires_grad
+    by_function = shap.Explainer(lambda x: model(torch.as_tensor(x))[:, 0], table(7, 0))
+    assert isinstance(differentiable(by_function), shap.ExactExplainer)
+
+
+def test_classes_and_saving() -> None:
+    model = mlp(1)
+    cls = differentiable(shap.PermutationExplainer)
+    assert differentiable(cls) is cls
+    adapter = cls(model, shap.maskers.Independent(table(7, 0)))
+    stream = io.BytesIO()
+    adapter.save(stream)
+    stream.seek(0)
+    again = cls.load(stream)
+    assert isinstance(again, cls)
+    assert again(table(2, 1)).tensor.requires_grad
+    # As SHAP where there is no torch model; Captum's call is refused.
+    plain = differentiable(shap.KernelExplainer)(lambda x: x.sum(1), table(7, 0))
+    assert plain.shap_values(table(2, 1)).shape == (2, 5)
+    assert plain(table(2, 1)).tensor is None
+    with pytest.raises(NotDifferentiableError, match="model=net"):
+        plain.attribute(torch.as_tensor(table(2, 1)))
+    module = mlp(1).train()
+    differentiable(shap.DeepExplainer)(module, torch.as_tensor(table(7, 0)))
+    assert module.training
+
+
+def test_refusals() -> None:
+    model = mlp(1)
+    with pytest.raises(NotDifferentiableError, match="splits of trees"):
+        differentiable(shap.TreeExplainer)
+    explainer = shap.ExactExplainer(predictor(model), table(7, 0))
+    with pytest.raises(NotDifferentiableError, match="model=net"):
+        differentiable(explainer)
+    with pytest.raises(ValueError, match="on the background"):
+        differentiable(explainer, model=nn.Sequential(model, nn.Sigmoid()))
+    with pytest.raises(ValueError, match="on the background"):
+        adapted("LinearExplainer", stock("LinearExplainer", nn.Linear(5, 1)), model)
+
+    class Mine(shap.ExactExplainer):
+        pass
+
+    with pytest.raises(NotDifferentiableError, match="Mine"):
+        differentiable(Mine(model, table(7, 0)))
+    with pytest.raises(TypeError, match="`model`"):
+        differentiable(differentiable(explainer, model=model).attribute, model=model)
+
+
+def _draw(name: str, explanation: Any) -> None:
+    shown = {"waterfall": explanation[0], "scatter": explanation[:, 0]}.get(name, explanation)
+    getattr(shap.plots, name)(shown, show=False)
+    assert plt.gcf().axes
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_plots(name: str) -> None:
+    plt.switch_backend("Agg")
+    model, explainer, adapter, x = set_up(name)
+    X = data(name, np.concatenate([x, x + 1]), model)
+    explanation = adapter(X)
+    plots = ("waterfall", "bar", "beeswarm", "heatmap", "violin", "scatter")
+    drawn = []
+    for plot in plots:
+        try:
+            _draw(plot, explanation)
+            drawn.append(plot)
+        except (IndexError, ValueError, TypeError, AttributeError):
+            # Nor is SHAP's own explanation drawn.
+            with pytest.raises((IndexError, ValueError, TypeError, AttributeError)):
+                _draw(plot, seeded(lambda: explainer(data(name, X, model))))
+        plt.close("all")
+    assert {"waterfall", "violin"} <= set(drawn)
+    if name in ("GradientExplainer", "DeepExplainer"):  # SHAP's own are drawn nowhere
+        assert drawn == list(plots)
+    copy.deepcopy(explanation)
+
+
+class Pooled(nn.Module):
+    """A CNN with what DeepExplainer has rules for; windows that overlap have none of SHAP's."""
+
+    def __init__(self, window: int = 2, stride: int = 2) -> None:
+        super().__init__()
+        size = (6 - window) // stride + 1
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 3, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(window, stride),
+            nn.Conv2d(3, 4, 2),
+            nn.Softplus(),
+            nn.Flatten(),
+            nn.Linear(4 * (size - 1) ** 2, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("cls", [shap.GradientExplainer, shap.DeepExplainer])
+def test_networks_of_images(cls: Any) -> None:
+    model, background, x = Pooled().eval(), torch.randn(5, 1, 8, 8), torch.randn(3, 1, 8, 8)
+    x[0] = background[1]  # quotients of zero by zero
+    explainer = cls(model, background)
+    adapter = differentiable(explainer)
+    expected = seeded(lambda: explainer.shap_values(x.clone()))
+    assert np.abs(seeded(lambda: adapter.shap_values(x)) - expected).max() < 1e-10
+    check_differentiable(adapter, x, target=torch.tensor([0, 2, 1]))
+    interim = cls((model, model.net[3]), background)
+    expected = seeded(lambda: interim.shap_values(x.clone()))
+    found = seeded(lambda: differentiable(interim)(x).tensor)
+    assert np.abs(found.detach().numpy() - expected).max() < 1e-10
+    options: dict[str, Any] = {"ranked_outputs": 2}
+    if cls is shap.DeepExplainer:
+        options["check_additivity"] = False  # SHAP's check takes ranks for outputs
+    values, ranks = seeded(lambda: explainer.shap_values(x.clone(), **options))
+    ours, our_ranks = seeded(lambda: adapter.shap_values(x, **options))
+    assert np.abs(values - ours).max() < 1e-10
+    assert torch.equal(ranks, our_ranks)
+
+
+def test_overlapping_windows_add_up() -> None:
+    """Where SHAP writes shares over each other and loses a part of the sum."""
+    model, background = Pooled(3, 1).eval(), torch.randn(5, 1, 8, 8)
+    x = torch.randn(2, 1, 8, 8)
+    adapter = differentiable(shap.DeepExplainer(model, background))
+    total = adapter(x).tensor.sum((1, 2, 3)) + adapter(x).tensor_base
+    assert torch.allclose(total, model(x), atol=1e-10)
+    check_differentiable(adapter, x, target=1)
+
+
+@pytest.mark.parametrize("cls", [shap.GradientExplainer, shap.DeepExplainer])
+def test_several_inputs(cls: Any) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(4, 5), nn.Linear(3, 5)
+            self.act, self.head = nn.Tanh(), nn.Linear(10, 2)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.head(self.act(torch.cat([self.left(a), self.right(b)], 1)))
+
+    model, background = Two(), [torch.randn(6, 4), torch.randn(6, 3)]
+    inputs = (torch.randn(3, 4), torch.randn(3, 3))
+    explainer = cls(model, background)
+    adapter = differentiable(explainer)
+    expected = seeded(lambda: explainer.shap_values([x.clone() for x in inputs]))
+    found = seeded(lambda: adapter.shap_values(list(inputs)))
+    assert all(np.abs(a - b).max() < 1e-10 for a, b in zip(found, expected, strict=True))
+    check_differentiable(adapter, inputs, target=1)
+    prior = AttributionPrior(adapter, l2)
+    with leaves_no_trace(model, tensors=inputs):
+        assert prior(inputs, target=torch.tensor([0, 1, 1])).requires_grad
+
+
+def test_variances_and_smoothing() -> None:
+    model, background = mlp(3), torch.as_tensor(table(7, 0))
+    x = torch.as_tensor(table(2, 1))
+    explainer = shap.GradientExplainer(model, background, local_smoothing=0.3)
+    found = []
+    for each in (explainer, differentiable(explainer)):
+        torch.manual_seed(4)
+        options = {"nsamples": 10, "return_variances": True, "rseed": 1}
+        found.append(each.shap_values(x.clone(), **options))
+    (a, a_variances), (b, b_variances) = found
+    assert np.abs(a - b).max() < 1e-12
+    assert np.abs(np.array(a_variances) - np.array(b_variances)).max() < 1e-12
+
+
+def test_ways_agree_on_a_smooth_model() -> None:
+    model = mlp(1)
+    explainer = shap.GradientExplainer(model, torch.as_tensor(table(7, 0)))
+    x, gradients = torch.as_tensor(table(3, 1)), []
+    for way in ROWS["GradientExplainer"].differentiations:
+        value = differentiable(explainer, differentiation=way).attribute(x, rseed=0)
+        loss = value.square().sum()
+        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        gradients.append(torch.cat([g.flatten() for g in found if g is not None]))
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-10)
+    difference = gradients[0] - gradients[2][: len(gradients[0])]
+    assert float(difference.norm() / gradients[0].norm()) < 5e-3  # a finite step
+
+
+def test_a_replay_that_is_not_shap_s_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call holds the arithmetic on tensors against SHAP's own numbers."""
+    model, _, adapter, x = set_up("SamplingExplainer")
+    options = {"nsamples": 60, "min_samples_per_feature": 6}
+    named = list(model.named_parameters())
+    inputs = torch.as_tensor(x)
+    assert check_differentiable(adapter, inputs, parameters=named, **options).passed
+    monkeypatch.setattr(sampling, "_WEIGHT", torch.tensor(1e-9))  # no correction in the replay
+    with pytest.raises(NotDifferentiableError, match="arithmetic"):
+        adapter.attribute(inputs, **options)
+
+
+@pytest.mark.slow
+def test_penalty_on_kernel_values_halves_while_accuracy_stays() -> None:
+    """Two informative features, one of them forbidden; the other suffices."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 5)
+    y = (x[:, 0] + x[:, 1] > 0).long()
+    x[:, 1] = x[:, 0] + 0.5 * torch.randn(400)
+    y = (x[:, 0] > 0).long()
+
+    def train(weight: float) -> tuple[float, float]:
+        torch.manual_seed(1)
+        model = mlp(2)
+        explainer = shap.KernelExplainer(predictor(model), x[:10].numpy())
+        adapter = differentiable(explainer, model=model)
+
+        def forbidden(attributions: Tensor) -> Tensor:
+            return attributions[:, 1].square()
+
+        prior = AttributionPrior(adapter, forbidden, nsamples=30, l1_reg=False)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        for step in range(60):
+            rows = torch.arange(step * 40, step * 40 + 40) % 300
+            loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+            if weight:
+                loss = loss + weight * prior(x[rows[:4]], target=1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            accuracy = float((model(x[300:]).argmax(1) == y[300:]).double().mean())
+            return accuracy, float(prior(x[300:320], target=1))
+
+    plain, penalised = train(0.0), train(1.0)
+    assert penalised[1] < 0.5 * plain[1]
+    assert penalised[0] > plain[0] - 0.02
+
+
+SCRIPT = """
+import sys
+order = sys.argv[1].split(",")
+import {first}
+assert "shap" not in sys.modules or order[0] == "shap"
+import {second}
+import shap, torch, numpy as np
+before = {{n: set(vars(m)) for n, m in sys.modules.items() if n.startswith("shap")}}
+members = {{n: dict(vars(getattr(shap, n))) for n in dir(shap) if n.endswith("Explainer")}}
+from captum_priors import differentiable
+net = torch.nn.Linear(3, 1)
+f = lambda x: net(torch.tensor(x, dtype=torch.float32)).detach().numpy()[:, 0]
+stock = shap.PermutationExplainer(f, np.eye(3), seed=0)
+np.random.seed(0); a = stock(np.ones((2, 3))).values
+differentiable(stock, model=net)(np.ones((2, 3)))
+np.random.seed(0); b = stock(np.ones((2, 3))).values
+assert np.array_equal(a, b)
+assert members == {{n: dict(vars(getattr(shap, n))) for n in members}}
+assert all(names == set(vars(sys.modules[n])) for n, names in before.items())
+assert type(stock) is shap.PermutationExplainer and type(stock.model) is shap.models.Model
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("captum_priors", "shap"), ("shap", "captum_priors")]
+)
+def test_shap_is_left_as_it_is(first: str, second: str) -> None:
+    code = SCRIPT.format(first=first, second=second)
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"{first},{second}"], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
