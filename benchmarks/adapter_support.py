@@ -40,7 +40,9 @@ def certificate(name: str, model_name: str) -> float:
     """Error of the parameter gradient against central differences."""
     row, model, x = set_up(name, model_name)
     errors = []
-    for way in ways(row, model):
+    # What recompute replays in its backward pass is out of reach of the float64 that Captum's
+    # float32 is put into here.
+    for way in ways(row, model)[: 1 if row.single_precision else None]:
         explainer = Flat(differentiable(row.make(model), differentiation=way), row)
         with in_double(needed=row.single_precision):
             found = check_differentiable(

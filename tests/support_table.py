@@ -1,4 +1,4 @@
-"""The README's table of Captum's classes, made from the registry and from what was measured.
+"""The README's tables of Captum's and SHAP's classes, made from registries and measurements.
 
 ``python -m tests.support_table`` writes it.
 """
@@ -7,15 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from captum_priors.adapters._shap._registry import ROWS as SHAP_ROWS
 from captum_priors.adapters._table import ADAPTERS, REFUSED, held_fixed
 
 ROOT = Path(__file__).parents[1]
-START, END = "<!-- support table -->\n", "<!-- end of support table -->\n"
 _WAYS = ("double_backprop", "recompute", "finite_difference")
 
 
-def render() -> str:
-    """One row for each class."""
+def captum_table() -> str:
+    """One row for each of Captum's classes."""
     support, cost = (_results(name) for name in ("adapter_support", "adapter_overhead"))
     lines = [
         "| class | values | certificate | `double_backprop` | `recompute` | `finite_difference` | "
@@ -39,6 +39,41 @@ def render() -> str:
     return "\n".join(lines) + f"\n\nRefused: {refused}.\n"
 
 
+def shap_table() -> str:
+    """One row for each of SHAP's classes."""
+    measured = _results("adapter_shap")
+    lines = [
+        "| class | values | certificate | differentiations | cost: with graph / with backward | "
+        "how | held fixed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in sorted(SHAP_ROWS.items()):
+        found = measured[name]
+        cells = [
+            f"`{name}`",
+            *(f"{found[k]:.0e}" if found[k] else "0" for k in ("value_error", "certificate")),
+            ", ".join(f"`{way}`" for way in row.differentiations),
+            f"{found['with graph']:.1f} / {found['with backward']:.1f}",
+            row.mechanism,
+            row.held_fixed,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"support table": captum_table, "shap table": shap_table}
+
+
+def in_place(text: str) -> str:
+    """Put the tables between their marks."""
+    for name, table in TABLES.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        before, _, rest = text.partition(start)
+        after = rest.partition(end)[2]
+        text = before + start + table() + end + after
+    return text
+
+
 def _once(refused: dict[str, str]) -> dict[str, str]:
     """Join the classes that are refused for one reason."""
     names: dict[str, list[str]] = {}
@@ -58,12 +93,9 @@ def _results(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the table into the README."""
+    """Write the tables into the README."""
     readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    readme.write_text(before + START + render() + END + after, encoding="utf-8")
+    readme.write_text(in_place(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

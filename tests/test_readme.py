@@ -1,11 +1,14 @@
 """What the README shows is what happens."""
 
+import json
 import re
 from pathlib import Path
 
 import torch
 
+from captum_priors.adapters._shap._registry import ROWS as SHAP_ROWS
 from captum_priors.adapters._table import ADAPTERS
+from tests.support_table import in_place
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,14 +30,21 @@ def test_first_example_is_ten_lines() -> None:
     assert len(lines) <= 10
 
 
-def test_support_table_lists_what_is_admitted() -> None:
-    """Each admitted class once, and no other class of Captum's."""
-    rows = [line for line in README.splitlines() if line.startswith("| `") and "1e-6" in line]
-    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
-    own = {"ExpectedGradients", "LayerExpectedGradients"}
-    admitted = {cls.__name__ for cls in ADAPTERS}
-    assert sorted(listed) == sorted(admitted | own)
-    assert f"{len(admitted)} Captum classes" in README
+def test_tables_are_those_of_the_registries_and_the_measurements() -> None:
+    """``python -m tests.support_table`` writes them."""
+    assert in_place(README) == README
+
+
+def test_what_was_measured_is_within_what_is_promised() -> None:
+    results = ROOT / "benchmarks" / "results"
+    support = json.loads((results / "adapter_support.json").read_text())["results"]
+    assert support.keys() == {cls.__name__ for cls in ADAPTERS}
+    for row in support.values():
+        assert row["values"] <= 1e-10
+        assert max(row["certificate"].values()) <= 1e-6
+    shap = json.loads((results / "adapter_shap.json").read_text())["results"]
+    assert shap.keys() == SHAP_ROWS.keys()
+    assert all(row["certificate"] <= 1e-6 for row in shap.values())
 
 
 def test_commands_are_make_targets() -> None:

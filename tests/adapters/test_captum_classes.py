@@ -68,9 +68,16 @@ def test_certificate(name: str, model_name: str) -> None:
     row, model, x = set_up(name, model_name)
     for way in ways(row, model):
         explainer = Flat(differentiable(row.make(model), differentiation=way), row)
+        # Modes are off within a backward pass, so recompute replays in Captum's float32: 1e-7,
+        # times the condition of the surrogate's fit.
+        single = row.single_precision and way == "recompute"
         with in_double(needed=row.single_precision):
             check_differentiable(
-                explainer, x, parameters=model.named_parameters(), **row.call(model)
+                explainer,
+                x,
+                parameters=model.named_parameters(),
+                tolerance=1e-5 if single else 1e-6,
+                **row.call(model),
             )
 
 
