@@ -8,7 +8,7 @@ OUTPUT ?= demo-output
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest tables lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m captum_priors --data $(DATA) --output $(OUTPUT)
@@ -19,7 +19,12 @@ test: lint
 # What depends on Captum's code, on the oldest Captum that pyproject.toml allows.
 test-oldest: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest captum==0.8.0
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/adapters tests/attr tests/test_laws.py
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/adapters tests/attr tests/test_laws.py \
+		--ignore-glob='tests/adapters/test_shap*' -m 'not slow'
+
+# The README's tables, from the registries and benchmarks/results.
+tables: $(INSTALLED)
+	$(BIN)/python -m tests.support_table
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
