@@ -1,10 +1,12 @@
 """Cost of Captum's classes through their adapters, relative to the stock classes.
 
 Three columns: values alone (under ``torch.no_grad``), values with their graph, and both with the
-backward pass to the parameters. Runs take turns; medians.
+backward pass to the parameters. Runs take turns; medians of the time that the processor spends on
+them, which other work on the machine does not lengthen.
 """
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,7 +131,9 @@ def main() -> None:
         adapter = differentiable(stock)
         parameters = [p for p in model.parameters() if p.requires_grad]
         runs = _runs(stock, adapter, subject, call, parameters)
-        seconds = interleaved(runs, rounds=5 if options.quick else 15)
+        once = interleaved(runs, 2, time.process_time)["stock"]
+        rounds = 5 if options.quick else min(150, max(15, int(0.6 / once)))
+        seconds = interleaved(runs, rounds, time.process_time)
         ratios = {k: s / seconds["stock"] for k, s in seconds.items() if k != "stock"}
         results[name] = {"stock_seconds": seconds["stock"], **ratios}
         rows.append([name, seconds["stock"] * 1e3, *ratios.values()])

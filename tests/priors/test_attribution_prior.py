@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from captum.attr import LRP, InputXGradient, Saliency
+from captum.attr import Attribution, InputXGradient, Saliency
 from torch import Tensor, nn
 
 from captum_priors import (
@@ -268,9 +268,9 @@ def _three(attributions: Tensor) -> Tensor:
 BAD_PRIORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     (
         "uncertified",
-        lambda: AttributionPrior(LRP(nn.Linear(4, 3)), l1),
+        lambda: AttributionPrior(Attribution(nn.Linear(4, 3)), l1),
         NotDifferentiableError,
-        r"`explainer`: expected one with a certified conversion .*, found LRP",
+        r"`explainer`: expected one that can be trained on, found Attribution, an abstract",
     ),
     (
         "no-explainer",
