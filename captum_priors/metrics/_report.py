@@ -1,6 +1,7 @@
 """``stability_report``: how far attacks move the explanations of models."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -60,6 +61,7 @@ def stability_report(
     seed: int = 0,
     show_progress: bool = True,
     show_table: bool = True,
+    figure_path: str | Path | None = None,
 ) -> StabilityReport:
     r"""Attack every explanation of every model, and compare the maps before and after.
 
@@ -93,6 +95,7 @@ def stability_report(
         seed: Seed of all draws; every model sees the same.
         show_progress: Show a progress bar.
         show_table: Print the table.
+        figure_path: Where to save :meth:`StabilityReport.figure`, or None.
 
     Returns:
         The table, with examples to draw.
@@ -172,6 +175,8 @@ def stability_report(
     report = StabilityReport(rows, confidence, tuple(examples))
     if show_table:
         print(report)
+    if figure_path is not None:
+        report.figure().savefig(figure_path, bbox_inches="tight")
     return report
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,11 +178,14 @@ def test_prints_its_table_and_bar(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3), (3, 4, 4)])
-def test_draws_maps_side_by_side(shape: tuple[int, ...]) -> None:
+def test_draws_maps_side_by_side(shape: tuple[int, ...], tmp_path: Path) -> None:
     size = int(torch.tensor(shape).prod())
     model = nn.Sequential(nn.Flatten(), nn.Linear(size, 3))
     batches = [torch.randn(1, *shape), torch.randn(3, *shape)]
-    report = quiet(model, Saliency, {"a": _noise, "b": _noise}, batches, n_shown=2)
+    path = tmp_path / "maps.png"
+    attacks = {"a": _noise, "b": _noise}
+    report = quiet(model, Saliency, attacks, batches, n_shown=2, figure_path=path)
+    assert path.read_bytes().startswith(b"\x89PNG")
     assert [e.attack for e in report.examples] == ["a", "a", "b", "b"]
     figure = report.figure(show=lambda row: row.attack == "b")
     assert isinstance(figure, Figure)
