@@ -167,7 +167,8 @@ def _grad(outputs: Any, inputs: Any, cotangents: Any, **options: bool) -> tuple[
 
 
 def _check_outputs(outputs: Tensor, n_rows: int) -> None:
-    if outputs.numel() == 1 or outputs.shape in ((n_rows,), (n_rows, 1)):
+    one_each = outputs.numel() == n_rows and outputs.shape[:1] == (n_rows,)
+    if outputs.numel() == 1 or one_each:
         return
     raise TargetError(
         f"`target`: expected it to select one output for each of the {n_rows} rows, found outputs "

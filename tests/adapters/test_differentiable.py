@@ -164,6 +164,16 @@ def test_captum_composes_with_it() -> None:
         assert_same_numbers(found.detach(), expected)
 
 
+def test_outputs_of_one_number_in_any_shape() -> None:
+    """Captum asks for one number for each example, not for a shape."""
+    model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+    x = torch.randn(4, 1, 1, 1)
+    stock = IntegratedGradients(model)
+    for way in DIFFERENTIATIONS:
+        found = differentiable(stock, differentiation=way).attribute(x)
+        assert_same_numbers(found.detach(), stock.attribute(x))
+
+
 def test_subclasses_of_adapted_classes_are_refused() -> None:
     class Mine(Saliency):
         pass
