@@ -18,7 +18,13 @@ from captum._utils.progress import progress
 from captum.attr._core.dataloader_attr import SUPPORTED_METHODS
 from captum.attr._core.llm_attr import GradientForwardFunc
 from captum.attr._utils.common import _format_callable_baseline
-from captum.attr._utils.lrp_rules import PropagationRule
+from captum.attr._utils.lrp_rules import (
+    Alpha1_Beta0_Rule,
+    EpsilonRule,
+    GammaRule,
+    IdentityRule,
+    PropagationRule,
+)
 from captum.log import log_usage
 from torch import Tensor
 
@@ -26,6 +32,7 @@ from captum_priors._rows import tile
 from captum_priors._types import TensorOrTuple
 
 __all__ = [
+    "CAPTUM_RULES",
     "SUPPORTED_METHODS",
     "GradientForwardFunc",
     "PropagationRule",
@@ -42,6 +49,8 @@ __all__ = [
     "run_forward",
     "run_repeated",
 ]
+
+CAPTUM_RULES = (EpsilonRule, GammaRule, Alpha1_Beta0_Rule, IdentityRule)
 
 
 def as_tuple(tensors: TensorOrTuple) -> tuple[Tensor, ...]:

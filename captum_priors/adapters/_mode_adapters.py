@@ -150,7 +150,6 @@ NAMES = (
     "NeuronGradientShap",
     "NeuronGuidedBackprop",
     "NeuronIntegratedGradients",
-    "NoiseTunnel",
     "Occlusion",
     "ShapleyValueSampling",
     "ShapleyValues",

@@ -8,16 +8,19 @@ tensors in every later call of the attribution.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from captum.attr import LRP, LayerLRP
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
-from captum_priors._captum import PropagationRule, as_tuple, like_inputs
-from captum_priors.adapters._graph_mode import KeepGraph, calling_frame
+from captum_priors._captum import CAPTUM_RULES, PropagationRule, as_tuple, like_inputs
+from captum_priors._engine._graph import nodes
+from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors.adapters._graph_mode import KeepGraph
 from captum_priors.adapters._mode_adapters import ModeAdapter
 from captum_priors.adapters._put_back import modules_put_back
 
@@ -74,11 +77,6 @@ class KeepRelevance(KeepGraph):
             vars(gradient).pop("replace_out", None)
         self._replaced.clear()
 
-    def _is_captums(self) -> bool:
-        frame = calling_frame()  # a rule of the user's counts as Captum's
-        by_rule = frame is not None and isinstance(frame.f_locals.get("self"), PropagationRule)
-        return by_rule or super()._is_captums()
-
     def _read(self, value: Any) -> Any:
         """Let what was written stand in for the tensors that it was written to."""
         if isinstance(value, Tensor):
@@ -96,6 +94,7 @@ class KeepRelevance(KeepGraph):
         self._written[id(tensor)] = (tensor, value)
 
     def _grad(self, outputs: Any, inputs: Any, **options: Any) -> Any:
+        _refuse_functions(outputs if isinstance(outputs, (tuple, list)) else [outputs])
         self.propagating = True
         try:
             return super()._grad(outputs, inputs, **options)
@@ -113,6 +112,40 @@ class KeepRelevance(KeepGraph):
         return super()._register_hook(tensor, noted)
 
 
+def _refuse_functions(outputs: Sequence[Tensor]) -> None:
+    """Refuse functions of the model's own: what stands in for their arguments does not reach them.
+
+    Torch shows a mode every operator, and not ``torch.autograd.Function.apply``.
+    """
+    for node in nodes(outputs):
+        is_function = isinstance(node, BackwardCFunction)
+        if is_function and node.name() != f"{_Splice.__name__}Backward":
+            raise NotDifferentiableError(
+                expected_found(
+                    "LRP with a graph",
+                    "a model of torch's own operators",
+                    f"a torch.autograd.Function ({node.name()})",
+                    "Write its forward pass in operators, or attribute under torch.no_grad().",
+                )
+            )
+
+
+def _refuse_rules(modules: Iterable[nn.Module]) -> None:
+    """Refuse rules that are not Captum's own: any code may be in them, on values or in place."""
+    for module in modules:
+        rule = getattr(module, "rule", None)
+        if isinstance(rule, PropagationRule) and type(rule) not in CAPTUM_RULES:
+            raise NotDifferentiableError(
+                expected_found(
+                    "`rule`",
+                    "one of Captum's: " + ", ".join(cls.__name__ for cls in CAPTUM_RULES),
+                    f"{type(rule).__name__} on a {type(module).__name__}",
+                    "A rule of your own has no certified gradient; attribute under "
+                    "torch.no_grad(), where it runs as in Captum.",
+                )
+            )
+
+
 class RelevanceAdapter(ModeAdapter):
     """Runs LRP under :class:`KeepRelevance`; for values alone, as Captum does."""
 
@@ -128,6 +161,7 @@ class RelevanceAdapter(ModeAdapter):
             return worker._run_stock(**{**given, "inputs": inputs})
 
     def _under(self, mode: KeepGraph, given: dict[str, Any]) -> Any:
+        _refuse_rules(self._modules())
         # What LRP notes about itself on the way holds the graph: leave it on a copy.
         return super(RelevanceAdapter, copy.copy(self))._under(mode, given)
 

@@ -5,6 +5,7 @@ from captum.attr import InputXGradient, IntegratedGradients, Saliency
 
 from captum_priors.adapters._captum_adapter import CaptumAdapter
 from captum_priors.adapters._mode_adapters import MODE_ADAPTERS
+from captum_priors.adapters._noise_tunnel import NOISE_TUNNEL_ADAPTERS
 from captum_priors.adapters._permutation import PERMUTATION_ADAPTERS
 from captum_priors.adapters._relevance import RELEVANCE_ADAPTERS
 from captum_priors.adapters._seam_adapters import (
@@ -21,6 +22,7 @@ ADAPTERS: dict[type, type[CaptumAdapter]] = {
     InputXGradient: DifferentiableInputXGradient,
     IntegratedGradients: DifferentiableIntegratedGradients,
     **MODE_ADAPTERS,
+    **NOISE_TUNNEL_ADAPTERS,
     **PERMUTATION_ADAPTERS,
     **RELEVANCE_ADAPTERS,
     **SURROGATE_ADAPTERS,

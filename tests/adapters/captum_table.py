@@ -296,6 +296,9 @@ ROWS: dict[str, Row] = {
     "NoiseTunnel-adapter": Row(
         lambda m: ca.NoiseTunnel(differentiable(ca.Saliency(m))), {"nt_samples": 3}
     ),
+    "NoiseTunnel-LRP": Row(
+        lambda m: ca.NoiseTunnel(ca.LRP(with_rules(m))), {"nt_samples": 2}, models=_RELEVANCE
+    ),
     "NoiseTunnel-GuidedBackprop": Row(
         lambda m: ca.NoiseTunnel(ca.GuidedBackprop(m)), {"nt_samples": 3}
     ),

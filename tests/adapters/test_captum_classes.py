@@ -12,7 +12,7 @@ import captum.attr as ca
 import pytest
 import torch
 import torch.nn.functional as F
-from captum.attr._utils.lrp_rules import GammaRule
+from captum.attr._utils.lrp_rules import EpsilonRule, GammaRule
 from torch import Tensor, nn
 
 from captum_priors import AttributionPrior, NotDifferentiableError, StabilityPrior, differentiable
@@ -206,6 +206,46 @@ def test_relevance_between_forward_and_backward(name: str, recording: bool) -> N
     assert all(map(torch.equal, found, expected))
     assert model.first.weight.data_ptr() == where
     assert isinstance(model.first.rule, GammaRule)
+
+
+def test_relevance_that_cannot_be_certified_is_refused() -> None:
+    """Rules of the user's own, and functions that torch does not show to a mode."""
+    row, model, x = set_up("LRP", "tanh-mlp")
+
+    def halve(module: nn.Module) -> None:
+        module.weight.data = module.weight.data / 2
+
+    class Mine(EpsilonRule):
+        def _manipulate_weights(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+            halve(module)
+
+    explainer, call = differentiable(row.make(model)), row.call(model)
+    model.first.rule = Mine()
+    before = state(model, x)
+    with pytest.raises(NotDifferentiableError, match="found Mine on a Linear"):
+        explainer.attribute(x, **call)
+    with pytest.raises(NotDifferentiableError, match="found Mine on a Linear"):
+        differentiable(ca.NoiseTunnel(ca.LRP(model))).attribute(x, nt_samples=2, **call)
+    with torch.no_grad():
+        values = explainer.attribute(x, **call)
+    assert_same_state(before, state(model, x))
+    assert_same_numbers(values, ca.LRP(model).attribute(x, **call).detach())
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(h, weight)
+            return h @ weight.T
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:
+            h, weight = ctx.saved_tensors
+            return gradient @ weight, gradient.T @ h
+
+    model.first.rule = GammaRule()
+    model.first.forward = lambda h: Product.apply(h, model.first.weight)
+    with pytest.raises(NotDifferentiableError, match="ProductBackward"):
+        explainer.attribute(x, **call)
 
 
 def test_layer_permutation_selects_its_target_once() -> None:
