@@ -30,7 +30,7 @@ _PASS_ON = (
 )
 
 
-def calling_frame() -> FrameType | None:
+def _calling_frame() -> FrameType | None:
     """Frame that made the call, or the one that runs a decorated function."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") in _PASS_ON:
@@ -42,7 +42,7 @@ def calling_frame() -> FrameType | None:
 
 def _caller() -> str:
     """Name of the module that made the call."""
-    frame = calling_frame()
+    frame = _calling_frame()
     if frame is None:
         return ""
     if frame.f_code.co_name == "decorate_context":  # @torch.no_grad(): who is decorated?

@@ -74,7 +74,7 @@ class Recurrent(nn.Module):
     def layer(self) -> nn.Module:
         return self.act
 
-    neuron = (1, 2)
+    neuron = (1, 0)  # alive with ReLU, too
     window = (2, 3)
     shape = (4, 3)
 
@@ -131,10 +131,11 @@ MODELS: dict[str, Callable[[], Any]] = {
     "cnn": lambda: Cnn(nn.Softplus()),
     "relu-cnn": lambda: Cnn(nn.ReLU()),
     "sequence": lambda: Recurrent(nn.Tanh()),
+    "relu-sequence": lambda: Recurrent(nn.ReLU()),
 }
 
 
-_GENERAL = ("mlp", "relu-mlp", "cnn", "relu-cnn", "sequence")
+_GENERAL = ("mlp", "relu-mlp", "cnn", "relu-cnn", "sequence", "relu-sequence")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from captum.attr import Saliency
 from torch import Tensor, nn
 
 from captum_priors import NotDifferentiableError
+from captum_priors.attacks import DistanceAttack, ManipulationAttack, TopKAttack
+from captum_priors.distances import mse
 from captum_priors.stability import manipulability_bound, smooth_activations
 from captum_priors.stability._curvature_bound import curvature_bound
 from tests import oracles
@@ -125,6 +128,28 @@ def test_bounds_are_never_exceeded_by_an_attack(make: Any, beta: float, radius: 
     # An attack that hardly moved anything would have proved nothing.
     assert bool((moved > 0.25 * bounds["path", "spectral"]).any())
     assert float(moved.min()) > 0
+
+
+@pytest.mark.parametrize("make", NETWORKS, ids=lambda make: make.__name__)
+def test_bounds_hold_for_the_attacks_of_the_package(make: Any) -> None:
+    model, radius = make(10.0), 1.0
+    x, target = batch(model)
+    options = {"radius": radius, "norm": "L2", "step_num": 40, "n_restarts": 3, "seed": 0}
+    explainer = Saliency(model)
+    signed = {"keep_prediction": False, "abs": False, **options}
+    attacks = {
+        "distance": DistanceAttack(explainer, mse, **signed),
+        "manipulation": ManipulationAttack(explainer, torch.roll(x, 1, 0), **signed),
+        "top-k": TopKAttack(explainer, 2, **signed),
+    }
+    start = gradient(model, x.clone(), target).detach()
+    for name, attack_of_package in attacks.items():
+        end = attack_of_package.perturb(x.clone(), target=target)
+        moved = (gradient(model, end.clone(), target) - start).flatten(1).norm(dim=1).detach()
+        assert float(moved.max()) > 0, name
+        for form in ("product", "path"):
+            bound = manipulability_bound(model, x, end, target, form=form, n_steps=60)
+            assert bool((moved <= bound).all()), (name, form)
 
 
 def test_bound_is_reached() -> None:

@@ -83,7 +83,7 @@ class GradientFamily(TorchFamily):
     ) -> list[Tensor]:
         n_samples, seed = int(options.get("nsamples", 200)), options.get("rseed")
         if seed is None:  # SHAP's draw from the global stream, and its only one
-            seed = np.random.randint(0, 1e6)  # type: ignore[call-overload]
+            seed = np.random.randint(0, 1e6)  # type: ignore[call-overload]  # as SHAP calls it
         backgrounds = self._backgrounds()
         draws = Draws(inputs[0].shape[0], n_samples, len(backgrounds[0]), int(seed))
         noises = [self._noise(inputs, n_samples) for _ in outputs]

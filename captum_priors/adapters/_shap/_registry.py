@@ -220,7 +220,7 @@ def _make(row: Row) -> type:
     call.__doc__ = (
         f"As :meth:`shap.{row.name}.__call__`, with ``.tensor`` and ``.tensor_base`` beside."
     )
-    call.__signature__ = inspect.signature(stock.__call__)  # type: ignore[attr-defined]
+    call.__signature__ = inspect.signature(stock.__call__)  # type: ignore[attr-defined]  # for inspect
     attribute.__doc__ = f"Attributions by :class:`shap.{row.name}`, like ``inputs``."
     own = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
@@ -234,7 +234,7 @@ def _make(row: Row) -> type:
             ("target", None),
         )
     ]
-    attribute.__signature__ = inspect.Signature([*plain, *own])  # type: ignore[attr-defined]
+    attribute.__signature__ = inspect.Signature([*plain, *own])  # type: ignore[attr-defined]  # for inspect
     members = {
         "_stock": stock,
         "__module__": __name__,

@@ -193,5 +193,5 @@ def keeps_training_flags(init: Callable[..., None]) -> Callable[..., None]:
                 module.training = flag
 
     del wrapper.__wrapped__  # what SHAP's loading reads
-    wrapper.__signature__ = inspect.signature(init)  # type: ignore[attr-defined]
+    wrapper.__signature__ = inspect.signature(init)  # type: ignore[attr-defined]  # for inspect
     return wrapper
