@@ -30,24 +30,14 @@ _PASS_ON = (
 )
 
 
-def _calling_frame() -> FrameType | None:
-    """Frame that made the call, or the one that runs a decorated function."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") in _PASS_ON:
-        if frame.f_code.co_name == "decorate_context":
-            return frame
-        frame = frame.f_back
-    return frame
-
-
 def _caller() -> str:
     """Name of the module that made the call."""
-    frame = _calling_frame()
-    if frame is None:
-        return ""
-    if frame.f_code.co_name == "decorate_context":  # @torch.no_grad(): who is decorated?
-        return str(getattr(frame.f_locals.get("func"), "__module__", ""))
-    return str(frame.f_globals.get("__name__"))
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in _PASS_ON:
+        if frame.f_code.co_name == "decorate_context":  # @torch.no_grad(): who is decorated?
+            return str(getattr(frame.f_locals.get("func"), "__module__", ""))
+        frame = frame.f_back
+    return "" if frame is None else str(frame.f_globals.get("__name__"))
 
 
 class KeepGraph(TorchFunctionMode):
@@ -81,13 +71,9 @@ class KeepGraph(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = self._rewrites.get(func)
-        if name is None or not self._is_captums():
+        if name is None or not _caller().startswith(_CAPTUM):
             return func(*args, **kwargs)
         return getattr(self, name)(*args, **kwargs)
-
-    def _is_captums(self) -> bool:
-        """Whether Captum makes the call that is being handled."""
-        return _caller().startswith(_CAPTUM)
 
     def release(self) -> None:
         """Remove the hooks that the attribution set."""
