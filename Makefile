@@ -4,6 +4,8 @@ VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
 DATA ?= digits
 OUTPUT ?= demo-output
+# Test processes; each keeps to one thread.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -14,12 +16,12 @@ demo: $(INSTALLED)
 	$(BIN)/python -m captum_priors --data $(DATA) --output $(OUTPUT)
 
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
 # What depends on Captum's code, on the oldest Captum that pyproject.toml allows.
 test-oldest: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest captum==0.8.0
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/adapters tests/attr tests/test_laws.py \
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q -n $(JOBS) tests/adapters tests/attr tests/test_laws.py \
 		--ignore-glob='tests/adapters/test_shap*' -m 'not slow'
 
 # The README's tables, from the registries and benchmarks/results.
