@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import shap
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,28 @@ def test_imputed_features() -> None:
     same(explainer, model, table(3, 1))
     adapter = differentiable(explainer, model=model)
     check_differentiable(adapter, torch.as_tensor(table(3, 1)), parameters=model.named_parameters())
+
+
+def test_sparse_rows() -> None:
+    model = nn.Linear(5, 1)
+    coefficients = (model.weight.detach().numpy()[0].copy(), float(model.bias.detach()))
+    explainer = shap.LinearExplainer(coefficients, table(9, 0))
+    dense = table(3, 1) * (table(3, 2) > 0)
+    found = same(explainer, model, scipy.sparse.csr_matrix(dense))
+    assert np.array_equal(found.values, same(explainer, model, dense).values)
+
+
+@pytest.mark.parametrize("name", ["LinearExplainer", "AdditiveExplainer"])
+def test_a_row_by_itself_is_as_among_others(name: str) -> None:
+    """These two evaluate all rows of a call together."""
+    _, explainer, adapter, x = set_up(name)
+    found = adapter(pd.DataFrame(x).astype(object))  # not a table of numbers: row by row
+    together = adapter(x)
+    assert torch.allclose(found.tensor, together.tensor, rtol=0, atol=1e-12)
+    assert np.abs(found.base_values - together.base_values).max() < 1e-12
+    options = {"max_evals": 9, "main_effects": False, "error_bounds": False, "outputs": None}
+    row = adapter.explain_row(x[0], silent=True, **options)
+    assert np.abs(row["values"].reshape(-1) - explainer(x).values[0].reshape(-1)).max() < 1e-10
 
 
 class Image(nn.Module):

@@ -58,6 +58,12 @@ class TorchModel:
             output = output.unsqueeze(-1)
         return output
 
+    def numbers(self, *arguments: Any) -> np.ndarray:
+        """Evaluate as SHAP's own function: numbers without a graph."""
+        with torch.no_grad():
+            numbers: np.ndarray = self(*arguments).double().cpu().numpy()
+        return numbers
+
     def convert(self, argument: Any) -> Any:
         """Make a tensor of numbers."""
         like = self.like()
@@ -78,7 +84,7 @@ class TorchModel:
             return
         with torch.no_grad():
             theirs = _numbers(stock(*arguments))
-            ours = self(*arguments).double().cpu().numpy()
+            ours = self.numbers(*arguments)
         if ours.shape != theirs.shape:
             if ours.shape == (*theirs.shape, 1):
                 self._shape, ours = "squeeze", ours[..., 0]
