@@ -61,6 +61,7 @@ class ShapAdapter:
     _stock: ClassVar[Any]
     differentiations: ClassVar[tuple[str, ...]] = ("double_backprop",)
     draws_baselines: ClassVar[bool] = False
+    _results: ClassVar[tuple[str, ...]] = ()
     differentiation: Differentiation = "double_backprop"
     _only_way: ClassVar[str] = (
         "It differentiates the model once, which the default does, also where the model's backward "
@@ -122,6 +123,7 @@ class ShapAdapter:
             def call(self: Any, *args: Any, **kwargs: Any) -> Any:
                 return adapter.__call__(self, *args, **{**defaults, **kwargs})
 
+            call.__kwdefaults__ = defaults
             own: Any = type(adapter.__name__, (adapter,), {"__call__": call})
             own.__module__, own.__qualname__ = adapter.__module__, adapter.__qualname__
             self.__class__ = own
@@ -218,6 +220,7 @@ class ShapAdapter:
         with self._still():
             worker = self._worker(args)
             explanation = self._stock.__call__(worker, *map(_array, args), **kwargs)
+        self._take_results(worker)
         if worker._whole is None:
             return _beside(explanation, worker._rows)
         values, base = worker._whole
@@ -232,6 +235,12 @@ class ShapAdapter:
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self._check_input_graph()
         return worker
+
+    def _take_results(self, worker: Any) -> None:
+        """Keep what SHAP's code leaves on its explainer for users to read."""
+        for name in self._results:
+            if name in vars(worker):
+                setattr(self, name, vars(worker)[name])
 
     def _check_input_graph(self) -> None:
         """Refuse inputs with a graph where a method takes them as constants."""

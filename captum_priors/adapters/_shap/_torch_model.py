@@ -36,7 +36,8 @@ class TorchModel:
 
     def like(self) -> Tensor:
         """Return an empty tensor with the dtype and device of the model's parameters."""
-        return torch.empty(0) if self._parameter is None else self._parameter.detach()[:0]
+        of = self._parameter
+        return torch.empty(0) if of is None else torch.empty(0, dtype=of.dtype, device=of.device)
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Evaluate on rows; one output for each row, or one row of outputs."""
