@@ -229,12 +229,18 @@ class ShapAdapter:
         return with_tensors(explanation, values.reshape(explanation.values.shape), base)
 
     def _worker(self, args: tuple[Any, ...]) -> Any:
-        """Return a copy that remembers what the rows of one call gave, for a model held still."""
+        """Return what runs SHAP's code in one call: with ``_whole``, or remembering its rows."""
         worker = copy.copy(self)
         worker._rows, worker._whole, worker._inputs, worker._is_still = [], None, args, True
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self._check_input_graph()
         return worker
+
+    def _as_stock(self) -> Any:
+        """Return SHAP's own explainer with the attributes of this one."""
+        twin = self._stock.__new__(self._stock)
+        vars(twin).update(vars(self))
+        return twin
 
     def _take_results(self, worker: Any) -> None:
         """Keep what SHAP's code leaves on its explainer for users to read."""

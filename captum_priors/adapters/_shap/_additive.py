@@ -20,7 +20,6 @@ class AdditiveFamily(ShapAdapter):
     _input_offsets: np.ndarray
     _expected_value: float
     _offsets: tuple[Tensor, Tensor] | None = None
-    _stock_twin: Any = None
 
     def _sample(self) -> tuple[Any, ...] | None:
         return (np.asarray(self.masker.data[:8], dtype=float),)
@@ -61,8 +60,7 @@ class AdditiveFamily(ShapAdapter):
             found: np.ndarray = worker._model().numbers(rows)
             return found
 
-        worker._stock_twin = worker._with(prepared, zero, offsets)
-        return worker
+        return worker._with(prepared, zero, offsets)._as_stock()
 
     def _with(self, model: Callable[[Any], np.ndarray], zero: Tensor, offsets: Tensor) -> Any:
         """Return a copy for SHAP's own code, with the offsets of now."""
@@ -75,9 +73,8 @@ class AdditiveFamily(ShapAdapter):
 
     def explain_row(self, *row_args: Any, **options: Any) -> dict[str, Any]:
         """Explain one row, as SHAP."""
-        if self._stock_twin is not None or self._torch_model() is None:
-            twin = self if self._stock_twin is None else self._stock_twin
-            found: dict[str, Any] = self._stock.explain_row(twin, *row_args, **options)
+        if self._torch_model() is None:
+            found: dict[str, Any] = self._stock.explain_row(self, *row_args, **options)
             return found
         seen: list[Tensor] = []
         model = self._model()

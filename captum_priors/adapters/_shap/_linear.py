@@ -8,7 +8,7 @@ add to it is estimated from as many orders of our own.
 
 import copy
 import functools
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class LinearFamily(ShapAdapter):
     _slopes: Tensor | None = None
     _now: tuple[Tensor, Tensor] | None = None
     _base_now: Tensor | None = None
+    _mean_of_all: np.ndarray | None = None
 
     def _held(self) -> Any:
         return self._predict
@@ -66,6 +67,8 @@ class LinearFamily(ShapAdapter):
 
     def _original_mean(self) -> np.ndarray:
         """Mean of all features; SHAP's own attribute loses some of them."""
+        if self._mean_of_all is not None:
+            return self._mean_of_all
         mean = getattr(self.masker, "mean", None)
         if mean is None:
             data = self.masker.data
@@ -75,8 +78,8 @@ class LinearFamily(ShapAdapter):
                 mean = data[0]
             else:
                 mean = data.mean(0)
-        flat: np.ndarray = np.asarray(mean, dtype=float).reshape(-1)
-        return flat
+        self._mean_of_all = np.asarray(mean, dtype=float).reshape(-1)
+        return self._mean_of_all
 
     def _base(self) -> Tensor:
         if self._base_now is not None:
@@ -128,11 +131,17 @@ class LinearFamily(ShapAdapter):
         worker = super()._worker(args)
         worker._now = worker._coefficients()
         worker._base_now = worker._base()
-        worker._fresh = worker._refreshed()
         table = table_of(args)
-        if table is not None:  # all rows in a few operations: by themselves they would be many
-            worker._whole = worker._phi(table, worker._now[0]), worker._base_now
-        return worker
+        if table is None:
+            worker._fresh = worker._refreshed()
+            return worker
+        # All rows in a few operations: by themselves they would be many.
+        worker._whole = worker._phi(table, worker._now[0]), worker._base_now
+        worker._refresh()
+        worker.mean = np.asarray(self.mean, dtype=float)  # SHAP would subtract in single precision
+        twin = worker._as_stock()
+        twin.expected_value = worker._base_of_call
+        return twin
 
     _fresh: Any = None
 
@@ -141,16 +150,19 @@ class LinearFamily(ShapAdapter):
         if self._fresh is not None:
             return self._fresh
         inner = copy.copy(self)
-        with torch.no_grad():
-            coef, _ = inner._now = self._coefficients()
-            if self.feature_perturbation == "interventional":
-                inner.coef = coef.cpu().numpy().T
-            else:
-                transform = self._transform(coef)
-                inner.x_transform = transform.cpu().numpy()
-                inner.mean_transformed = inner.x_transform @ self.mean
-            inner._base_of_call = number_of(inner._base())  # SHAP's code reads it for each row
+        inner._refresh()
         return inner
+
+    def _refresh(self) -> None:
+        """Put the coefficients of now where SHAP's code looks for them."""
+        with torch.no_grad():
+            coef, _ = self._now = self._coefficients()
+            if self.feature_perturbation == "interventional":
+                self.coef = coef.cpu().numpy().T
+            else:
+                self.x_transform = self._transform(coef).cpu().numpy()
+                self.mean_transformed = self.x_transform @ self.mean
+            self._base_of_call = number_of(self._base())  # SHAP's code reads it for each row
 
     @leaves_inference_mode
     def shap_values(self, X: Any) -> Any:  # noqa: N803  # SHAP's name
@@ -166,8 +178,6 @@ class LinearFamily(ShapAdapter):
             found: dict[str, Any] = self._stock.explain_row(self, *row_args, **options)
             return found
         row = as_array(row_args[0]).astype(float)  # SHAP would subtract in single precision
-        if self._whole is not None:
-            return cast("dict[str, Any]", self._stock.explain_row(self._fresh, row, **options))
         with self._still():
             result: dict[str, Any] = self._stock.explain_row(self._refreshed(), row, **options)
             coef, _ = self._coefficients()
