@@ -12,11 +12,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from captum_priors._engine._graph import nodes
@@ -71,31 +72,39 @@ def refuse_spent_reduction(outputs: Iterable[Tensor]) -> None:
             )
 
 
-def watched(value: Tensor, modules_behind: Callable[[], Sequence[nn.Module]]) -> Tensor:
+def watched(
+    value: Tensor, modules_behind: Callable[[], Sequence[nn.Module]], *, whole: bool
+) -> Tensor:
     """See to it that the gradient of a value reaches all processes, or raise in its backward pass.
 
     Nothing is checked where no gradient is accumulated (``torch.autograd.grad``), nor under
-    ``no_sync``.
+    ``no_sync``. ``whole`` says that the value's graph refers to whole parameters.
     """
     if not (value.requires_grad and dist.is_available() and dist.is_initialized()):
         return value
     modules = modules_behind()
     wrappers = [w for w in wrappers_of(modules) if dist.get_world_size(w.process_group) > 1]
     wrappers = [w for w in wrappers if not _averages_elsewhere(w)]
-    groups = [group for module in modules for group in _sharded_groups(module)]
-    if not wrappers and not groups:
+    sharded = [module for module in modules if _sharded_groups(module)]
+    _let_go(g for module in sharded for g in _sharded_groups(module))  # after one that raised
+    if not wrappers and not sharded:
         return value
     before = [_delayed_reduction(w) for w in wrappers]
 
     def on_gradient(gradient: Tensor) -> None:
-        _refuse_late_gradient(groups)
+        if sharded:
+            _attend(sharded, whole=whole)
         for wrapper, delayed in zip(wrappers, before, strict=True):
             if _accumulates(wrapper):
-                check = _check_of(wrapper, delayed)
-                torch.autograd.Variable._execution_engine.queue_callback(check)
+                _when_over(_check_of(wrapper, delayed))
 
     value.register_hook(on_gradient)
     return value
+
+
+def _when_over(function: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass under way."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def _check_of(wrapper: DistributedDataParallel, delayed: bool) -> Callable[[], None]:
@@ -156,32 +165,25 @@ def _accumulates(wrapper: DistributedDataParallel) -> bool:
 class _Finder:
     """Find the wrappers around modules, which know nothing of them.
 
-    Only the garbage collector knows every wrapper, and asking it takes a tenth of a second: it is
-    asked at the first call for a module, and as long as it finds nothing at every doubling.
+    The garbage collector knows the wrappers that there are, and takes a tenth of a second to say;
+    it is asked once, and of later ones torch tells when they take up their module.
     """
 
     def __init__(self) -> None:
-        self._found: WeakKeyDictionary[nn.Module, list[ref[DistributedDataParallel]]] = (
-            WeakKeyDictionary()
-        )
-        self._asked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self._known: WeakSet[DistributedDataParallel] | None = None
 
     def __call__(self, modules: Sequence[nn.Module]) -> list[DistributedDataParallel]:
-        if not modules:
-            return []
-        key = modules[0]
-        alive = [w for w in (known() for known in self._found.get(key, ())) if w is not None]
-        if alive:
-            return alive
-        self._asked[key] = asked = self._asked.get(key, 0) + 1
-        if asked & (asked - 1):
-            return []
-        ours = {id(module) for module in modules}
-        # Without isinstance, which asks objects that answer with a warning for their class.
-        known = [o for o in gc.get_objects() if DistributedDataParallel in type(o).__mro__]
-        alive = [w for w in known if any(id(module) in ours for module in w.modules())]
-        self._found[key] = [ref(wrapper) for wrapper in alive]
-        return alive
+        if self._known is None:
+            # Without isinstance, which asks objects that answer with a warning for their class.
+            every = (o for o in gc.get_objects() if DistributedDataParallel in type(o).__mro__)
+            self._known = WeakSet(every)
+            register_module_module_registration_hook(self._on_registration)
+        ours = set(modules)
+        return [w for w in self._known if any(module in ours for module in w.modules())]
+
+    def _on_registration(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        if isinstance(parent, DistributedDataParallel) and self._known is not None:
+            self._known.add(parent)
 
 
 wrappers_of = _Finder()
@@ -218,7 +220,7 @@ def kept_whole(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Keep sharded modules whole after the gradients that are taken in this block.
 
     The graph of such a gradient refers to whole parameters; ``fully_shard`` frees them after each
-    backward pass. They stay until the training step's own backward pass has used them.
+    backward pass.
     """
     groups = [group for module in modules for group in _sharded_groups(module)]
     before = [group.reshard_after_backward for group in groups]
@@ -229,6 +231,55 @@ def kept_whole(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for group, value in zip(groups, before, strict=True):
             group.reshard_after_backward = value
+
+
+# Groups that are kept whole until the backward pass under way is over, and what they do else.
+_kept: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def _let_go(groups: Iterable[Any]) -> list[Any]:
+    """End what keeps groups whole, if anything does; return those that then go apart."""
+    ended = []
+    for group in groups:
+        before = _kept.pop(group, None)
+        if before is not None:
+            group.reshard_after_backward = before
+            ended += [group] if before else []
+    return ended
+
+
+def _attend(sharded: Sequence[Any], *, whole: bool) -> None:
+    """Keep sharded modules whole for the rest of the backward pass, and see what it leaves."""
+    groups = [group for module in sharded for group in _sharded_groups(module)]
+    if whole:
+        for group in groups:
+            _kept.setdefault(group, group.reshard_after_backward)
+            group.reshard_after_backward = False
+        for module in sharded:
+            module.unshard()
+
+    def over() -> None:
+        for group in _let_go(groups):
+            group.reshard()
+        if any(_leaves_gradients(group) for group in groups):
+            raise NotDifferentiableError(
+                expected_found(
+                    "backward pass of a prior",
+                    "its gradients before fully_shard collects those of the module",
+                    "that some came later and were left behind",
+                    "Evaluate the prior after the model's forward pass: loss = "
+                    "F.cross_entropy(model(x), y); loss = loss + prior(x, target=y).",
+                )
+            )
+
+    # At the end, and there once more at the end: behind what fully_shard does there.
+    _when_over(lambda: _when_over(over))
+
+
+def _leaves_gradients(group: Any) -> bool:
+    """Whether a whole parameter has a gradient that was not handed to the shards, as it should."""
+    whole = [getattr(p, "_unsharded_param", None) for p in group.fsdp_params]
+    return group.reduce_grads and any(p is not None and p.grad is not None for p in whole)
 
 
 def refuse_sharded(modules: Iterable[nn.Module], way: str) -> None:
@@ -245,17 +296,11 @@ def refuse_sharded(modules: Iterable[nn.Module], way: str) -> None:
         )
 
 
-def _refuse_late_gradient(groups: Sequence[Any]) -> None:
-    if any(group._training_state.name == "POST_BACKWARD" for group in groups):
-        raise NotDifferentiableError(
-            expected_found(
-                "backward pass of a prior",
-                "the gradients of a sharded model to arrive before fully_shard has collected them",
-                "that it has: the prior's would be lost",
-                "Evaluate the prior after the model's forward pass: loss = "
-                "F.cross_entropy(model(x), y); loss = loss + prior(x, target=y).",
-            )
-        )
+def computes_in_half(modules: Iterable[nn.Module]) -> bool:
+    """Whether sharded modules cast their inputs to half precision."""
+    halves = (torch.float16, torch.bfloat16)
+    groups = (group for module in modules for group in _sharded_groups(module))
+    return any(group.mp_policy.param_dtype in halves for group in groups)
 
 
 def _sharded_groups(module: nn.Module) -> list[Any]:

@@ -101,6 +101,14 @@ class ExplainerPrior(LeafPrior):
     ) -> Any:
         raise NotImplementedError
 
+    @property
+    def _differentiation(self) -> str:
+        return str(getattr(self.explainer, "differentiation", "double_backprop"))
+
+    def keeps_graph(self) -> bool:
+        """Whether attributions keep their graph."""
+        return self._differentiation == "double_backprop"
+
     def explained_modules(self) -> Sequence[nn.Module]:
         """Return every module behind the explainer."""
         return submodules_of(self.explainer)
@@ -119,12 +127,11 @@ class ExplainerPrior(LeafPrior):
     def model_held(self) -> Iterator[None]:
         """Hold the explained model still, smoothed if so configured."""
         modules = self.explained_modules()
-        way = getattr(self.explainer, "differentiation", "double_backprop")
+        if self._differentiation == "recompute":
+            refuse_sharded(modules, "recompute")
         with ExitStack() as stack:
             stack.enter_context(held(modules))
-            if way == "recompute":
-                refuse_sharded(modules, way)
-            elif way == "double_backprop" and torch.is_grad_enabled():
+            if self.keeps_graph() and torch.is_grad_enabled():
                 stack.enter_context(kept_whole(modules))
             if self.smooth is not None:
                 stack.enter_context(relu_as_softplus(self.smooth))
@@ -132,9 +139,8 @@ class ExplainerPrior(LeafPrior):
 
     def explain(self, inputs: TensorOrTuple, call: dict[str, Any]) -> Any:
         """Attribute with the model held, and insist on a graph where there is one to have."""
-        way = getattr(self.explainer, "differentiation", "double_backprop")
         with ExitStack() as stack:
-            if way == "double_backprop" and torch.is_grad_enabled():
+            if self.keeps_graph() and torch.is_grad_enabled():
                 stack.enter_context(
                     without_checkpointing(
                         "double backpropagation would run the model again when the prior no longer "

@@ -135,6 +135,10 @@ class Regularizer(LeafPrior):
         """Return what refers to the modules that run."""
         return (self.forward_func,)
 
+    def keeps_graph(self) -> bool:
+        """Whether values keep the graph of all that runs."""
+        return not self._holds_again()
+
     def explained_modules(self) -> Sequence[nn.Module]:
         """Return every module that runs."""
         return submodules_of(*self._holders())
@@ -144,7 +148,7 @@ class Regularizer(LeafPrior):
         modules = self.explained_modules()
         with ExitStack() as stack:
             stack.enter_context(held(modules))
-            if not self._holds_again():
+            if self.keeps_graph():
                 stack.enter_context(kept_whole(modules))
             if self.smooth is not None:
                 stack.enter_context(relu_as_softplus(self.smooth))
