@@ -27,6 +27,7 @@ REFUSED = {
     "undecided": r"Write captum_priors.integrations.AcrossProcesses(prior)",
     "out_of_step": "the same prior at the same step on every process",
     "joined": "found a join context",
+    "fsdp1": "Shard it with torch.distributed.fsdp.fully_shard",
     "tensor_parallel": "Pass process_group=mesh['data'].get_group()",
     "fsdp_trains recompute": "Use differentiation='double_backprop'",
     "fsdp_prior_first finite_difference": "Evaluate the prior after the model's forward pass",

@@ -7,6 +7,7 @@ with the whole batch would have, and compares.
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -20,8 +21,17 @@ from captum.attr import IntegratedGradients, Saliency
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from captum_priors import (
@@ -498,11 +508,38 @@ def joined() -> Any:
 
 
 @case()
-def tensor_parallel() -> Any:
-    mesh = init_device_mesh("cpu", (2,))
+def fsdp1() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+        prior_of(model, "finite_difference")(data()[0][0], target=0)
+
+
+def tensor_parallel(way: str, told: bool) -> Any:
+    """Two processes that compute one model's outputs on the same examples."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "model"))
     model = net()
-    parallelize_module(model.head, mesh, ColwiseParallel(output_layouts=None))
-    AcrossProcesses(prior_of(model))(data()[0][0], target=0)
+    plan = {"first.0": ColwiseParallel(), "second.0": RowwiseParallel()}
+    parallelize_module(model, mesh["model"], plan)
+    torch.manual_seed(3)
+    prior = AttributionPrior(
+        ExpectedGradients(model, differentiation=way), l2, baselines=data()[0][0], n_samples=2
+    )
+    prior = AcrossProcesses(prior, mesh["data"].get_group() if told else None)
+    found = train(model, model, prior, slice(None))
+
+    def make(model: nn.Module) -> Any:
+        torch.manual_seed(3)
+        return AttributionPrior(
+            ExpectedGradients(model, differentiation=way), l2, baselines=data()[0][0], n_samples=2
+        )
+
+    return error(found, alone(make))
+
+
+case("double_backprop", False, name="undecided")(tensor_parallel)
+for _way in ("double_backprop", "recompute", "finite_difference"):
+    case(_way, True, name=_way)(tensor_parallel)
 
 
 # Sharded
