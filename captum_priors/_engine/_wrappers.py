@@ -196,23 +196,39 @@ def data_parallel_rank(modules_behind: Callable[[], Sequence[nn.Module]]) -> int
     modules = modules_behind()
     for wrapper in wrappers_of(modules):
         return dist.get_rank(wrapper.process_group)
-    for module in modules:
-        if _sharded_groups(module):
-            meshes = [p.device_mesh for p in module.parameters() if hasattr(p, "device_mesh")]
-            if meshes and meshes[0].ndim == 1:
-                return int(meshes[0].get_local_rank())
-    return 0
+    shards = any(_sharded_groups(module) for module in modules)
+    return dist.get_rank() if shards and not computed_together(modules) else 0
 
 
-def splits_examples(modules: Sequence[nn.Module]) -> bool:
-    """Whether processes only divide the examples: no part of the modules' computation."""
-    sharded = {id(m) for module in modules if _sharded_groups(module) for m in module.modules()}
-    return all(
-        p.device_mesh.ndim == 1 and id(module) in sharded
+def computed_together(modules: Sequence[nn.Module]) -> bool:
+    """Whether processes share the computation of each example (tensor parallelism).
+
+    Parameters that ``fully_shard`` alone has spread are whole when they compute.
+    """
+    groups = [group for module in modules for group in _sharded_groups(module)]
+    parameters = [parameter for group in groups for parameter in group.fsdp_params]
+    if any(parameter.is_dtensor for parameter in parameters):
+        return True
+    spread = {id(parameter.sharded_param) for parameter in parameters}
+    return any(
+        hasattr(p, "device_mesh") and id(p) not in spread
         for module in modules
         for p in module.parameters(recurse=False)
-        if hasattr(p, "device_mesh")
     )
+
+
+def refuse_tensor_parallel(modules: Sequence[nn.Module], way: str) -> None:
+    """Refuse second derivatives of a computation that processes share: a part has none."""
+    if computed_together(modules):
+        raise NotDifferentiableError(
+            expected_found(
+                way,
+                "a model that each process computes by itself",
+                "one with tensor-parallel parameters, whose exchange between processes torch does "
+                "not differentiate twice, and does not say so",
+                "Use differentiation='finite_difference'.",
+            )
+        )
 
 
 @contextmanager

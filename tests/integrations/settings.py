@@ -122,10 +122,14 @@ SETTINGS = [
         _each(_REFUSED, "fsdp1"),
     ),
     Setting(
-        "Tensor parallel and other meshes",
+        "Tensor parallelism (`parallelize_module`)",
         "works with",
-        "`AcrossProcesses(prior, mesh['data'].get_group())`",
-        _each(_REFUSED, "tensor_parallel"),
+        "`finite_difference` and `AcrossProcesses(prior, mesh['data'].get_group())`; others are "
+        "refused, because torch does not differentiate the exchange twice",
+        (
+            *_each(_TRAINS, "tensor_parallel finite_difference"),
+            *_each(_REFUSED, "tensor_parallel double_backprop", "tensor_parallel undecided"),
+        ),
     ),
     # Precision
     Setting(

@@ -28,7 +28,9 @@ REFUSED = {
     "out_of_step": "the same prior at the same step on every process",
     "joined": "found a join context",
     "fsdp1": "Shard it with torch.distributed.fsdp.fully_shard",
-    "tensor_parallel": "Pass process_group=mesh['data'].get_group()",
+    "tensor_parallel undecided": "Pass process_group=mesh['data'].get_group()",
+    "tensor_parallel double_backprop": "Use differentiation='finite_difference'",
+    "tensor_parallel recompute": "Use differentiation='finite_difference'",
     "fsdp_trains recompute": "Use differentiation='double_backprop'",
     "fsdp_prior_first finite_difference": "Evaluate the prior after the model's forward pass",
 }
@@ -46,6 +48,7 @@ TRAIN = [name for name in CASES if "trains" in name and refusal(name) is None] +
     "fsdp_accumulation",
     "fsdp_two_backwards",
     "fsdp_two_terms",
+    "tensor_parallel finite_difference",
     "fsdp_prior_first double_backprop",
 ]
 
