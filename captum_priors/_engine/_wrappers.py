@@ -54,8 +54,16 @@ def refuse_wrapper(module: nn.Module) -> None:
         )
 
 
-def refuse_spent_reduction(outputs: Iterable[Tensor]) -> None:
-    """Refuse a gradient that would use up the static-graph wrapper's one delayed reduction."""
+# Steps of tensor parallelism whose backward pass returns its result without a graph.
+_EXCHANGES = {"_FromTorchTensorBackward", "_ToTorchTensorBackward", "RedistributeBackward"}
+
+
+def refuse_lost_gradients(outputs: Iterable[Tensor], *, twice: bool) -> None:
+    """Refuse to differentiate outputs where torch would lose gradients without a word.
+
+    A gradient through the static-graph wrapper uses up its one delayed reduction; differentiated
+    twice, the exchange of tensor parallelism is a constant.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return
     for node in nodes(outputs):
@@ -68,6 +76,16 @@ def refuse_spent_reduction(outputs: Iterable[Tensor]) -> None:
                     "DistributedDataParallel(static_graph=True), which would stop averaging "
                     "gradients in silence",
                     f"{_TRAIN}.",
+                )
+            )
+        if twice and node.name() in _EXCHANGES:
+            raise NotDifferentiableError(
+                expected_found(
+                    "double backpropagation",
+                    "a model that each process computes by itself",
+                    "tensor-parallel parameters, whose exchange between processes torch does not "
+                    "differentiate twice, and does not say so",
+                    "Use differentiation='finite_difference'.",
                 )
             )
 
@@ -215,20 +233,6 @@ def computed_together(modules: Sequence[nn.Module]) -> bool:
         for module in modules
         for p in module.parameters(recurse=False)
     )
-
-
-def refuse_tensor_parallel(modules: Sequence[nn.Module], way: str) -> None:
-    """Refuse second derivatives of a computation that processes share: a part has none."""
-    if computed_together(modules):
-        raise NotDifferentiableError(
-            expected_found(
-                way,
-                "a model that each process computes by itself",
-                "one with tensor-parallel parameters, whose exchange between processes torch does "
-                "not differentiate twice, and does not say so",
-                "Use differentiation='finite_difference'.",
-            )
-        )
 
 
 @contextmanager

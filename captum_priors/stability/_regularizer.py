@@ -18,7 +18,7 @@ from captum_priors._engine._modules import submodules_of
 from captum_priors._engine._random import swapped_in
 from captum_priors._engine._smooth import relu_as_softplus
 from captum_priors._engine._still import held
-from captum_priors._engine._wrappers import kept_whole, refuse_tensor_parallel
+from captum_priors._engine._wrappers import kept_whole
 from captum_priors._errors import expected_found, one_of
 from captum_priors._types import Differentiation, TensorOrTuple
 from captum_priors.priors._base import check_keywords
@@ -146,8 +146,6 @@ class Regularizer(LeafPrior):
     @contextmanager
     def _model_held(self) -> Iterator[None]:
         modules = self.explained_modules()
-        if self.keeps_graph() and torch.is_grad_enabled():
-            refuse_tensor_parallel(modules, "double_backprop")
         with ExitStack() as stack:
             stack.enter_context(held(modules))
             if self.keeps_graph():
