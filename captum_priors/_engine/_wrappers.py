@@ -323,12 +323,17 @@ def computes_in_half(modules: Iterable[nn.Module]) -> bool:
     return any(group.mp_policy.param_dtype in halves for group in groups)
 
 
+# Where torch has it, from 2.6 on and before; not imported, which would take long.
+_FSDP = ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")
+
+
 def _sharded_groups(module: nn.Module) -> list[Any]:
     """Parameter groups of a module that ``fully_shard`` has made."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not isinstance(module, getattr(fsdp, "FSDPModule", ())):
+    found: list[Any] = [sys.modules.get(name) for name in _FSDP]
+    classes = tuple(fsdp.FSDPModule for fsdp in found if hasattr(fsdp, "FSDPModule"))
+    if not isinstance(module, classes):
         return []
-    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    state: Any = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     return list(groups) if groups is not None else [g for g in [state._fsdp_param_group] if g]
 

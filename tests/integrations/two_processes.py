@@ -500,6 +500,24 @@ def out_of_step() -> Any:
 
 
 @case()
+def joined_without() -> Any:
+    """A prior of each example needs no other process: one may have a batch more."""
+    model = net()
+    ddp, optimizer = DDP(model), optimiser(model)
+    prior = prior_of(model)
+    x, y = data()
+    with Join([ddp]):
+        for step in range(STEPS - dist.get_rank()):
+            optimizer.zero_grad()
+            together(ddp, x[step][part()], y[step][part()], prior)
+            optimizer.step()
+    return {
+        "apart": alike(values_of(model)),
+        "moved": float((values_of(model) - values_of(net())).abs().max()),
+    }
+
+
+@case()
 def joined() -> Any:
     model = net()
     ddp = DDP(model)
