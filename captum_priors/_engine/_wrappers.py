@@ -95,7 +95,8 @@ def watched(
     """See to it that the gradient of a value reaches all processes, or raise in its backward pass.
 
     Nothing is checked where no gradient is accumulated (``torch.autograd.grad``), nor under
-    ``no_sync``. ``whole`` says that the value's graph refers to whole parameters.
+    ``no_sync``. ``whole`` says that it runs through input
+    gradients, whose graph refers to whole parameters.
     """
     if not (value.requires_grad and dist.is_available() and dist.is_initialized()):
         return value
@@ -285,19 +286,6 @@ def _leaves_gradients(group: Any) -> bool:
     """Whether a whole parameter has a gradient that was not handed to the shards, as it should."""
     whole = [getattr(p, "_unsharded_param", None) for p in group.fsdp_params]
     return group.reduce_grads and any(p is not None and p.grad is not None for p in whole)
-
-
-def refuse_sharded(modules: Iterable[nn.Module], way: str) -> None:
-    """Refuse a way that runs sharded modules again where their parameters are gone."""
-    if any(_sharded_groups(module) for module in modules):
-        raise NotDifferentiableError(
-            expected_found(
-                way,
-                "a model whose parameters stay in place",
-                "one that fully_shard takes apart between passes",
-                "Use differentiation='double_backprop' or 'finite_difference'.",
-            )
-        )
 
 
 def computes_in_half(modules: Iterable[nn.Module]) -> bool:

@@ -31,7 +31,7 @@ REFUSED = {
     "tensor_parallel undecided": "Pass process_group=mesh['data'].get_group()",
     "tensor_parallel double_backprop": "Use differentiation='finite_difference'",
     "tensor_parallel recompute": "Use differentiation='finite_difference'",
-    "fsdp_trains recompute": "Use differentiation='double_backprop'",
+    "fsdp_prior_first recompute": "Evaluate the prior after the model's forward pass",
     "fsdp_prior_first finite_difference": "Evaluate the prior after the model's forward pass",
 }
 

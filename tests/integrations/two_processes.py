@@ -590,11 +590,9 @@ def fsdp_trains(make_prior: Callable[[nn.Module], Any], layers: bool, reshard: b
 for _name in PRIORS:
     for _layers in (True, False):
         for _reshard in (True, False):
-            _all = _name in {"double_backprop", "finite_difference"}
-            if _name != "recompute" and (_all or (_layers and _reshard)):
+            if _name in {"double_backprop", "finite_difference"} or (_layers and _reshard):
                 _label = f"{'layers' if _layers else 'root'}{' reshard' if _reshard else ''}"
                 case(PRIORS[_name], _layers, _reshard, name=f"{_label}: {_name}")(fsdp_trains)
-case(PRIORS["recompute"], True, True, name="recompute")(fsdp_trains)
 
 
 @case()
@@ -647,6 +645,7 @@ def fsdp_prior_first(way: str) -> Any:
 
 
 case("double_backprop", name="double_backprop")(fsdp_prior_first)
+case("recompute", name="recompute")(fsdp_prior_first)
 case("finite_difference", name="finite_difference")(fsdp_prior_first)
 
 
