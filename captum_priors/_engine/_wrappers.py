@@ -67,7 +67,7 @@ def refuse_lost_gradients(outputs: Iterable[Tensor], *, twice: bool) -> None:
         return
     for node in nodes(outputs):
         wrapper = getattr(node, "ddp_weakref", None)
-        if wrapper is not None and wrapper().static_graph:
+        if wrapper is not None and getattr(wrapper(), "static_graph", False):
             raise NotDifferentiableError(
                 expected_found(
                     "`forward_func`",
@@ -95,8 +95,8 @@ def watched(
     """See to it that the gradient of a value reaches all processes, or raise in its backward pass.
 
     Nothing is checked where no gradient is accumulated (``torch.autograd.grad``), nor under
-    ``no_sync``. ``whole`` says that it runs through input
-    gradients, whose graph refers to whole parameters.
+    ``no_sync``. ``whole`` says that the pass runs through input gradients, whose graph refers to
+    whole parameters.
     """
     if not (value.requires_grad and dist.is_available() and dist.is_initialized()):
         return value
@@ -216,6 +216,16 @@ def data_parallel_rank(modules_behind: Callable[[], Sequence[nn.Module]]) -> int
         return dist.get_rank(wrapper.process_group)
     shards = any(_sharded_groups(module) for module in modules)
     return dist.get_rank() if shards and not computed_together(modules) else 0
+
+
+def ranks_that_train(modules: Sequence[nn.Module]) -> set[int]:
+    """Return the processes whose gradients are averaged; none where nothing here averages them."""
+    for wrapper in wrappers_of(modules):
+        return set(dist.get_process_group_ranks(wrapper.process_group))
+    for module in modules:
+        for group in _sharded_groups(module):
+            return set(group.mesh_info.mesh.mesh.flatten().tolist())
+    return set()
 
 
 def computed_together(modules: Sequence[nn.Module]) -> bool:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from captum.attr import IntegratedGradients, Saliency
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
     FullyShardedDataParallel,
@@ -497,6 +497,24 @@ def out_of_step() -> Any:
     if dist.get_rank() == 0:
         prior.prior(x, target=0)
     prior(x, target=0)
+
+
+def another_group(wrap: Callable[[nn.Module, Any], nn.Module]) -> Any:
+    """Two processes that train a model each."""
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    model = net()
+    _wrapped = wrap(model, groups[dist.get_rank()])
+    AcrossProcesses(prior_of(model))(data()[0][0], target=0)
+
+
+def alone_sharded(model: nn.Module, group: Any) -> nn.Module:
+    fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    model(data()[0][0])
+    return model
+
+
+case(lambda m, group: DDP(m, process_group=group), name="ddp")(another_group)
+case(alone_sharded, name="fsdp")(another_group)
 
 
 @case()
