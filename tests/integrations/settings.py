@@ -86,7 +86,7 @@ SETTINGS = [
     Setting(
         "— `no_sync` and micro-batches",
         "works",
-        "",
+        "with `static_graph`, torch's first backward pass under `no_sync` fails, prior or not",
         _each(_TRAINS, "accumulation"),
     ),
     Setting(
