@@ -34,7 +34,7 @@ METHODS: dict[str, Callable[[nn.Module], PixelPrior]] = {
     "smooth=100": functools.partial(PixelPrior, smooth=100.0),
 }
 WEIGHTS = {"mnist": (0.0003, 0.001, 0.003), "digits": (0.0005, 0.002, 0.006)}
-EPOCHS = {"mnist": 4, "digits": 15}
+EPOCHS = {"mnist": 5, "digits": 12}
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -42,7 +42,7 @@ def load(name: str, source: str) -> Data:
     """Training and test images in [-1, 1] with labels, split by a fixed permutation."""
     if name == "mnist":
         x, y = mnist(source)
-        n_train, n_test = 3000, 2000
+        n_train, n_test = 2000, 2000
     else:
         pixels, labels = load_digits(return_X_y=True)
         x = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 16
