@@ -62,10 +62,10 @@ def network(n_features: int, widths: tuple[int, ...], *, bias: bool = True) -> n
     return nn.Sequential(*layers[:-1])
 
 
-def fit(model: nn.Module, term: Term | None, data: Split, epochs: int) -> float:
+def fit(model: nn.Module, term: Term | None, data: Split, epochs: int, rate: float = 1e-3) -> float:
     """Adam on the whole training set; keeps the best epoch on validation, returns its AUC."""
     (x, y), (x_validation, y_validation) = data.train, data.validation
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), rate)
     best, kept = -1.0, {}
     for _ in range(epochs):
         loss = F.binary_cross_entropy_with_logits(model(x)[:, 0], y)
