@@ -121,7 +121,7 @@ def main() -> None:
     """Run every method."""
     options = arguments_of(__doc__).parse_args()
     seeds = seeds_of(options, full=3, quick=1)
-    epochs = 60 if options.quick else 400
+    epochs = 60 if options.quick else 300
     jobs = [(name, seed, epochs) for name in methods() for seed in seeds]
     found = dict(zip(jobs, in_processes(run, jobs, options.jobs), strict=True))
     curves = {name: [found[name, seed, epochs] for seed in seeds] for name in methods()}

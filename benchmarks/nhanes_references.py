@@ -141,7 +141,7 @@ def main() -> None:
     """Run every split."""
     arguments = arguments_of(__doc__, data="nhanes=DIR with NHANESI_subset_X.csv and _y.csv")
     options = arguments.parse_args()
-    seeds = seeds_of(options, full=10, quick=1)
+    seeds = seeds_of(options, full=5, quick=1)
     references = (1, 4, 16) if options.quick else REFERENCES
     job = functools.partial(
         run_split,

@@ -65,14 +65,14 @@ def on_expected_gradients(model: nn.Module) -> Term:
 
 def methods() -> dict[str, tuple[Callable[[nn.Module], Term] | None, tuple[float, ...]]]:
     """Every regularizer, and the weights that validation chooses from."""
-    gini_weights = (0.1, 0.3, 1.0)
+    scale_free = (0.1, 1.0, 10.0)
     return {
         "unregularised": (None, (0.0,)),
-        "L1 on weights": (l1_on_weights, (1e-4, 1e-3, 3e-3)),
-        "group lasso": (group_lasso, (1e-2, 1e-1, 1.0)),
-        "L1-gradients": (functools.partial(on_gradients, penalty=l1), (1e-3, 1e-2, 1e-1)),
-        "Gini-gradients": (functools.partial(on_gradients, penalty=gini), gini_weights),
-        "Gini-EG": (on_expected_gradients, gini_weights),
+        "L1 on weights": (l1_on_weights, (1e-4, 1e-3, 1e-2)),
+        "group lasso": (group_lasso, (1e-3, 1e-2, 1e-1)),
+        "L1-gradients": (functools.partial(on_gradients, penalty=l1), scale_free),
+        "Gini-gradients": (functools.partial(on_gradients, penalty=gini), scale_free),
+        "Gini-EG": (on_expected_gradients, scale_free),
     }
 
 
