@@ -112,7 +112,7 @@ def draw(curves: dict[str, list[list[float]]]) -> Figure:
         mean = torch.tensor(of_seeds).mean(0).tolist()
         line = "-" if name.startswith("EG") else "--"
         axes.plot(mean, line, label=name)
-    axes.set(xlabel="epoch", ylabel="dependence on the second feature, |w2 / w1|", ylim=(0, 1.6))
+    axes.set(xlabel="epoch", ylabel="dependence on the second feature, |w2 / w1|", ylim=(0, 1.1))
     axes.legend(fontsize=7)
     return figure
 
