@@ -127,7 +127,7 @@ def draw(results: dict[str, Any], seeds: int) -> Figure:
 def main() -> None:
     """Run every data set; compare pairwise."""
     options = arguments_of(__doc__).parse_args()
-    seeds = seeds_of(options, full=6, quick=1)
+    seeds = seeds_of(options, full=12, quick=1)
     epochs = 30 if options.quick else EPOCHS
     found = in_processes(run, [(seed, epochs) for seed in seeds], options.jobs)
     keys = ["R2", "roughness on the true graph", "importance of active modules"]
