@@ -76,6 +76,8 @@ def save(output: Path, name: str, settings: dict[str, Any], results: Any) -> Non
     }
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     settings.pop("output", None)
+    if "data" in settings:  # where the data lay is nobody's business
+        settings["data"] = str(settings["data"]).partition("=")[0] + "=DIR"
     document = {"benchmark": name, "settings": settings, "versions": versions, "results": results}
     (output / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
 
