@@ -163,7 +163,7 @@ def wins(found: list[dict[str, dict[str, float]]], one: str, other: str) -> int:
 
 def draw(results: dict[str, Any]) -> Figure:
     """Every metric relative to the best method's."""
-    figure = Figure(figsize=(12, 6))
+    figure = Figure(figsize=(12, 6), layout="constrained")
     for axes, (kind, each) in zip(figure.subplots(2, 1), results.items(), strict=True):
         for name, scores in each["scores"].items():
             heights = [

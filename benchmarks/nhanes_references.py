@@ -124,7 +124,7 @@ def gradient_errors(
 
 def draw(results: dict[str, Any], errors: dict[str, Any], references: tuple[int, ...]) -> Figure:
     """AUC and gradient error against the number of references."""
-    figure = Figure(figsize=(11, 4))
+    figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for estimator in ESTIMATORS:
         scores = [results[name_of(estimator, k)]["ROC-AUC"] for k in references]

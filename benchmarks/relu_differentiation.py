@@ -117,7 +117,7 @@ def _interpolate(points: list[tuple[float, float]], at: float) -> float:
 
 def draw(results: dict[str, dict[str, dict[str, Any]]]) -> Figure:
     """Accuracy against penalty, one line a method."""
-    figure = Figure(figsize=(11, 4))
+    figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, (name, found) in zip(figure.subplots(1, 2), results.items(), strict=True):
         for method, points in found.items():
             axes.errorbar(
