@@ -61,7 +61,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
         table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row))
-    Console(width=max(100, 14 * len(columns))).print(table)
+    Console(width=max(100, 17 * len(columns))).print(table)
 
 
 def save(output: Path, name: str, settings: dict[str, Any], results: Any) -> None:
@@ -76,6 +76,8 @@ def save(output: Path, name: str, settings: dict[str, Any], results: Any) -> Non
     }
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     settings.pop("output", None)
+    if "data" in settings:  # where the data lay is nobody's business
+        settings["data"] = str(settings["data"]).partition("=")[0] + "=DIR"
     document = {"benchmark": name, "settings": settings, "versions": versions, "results": results}
     (output / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
 

@@ -1,0 +1,189 @@
+"""The reproductions of published experiments measure what they say, and run."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+pytest.importorskip("matplotlib")
+sklearn_metrics = pytest.importorskip("sklearn.metrics")
+
+
+@pytest.fixture(autouse=True)
+def _as_a_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Scripts find what they share beside themselves, and run in single precision."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    torch.set_default_dtype(torch.float32)
+    threads = torch.get_num_threads()
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+    torch.set_num_threads(threads)
+
+
+def script(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def run_main(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *data: str) -> None:
+    options = ["--quick", "--seeds", "1", "--jobs", "1", "--output", str(folder), *data]
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    script(name).main()
+    assert {p.name for p in folder.iterdir()} >= {f"{name}.json", f"{name}.png"}
+
+
+def test_roc_auc_is_sklearns_with_ties() -> None:
+    scores, labels = torch.randint(5, (60,)).float(), torch.randint(2, (60,))
+    expected = sklearn_metrics.roc_auc_score(labels, scores)
+    assert script("_reproduction").roc_auc(scores, labels) == pytest.approx(expected, abs=1e-12)
+
+
+def test_decoys_tell_the_label_and_are_forbidden() -> None:
+    x, y = torch.rand(12, 1, 28, 28), torch.randint(10, (12,))
+    marked, allowed = script("decoy_mnist").decoys(x, y, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(marked[allowed == 1], x[allowed == 1])
+    for image, mask, label in zip(marked, allowed, y, strict=True):
+        assert (mask == 0).sum() == 16
+        assert torch.allclose(image[mask == 0] * 255, 255.0 - 25 * label)
+
+
+def test_survival_leaves_out_who_was_lost_from_view(tmp_path: Path) -> None:
+    years = [3.0, -3.0, 12.0, -12.0]  # died at 3; lost at 3; died at 12; alive at 12
+    rows = [[i, i + 0.5] for i in range(4)]
+    np.savetxt(tmp_path / "NHANESI_subset_X.csv", np.c_[range(4), rows], delimiter=",", header="h")
+    np.savetxt(tmp_path / "NHANESI_subset_y.csv", np.c_[range(4), years], delimiter=",", header="h")
+    x, died = script("_nhanes").load(tmp_path)
+    assert x[:, 0].tolist() == [0.0, 2.0, 3.0]
+    assert died.tolist() == [1.0, 0.0, 0.0]
+
+
+def linear_case(kind: str) -> tuple[ModuleType, torch.Tensor, nn.Module, Any]:
+    module = script("correlated_groups")
+    x, y = module.make_data(kind, torch.Generator().manual_seed(0))
+    model = nn.Linear(60, 1, bias=False)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.weight[0, 0:30:3] = 1
+    return module, x[900:], model, module.Metrics(model, x[:900], (x[900:], y[900:]))
+
+
+def test_keep_and_remove_metrics_reward_exact_attributions() -> None:
+    module, x, model, metrics = linear_case("independent linear")
+    exact = x * model.weight.detach()
+    for metric in module.METRICS:
+        random = metrics.score(metric, torch.randn(x.shape))
+        assert metrics.score(metric, exact) > random + 0.1, metric
+
+
+def test_members_of_a_group_impute_each_other() -> None:
+    _, x, model, metrics = linear_case("correlated groups")
+    everything = torch.ones_like(x, dtype=torch.bool)
+    full = model(x)[:, 0]
+    for fill in "MRI":
+        assert torch.allclose(metrics._outputs(everything, fill), full, atol=1e-5)
+    others = everything.clone()
+    others[:, [0, 3]] = False
+    # What two features keep of their variance, given partners at .99, is at most 2 (1 - .99²).
+    assert (metrics._outputs(others, "I") - full).square().mean() < 0.04
+    assert (metrics._outputs(others, "M") - full).square().mean() > 0.5
+
+
+def test_true_graph_smooths_and_the_random_graph_is_as_dense() -> None:
+    module = script("graph_prior")
+    graphs = module.graphs(torch.Generator().manual_seed(0))
+    true, other = graphs["true graph"], graphs["random graph"]
+    assert not torch.equal(true, other)
+    assert torch.equal(true.sum(0), other.sum(0))
+    found = module.run((0, 15))
+    rough = "roughness on the true graph"
+    assert found["true graph"][rough] < found["no graph"][rough]
+
+
+def test_interpolation_on_a_curve() -> None:
+    module = script("relu_differentiation")
+    curves = {"a": [(0.0, 0.0), (4.0, 1.0)], "b": [(2.0, 0.5), (4.0, 1.0)]}
+    found = module.at_equal_penalty(curves)
+    assert found["TV"] == [2.0, 2.5, 3.0]
+    assert found["a"] == found["b"] == [0.5, 0.625, 0.75]
+
+
+def test_convergence_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_main("convergence", tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def small_mnist(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """MNIST's two files, with 400 images of noise."""
+    folder = tmp_path_factory.mktemp("mnist")
+    rng = np.random.default_rng(0)
+    for name, values in {
+        "t10k-images-idx3-ubyte": rng.integers(0, 256, (400, 28, 28), dtype=np.uint8),
+        "t10k-labels-idx1-ubyte": rng.integers(0, 10, 400, dtype=np.uint8),
+    }.items():
+        header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
+        (folder / name).write_bytes(header + values.tobytes())
+    return f"mnist={folder}"
+
+
+@pytest.fixture(scope="module")
+def small_nhanes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NHANES I's two files, with 300 rows of noise in which the first feature kills."""
+    folder = tmp_path_factory.mktemp("nhanes")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 5))
+    years = np.where(x[:, 0] > 0, 3.0, -12.0)
+    for part, values in (("X", x), ("y", years)):
+        table = np.c_[range(300), values]
+        np.savetxt(folder / f"NHANESI_subset_{part}.csv", table, delimiter=",", header="h")
+    return folder
+
+
+def test_sparsity_runs(small_nhanes: Path) -> None:
+    module = script("nhanes_sparsity")
+    rows = module.run_split((small_nhanes, 3, 0, 3))
+    assert {row["method"] for row in rows} == set(module.PUBLISHED)
+    assert all(0 <= row["ROC-AUC"] <= 1 and 0 <= row["Gini"] <= 1 for row in rows)
+
+
+def test_references_run(small_nhanes: Path) -> None:
+    module = script("nhanes_references")
+    found = module.run_split((0, (1, 4)), small_nhanes, 30)
+    assert found["scores"]["unregularised"]["ROC-AUC"] > 0.8
+    # Without biases, input times gradient is the integrated gradient from zero: rounding alone.
+    assert found["gap"] < 1e-5
+    errors = found["errors"]
+    assert errors["monte_carlo, k = 4"] < errors["monte_carlo, k = 1"]
+
+
+def test_decoys_run(small_mnist: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("decoy_mnist")
+    monkeypatch.setattr(module, "N_TRAIN", 300)
+    found = module.run_seed(0, small_mnist, (0.0, 1e3), 40)
+    patch = "patch pixels that matter"
+    # Noise tells nothing but the patch does: it is learnt unless forbidden.
+    assert found["decoy, weight 0"][patch] > found["decoy, weight 1000"][patch] + 0.2
+
+
+def test_pixel_prior_runs(small_mnist: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("pixel_prior")
+    monkeypatch.setattr(module, "N_TRAIN", 128)
+    plain = module.run((module.PLAIN, 0), small_mnist, 1)
+    for name in ("pixel prior", "Lazy(pixel prior, 4)", "gradient TV"):
+        assert module.run(((name, 0.01), 0), small_mnist, 1)["TV"] != plain["TV"], name
+
+
+@pytest.mark.parametrize("method", ["double_backprop", "finite_difference", "smooth=30"])
+def test_parameter_gradients_run(method: str) -> None:
+    module = script("relu_differentiation")
+    plain = module.run(("digits", "none", 0.0, 0), "", 0.1)
+    assert module.run(("digits", method, 0.002, 0), "", 0.1)["TV"] != plain["TV"]
