@@ -106,7 +106,8 @@ def _draw(
         for name, run in runs.items()
     }
     figure = plt.figure(figsize=(9, 5.8), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.05, 1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.05, 1))
+    top, bottom = halves
     top.suptitle("What speaks for (red) and against (blue) the true class", fontsize=11)
     for row, axes in zip(
         (shown, *maps.values()), top.subplots(1 + len(maps), len(shown)), strict=True

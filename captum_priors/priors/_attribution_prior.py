@@ -67,4 +67,6 @@ class AttributionPrior(ExplainerPrior):
     ) -> Tensor:
         with self.model_held():
             attributions = self.explain(inputs, call)
-        return self.penalty(attributions, **annotations)
+        penalty = self.penalty(attributions, **annotations)
+        self._check_graph(attributions, penalty)
+        return penalty
