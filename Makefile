@@ -10,7 +10,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo picture test test-oldest docs tables lint clean
+.PHONY: demo picture test test-oldest tutorials tutorials-write docs tables lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m captum_priors --data $(DATA) --output $(OUTPUT)
@@ -28,6 +28,14 @@ test-oldest: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest captum==0.8.0
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q -n $(JOBS) tests/adapters tests/attr tests/test_laws.py \
 		--ignore-glob='tests/adapters/test_shap*' -m 'not slow'
+
+# The notebooks from top to bottom, with warnings as errors; the files stay as they are.
+tutorials: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tutorials/run.py --jobs $(JOBS)
+
+# The same, keeping their outputs.
+tutorials-write: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tutorials/run.py --jobs $(JOBS) --write
 
 # The site, into docs/_build/html; anything unresolved is an error. External links are not tried.
 docs: $(INSTALLED)
