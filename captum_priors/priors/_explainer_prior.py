@@ -174,8 +174,11 @@ class ExplainerPrior(LeafPrior):
 
     def _check_graph(self, attributions: Any, scores: Any) -> None:
         """Refuse a score that leaves nothing to train on of attributions that can be trained on."""
-        has_graph = any(isinstance(t, Tensor) and t.requires_grad for t in _each(attributions))
-        if has_graph and isinstance(scores, Tensor) and not scores.requires_grad:
+        tensors = [t for t in _each(attributions) if isinstance(t, Tensor)]
+        if not isinstance(scores, Tensor) or scores.requires_grad:
+            return
+        fits = tuple(scores.shape) in {(), *(tuple(t.shape[:1]) for t in tensors)}
+        if fits and any(t.requires_grad for t in tensors):
             raise NotDifferentiableError(
                 expected_found(
                     f"`{self._score_name}`",
