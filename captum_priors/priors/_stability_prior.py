@@ -93,7 +93,7 @@ class StabilityPrior(ExplainerPrior):
 
     def _scores(
         self, inputs: TensorOrTuple, call: dict[str, Any], annotations: dict[str, Any], seed: int
-    ) -> Tensor:
+    ) -> Any:
         generator: torch.Generator | None = call.get("generator")
         with self.model_held():
             moved = self._moved(inputs, call)
@@ -104,9 +104,7 @@ class StabilityPrior(ExplainerPrior):
             if generator is not None:
                 generator.set_state(state)
             there = self.explain(moved, call)
-        distance = self.distance(here, there, **annotations)
-        self._check_graph(here, distance)
-        return distance
+        return self._score((here, there), annotations)
 
     def _moved(self, inputs: TensorOrTuple, call: dict[str, Any]) -> TensorOrTuple:
         known = parameters_of(self._perturb)
