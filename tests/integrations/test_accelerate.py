@@ -93,8 +93,9 @@ def by_hand(steps: int) -> tuple[nn.Module, list[list[float]]]:
     added: list[list[float]] = [[]]
     batches = list(data())
     for i, (x, y) in enumerate(batches):
+        loss = F.cross_entropy(net(x), y)
         value = prior(x, target=y)
-        ((F.cross_entropy(net(x), y) + value) / steps).backward()
+        ((loss + value) / steps).backward()
         added[-1].append(value.item())
         if (i + 1) % steps == 0 or i + 1 == len(batches):
             optimizer.step()
@@ -176,7 +177,9 @@ def test_mixed_precision_reaches_the_prior() -> None:
 
 def test_other_things_are_refused() -> None:
     _, prior = make()
-    with pytest.raises(TypeError, match=r"`accelerator`: expected an accelerate.Accelerator, found"):
+    with pytest.raises(
+        TypeError, match=r"`accelerator`: expected an accelerate.Accelerator, found"
+    ):
         AcceleratedPrior(prior, object())
     with pytest.raises(TypeError, match=r"`prior`: expected a prior, found function"):
         AcceleratedPrior(l1, Accelerator(cpu=True))
