@@ -209,6 +209,7 @@ def test_evaluation_alone_under_inference_mode(stage: str) -> None:
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_checkpoint_continues_draws_and_counters(tmp_path: Path) -> None:
     whole = Regularized()
 
