@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from captum_priors._engine._modules import modules_of
 from captum_priors._errors import expected_found
 from captum_priors.priors._base import Prior
+from captum_priors.priors._guarded import Guarded
 
 TOTAL = "prior"
+SKIPPED = "prior/skipped"
 
 
 def terms_of(prior: Prior) -> dict[str, Prior]:
@@ -60,6 +62,7 @@ def evaluate(prior: Prior, arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the value of a prior, and detached: the same as ``"prior"``, and each term's own.
 
     A term's own value carries no weight. What was not evaluated (see ``Lazy``) is not reported.
+    Where ``Guarded`` stands in the prior, ``"prior/skipped"`` is 1 if it skipped, else 0.
     """
     if not isinstance(arguments, Mapping) or "inputs" not in arguments:
         found = list(arguments) if isinstance(arguments, Mapping) else type(arguments).__name__
@@ -72,10 +75,19 @@ def evaluate(prior: Prior, arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
             )
         )
     seen: dict[str, list[Tensor]] = {}
+    guards = _guards(prior)
+    skips = [int(guard.skips) for guard in guards]
     with _listening(terms_of(prior), seen):
         value: Tensor = prior(**arguments)
     each = {name: torch.stack(values).mean() for name, values in seen.items()}
+    if guards:
+        now = [int(guard.skips) for guard in guards]
+        each[SKIPPED] = torch.tensor(float(now != skips), device=value.device)
     return value, {TOTAL: value.detach(), **each}
+
+
+def _guards(prior: Prior) -> list[Guarded]:
+    return [module for module in prior.modules() if isinstance(module, Guarded)]
 
 
 class Means:
@@ -101,7 +113,7 @@ class Means:
             prior: The prior, whose terms are the same in every process.
             reduce: Sums a tensor over processes.
         """
-        names = [TOTAL, *terms_of(prior)]
+        names = [TOTAL, *terms_of(prior), *([SKIPPED] if _guards(prior) else [])]
         like = next(iter(self._totals.values()), torch.zeros(2, dtype=torch.float64))
         rows = [self._totals.get(name, torch.zeros_like(like)) for name in names]
         seen = torch.tensor([name in self._totals for name in names], device=like.device)

@@ -84,8 +84,8 @@ class PriorTrainerMixin:
     or not the trainer divides the loss: for models whose ``forward`` takes ``**kwargs`` it does
     not. (Some of these, BERT's classifier among them, return a mean all the same, and the trainer
     sums it; in transformers 5, ``loss_is_scaled_for_ga = False`` on the trainer's class has it
-    divide both.) With the training loss it logs ``"prior"``, what was added on average, and each term's own
-    value without its weight as ``"prior/<term>"``.
+    divide both.) With the training loss it logs ``"prior"``, what was added on average, and each
+    term's own value without its weight as ``"prior/<term>"``.
 
     Evaluation leaves ``eval_loss`` as it is, so that runs and early stopping compare, and reports
     the prior as the metric ``"eval_prior"`` and its terms likewise; that takes the time of an
