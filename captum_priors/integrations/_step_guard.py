@@ -1,7 +1,7 @@
 """Keep a gradient that has gone wrong out of the parameters."""
 
 import logging
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from captum_priors._checks import check_count
-from captum_priors._engine._agreement import any_process
+from captum_priors._engine._processes import any_process
 from captum_priors._errors import expected_found, one_of
 from captum_priors.priors._guarded import check_limit
 
@@ -90,7 +90,9 @@ class StepGuard:
         self.patience = patience
         self.skipped = 0
         self._in_a_row = 0
-        self._names = {p: name for name, p in model.named_parameters()} if model is not None else {}
+        self._names: dict[Tensor, str] = {}
+        if model is not None:
+            self._names = {p: name for name, p in model.named_parameters()}
         self._statistics = [] if model is None else _statistics(model)
         self._good = [t.clone() for t in self._statistics]
         self._handle = optimizer.register_step_pre_hook(self._before_step)
@@ -161,7 +163,7 @@ def _statistics(model: nn.Module) -> list[Tensor]:
     """Running statistics, which a forward pass in train mode changes."""
     norms = [module for module in model.modules() if isinstance(module, _NormBase)]
     buffers = [norm._buffers[name] for norm in norms for name in norm._buffers]
-    return [cast("Tensor", buffer) for buffer in buffers if buffer is not None]
+    return [buffer for buffer in buffers if buffer is not None]
 
 
 @torch.no_grad()

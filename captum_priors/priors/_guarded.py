@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_priors._captum import as_tuple
-from captum_priors._engine._agreement import any_process
+from captum_priors._engine._processes import any_process
 from captum_priors._engine._random import Counter
 from captum_priors._errors import expected_found, one_of
 from captum_priors.priors._base import Prior, check_prior

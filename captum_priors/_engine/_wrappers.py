@@ -1,0 +1,318 @@
+"""What trains a model on several processes, and how an attribution can go wrong in it unnoticed.
+
+``DistributedDataParallel`` averages gradients in the backward pass that follows its forward pass,
+once. A backward pass that it does not take part in leaves every process with gradients of its own;
+with ``static_graph=True`` so does a gradient that is taken through the wrapper in its first step.
+``fully_shard`` collects a module's gradients when the backward pass leaves the module, and does not
+see those that come later. Torch reports none of this.
+"""
+
+import gc
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from captum_priors._engine._graph import nodes
+from captum_priors._errors import NotDifferentiableError, expected_found
+
+_TRAIN = (
+    "Explain the module and train through its wrapper, with one backward pass for everything: "
+    "explainer = Explainer(ddp.module); (F.cross_entropy(ddp(x), y) + prior(x, target=y))"
+    ".backward()"
+)
+
+
+def refuse_wrapper(module: nn.Module) -> None:
+    """Refuse to run a model through its data-parallel wrapper while it is explained."""
+    if isinstance(module, DistributedDataParallel):
+        raise NotDifferentiableError(
+            expected_found(
+                "`forward_func`",
+                "the model itself",
+                "DistributedDataParallel around it, whose gradient averaging does not expect the "
+                "additional passes of an attribution (with static_graph=True it stops in silence, "
+                "and its buffers are exchanged each time)",
+                f"{_TRAIN}.",
+            )
+        )
+    if _is_fsdp1(module):
+        raise NotDifferentiableError(
+            expected_found(
+                "`forward_func`",
+                "a model that can be differentiated twice",
+                "FullyShardedDataParallel, which cannot",
+                "Shard it with torch.distributed.fsdp.fully_shard.",
+            )
+        )
+
+
+def refuse_spent_reduction(outputs: Iterable[Tensor]) -> None:
+    """Refuse a gradient that would use up the static-graph wrapper's one delayed reduction."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for node in nodes(outputs):
+        wrapper = getattr(node, "ddp_weakref", None)
+        if wrapper is not None and wrapper().static_graph:
+            raise NotDifferentiableError(
+                expected_found(
+                    "`forward_func`",
+                    "the model itself",
+                    "DistributedDataParallel(static_graph=True), which would stop averaging "
+                    "gradients in silence",
+                    f"{_TRAIN}.",
+                )
+            )
+
+
+def watched(
+    value: Tensor, modules_behind: Callable[[], Sequence[nn.Module]], *, whole: bool
+) -> Tensor:
+    """See to it that the gradient of a value reaches all processes, or raise in its backward pass.
+
+    Nothing is checked where no gradient is accumulated (``torch.autograd.grad``), nor under
+    ``no_sync``. ``whole`` says that the value's graph refers to whole parameters.
+    """
+    if not (value.requires_grad and dist.is_available() and dist.is_initialized()):
+        return value
+    modules = modules_behind()
+    wrappers = [w for w in wrappers_of(modules) if dist.get_world_size(w.process_group) > 1]
+    wrappers = [w for w in wrappers if not _averages_elsewhere(w)]
+    sharded = [module for module in modules if _sharded_groups(module)]
+    _let_go(g for module in sharded for g in _sharded_groups(module))  # after one that raised
+    if not wrappers and not sharded:
+        return value
+    before = [_delayed_reduction(w) for w in wrappers]
+
+    def on_gradient(gradient: Tensor) -> None:
+        if sharded:
+            _attend(sharded, whole=whole)
+        for wrapper, delayed in zip(wrappers, before, strict=True):
+            if _accumulates(wrapper):
+                _when_over(_check_of(wrapper, delayed))
+
+    value.register_hook(on_gradient)
+    return value
+
+
+def _when_over(function: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass under way."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def _check_of(wrapper: DistributedDataParallel, delayed: bool) -> Callable[[], None]:
+    def check() -> None:
+        """Run at the end of a backward pass, before the wrapper puts away its reduction."""
+        in_first_step = _delayed_reduction(wrapper) and not delayed
+        if in_first_step or _is_reducing(wrapper):
+            return
+        # Gradients kept back on purpose; a static graph then counts its passes wrongly.
+        if not wrapper.require_backward_grad_sync and not wrapper.static_graph:
+            return
+        raise NotDifferentiableError(
+            expected_found(
+                "backward pass of a prior",
+                "DistributedDataParallel to average the gradients in the same pass",
+                "that it does not take part: the processes would drift apart",
+                f"{_TRAIN}. A backward pass of the prior's own goes first, under ddp.no_sync() "
+                "and without static_graph.",
+            )
+        )
+
+    return check
+
+
+def _is_reducing(wrapper: DistributedDataParallel) -> bool:
+    try:
+        wrapper._check_reducer_finalized()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _delayed_reduction(wrapper: DistributedDataParallel) -> bool:
+    """Whether a static graph has had its first backward pass, which reduces when it is over."""
+    return bool(getattr(wrapper, "_static_graph_delay_allreduce_enqueued", False))
+
+
+def _averages_elsewhere(wrapper: DistributedDataParallel) -> bool:
+    return any(
+        getattr(wrapper, name, False)
+        for name in ("_use_python_reducer", "_delay_all_reduce_all_params")
+    ) or not hasattr(wrapper, "_check_reducer_finalized")
+
+
+def _accumulates(wrapper: DistributedDataParallel) -> bool:
+    """Whether the backward pass under way accumulates into a parameter of the wrapper's."""
+    for parameter in wrapper._module_parameters:
+        with torch.enable_grad():
+            view: Any = parameter.view_as(parameter).grad_fn
+        try:
+            if torch._C._will_engine_execute_node(view.next_functions[0][0]):
+                return True
+        except RuntimeError:  # torch.autograd.grad with respect to this parameter
+            continue
+    return False
+
+
+class _Finder:
+    """Find the wrappers around modules, which know nothing of them.
+
+    The garbage collector knows the wrappers that there are, and takes a tenth of a second to say;
+    it is asked once, and of later ones torch tells when they take up their module.
+    """
+
+    def __init__(self) -> None:
+        self._known: WeakSet[DistributedDataParallel] | None = None
+
+    def __call__(self, modules: Sequence[nn.Module]) -> list[DistributedDataParallel]:
+        if self._known is None:
+            # Without isinstance, which asks objects that answer with a warning for their class.
+            every = (o for o in gc.get_objects() if DistributedDataParallel in type(o).__mro__)
+            self._known = WeakSet(every)
+            register_module_module_registration_hook(self._on_registration)
+        ours = set(modules)
+        return [w for w in self._known if any(module in ours for module in w.modules())]
+
+    def _on_registration(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        if isinstance(parent, DistributedDataParallel) and self._known is not None:
+            self._known.add(parent)
+
+
+wrappers_of = _Finder()
+
+
+def data_parallel_rank(modules_behind: Callable[[], Sequence[nn.Module]]) -> int:
+    """Place of this process among those that train the modules on different examples."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0
+    modules = modules_behind()
+    for wrapper in wrappers_of(modules):
+        return dist.get_rank(wrapper.process_group)
+    for module in modules:
+        if _sharded_groups(module):
+            meshes = [p.device_mesh for p in module.parameters() if hasattr(p, "device_mesh")]
+            if meshes and meshes[0].ndim == 1:
+                return int(meshes[0].get_local_rank())
+    return 0
+
+
+def splits_examples(modules: Sequence[nn.Module]) -> bool:
+    """Whether processes only divide the examples: no part of the modules' computation."""
+    sharded = {id(m) for module in modules if _sharded_groups(module) for m in module.modules()}
+    return all(
+        p.device_mesh.ndim == 1 and id(module) in sharded
+        for module in modules
+        for p in module.parameters(recurse=False)
+        if hasattr(p, "device_mesh")
+    )
+
+
+@contextmanager
+def kept_whole(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep sharded modules whole after the gradients that are taken in this block.
+
+    The graph of such a gradient refers to whole parameters; ``fully_shard`` frees them after each
+    backward pass.
+    """
+    groups = [group for module in modules for group in _sharded_groups(module)]
+    before = [group.reshard_after_backward for group in groups]
+    try:
+        for group in groups:
+            group.reshard_after_backward = False
+        yield
+    finally:
+        for group, value in zip(groups, before, strict=True):
+            group.reshard_after_backward = value
+
+
+# Groups that are kept whole until the backward pass under way is over, and what they do else.
+_kept: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def _let_go(groups: Iterable[Any]) -> list[Any]:
+    """End what keeps groups whole, if anything does; return those that then go apart."""
+    ended = []
+    for group in groups:
+        before = _kept.pop(group, None)
+        if before is not None:
+            group.reshard_after_backward = before
+            ended += [group] if before else []
+    return ended
+
+
+def _attend(sharded: Sequence[Any], *, whole: bool) -> None:
+    """Keep sharded modules whole for the rest of the backward pass, and see what it leaves."""
+    groups = [group for module in sharded for group in _sharded_groups(module)]
+    if whole:
+        for group in groups:
+            _kept.setdefault(group, group.reshard_after_backward)
+            group.reshard_after_backward = False
+        for module in sharded:
+            module.unshard()
+
+    def over() -> None:
+        for group in _let_go(groups):
+            group.reshard()
+        if any(_leaves_gradients(group) for group in groups):
+            raise NotDifferentiableError(
+                expected_found(
+                    "backward pass of a prior",
+                    "its gradients before fully_shard collects those of the module",
+                    "that some came later and were left behind",
+                    "Evaluate the prior after the model's forward pass: loss = "
+                    "F.cross_entropy(model(x), y); loss = loss + prior(x, target=y).",
+                )
+            )
+
+    # At the end, and there once more at the end: behind what fully_shard does there.
+    _when_over(lambda: _when_over(over))
+
+
+def _leaves_gradients(group: Any) -> bool:
+    """Whether a whole parameter has a gradient that was not handed to the shards, as it should."""
+    whole = [getattr(p, "_unsharded_param", None) for p in group.fsdp_params]
+    return group.reduce_grads and any(p is not None and p.grad is not None for p in whole)
+
+
+def refuse_sharded(modules: Iterable[nn.Module], way: str) -> None:
+    """Refuse a way that runs sharded modules again where their parameters are gone."""
+    if any(_sharded_groups(module) for module in modules):
+        raise NotDifferentiableError(
+            expected_found(
+                way,
+                "a model whose parameters stay in place",
+                "one that fully_shard takes apart between passes",
+                "Use differentiation='double_backprop', which keeps it whole until the backward "
+                "pass, or 'finite_difference'.",
+            )
+        )
+
+
+def computes_in_half(modules: Iterable[nn.Module]) -> bool:
+    """Whether sharded modules cast their inputs to half precision."""
+    halves = (torch.float16, torch.bfloat16)
+    groups = (group for module in modules for group in _sharded_groups(module))
+    return any(group.mp_policy.param_dtype in halves for group in groups)
+
+
+def _sharded_groups(module: nn.Module) -> list[Any]:
+    """Parameter groups of a module that ``fully_shard`` has made."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, getattr(fsdp, "FSDPModule", ())):
+        return []
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return list(groups) if groups is not None else [g for g in [state._fsdp_param_group] if g]
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
