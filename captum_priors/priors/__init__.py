@@ -2,8 +2,8 @@
 
 :class:`AttributionPrior` penalises what an explainer says, :class:`StabilityPrior` how far it moves
 when the input does. They add up and scale (``0.1 * a + b``); :class:`Lazy` and :class:`Subsample`
-make them cheaper, and :class:`Guarded` keeps what has gone wrong out of the loss. The papers' priors
-stand here under their own names.
+make them cheaper, and :class:`Guarded` keeps what has gone wrong out of the loss. The papers'
+priors stand here under their own names.
 """
 
 from captum_priors.priors._attribution_prior import AttributionPrior
