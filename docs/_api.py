@@ -24,13 +24,26 @@ _MODULE = """\
 
 
 def public_modules() -> list[ModuleType]:
-    """Return the package and its submodules without a leading underscore."""
-    names = [
-        f"captum_priors.{found.name}"
-        for found in pkgutil.iter_modules(captum_priors.__path__)
-        if not found.name.startswith("_")
+    """Return the package and every module below it without a leading underscore in its name."""
+    names = ["captum_priors"]
+    for name in names:
+        within = getattr(importlib.import_module(name), "__path__", [])
+        names += sorted(
+            f"{name}.{found.name}"
+            for found in pkgutil.iter_modules(within)
+            if not found.name.startswith("_")
+        )
+    return [importlib.import_module(name) for name in sorted(names)]
+
+
+def exports(module: ModuleType) -> list[str]:
+    """Return the names that a module exports, or those of its own that look public."""
+    own = [
+        name
+        for name, thing in vars(module).items()
+        if not name.startswith("_") and getattr(thing, "__module__", None) == module.__name__
     ]
-    return [captum_priors, *(importlib.import_module(name) for name in sorted(names))]
+    return list(getattr(module, "__all__", own))
 
 
 def homes() -> dict[str, str]:
@@ -76,7 +89,7 @@ def write(folder: Path) -> None:
 
 def _exports() -> Iterator[tuple[ModuleType, str, Any]]:
     for module in public_modules():
-        for name in module.__all__:
+        for name in exports(module):
             yield module, name, getattr(module, name)
 
 
@@ -88,7 +101,7 @@ def _index(modules: list[ModuleType]) -> str:
 def _page(module: ModuleType) -> str:
     home = homes()
     here, there = [], []
-    for name in module.__all__:
+    for name in exports(module):
         full = f"{module.__name__}.{name}"
         (here if home[full] == full else there).append(full)
     return _MODULE.format(
