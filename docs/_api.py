@@ -8,8 +8,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import captum_priors
-
 _MODULE = """\
 {title}
 {rule}

@@ -497,14 +497,23 @@ def test_what_is_not_a_number_stays_one(penalty: Any) -> None:
     assert penalty(torch.full((5, 3), torch.nan)).isnan().all()
 
 
-def test_what_the_model_raises_is_not_reworded() -> None:
+@pytest.mark.parametrize("explainer", [ExpectedGradients, DeepLift, FeatureAblation, Saliency])
+def test_what_the_model_raises_is_not_reworded(explainer: Any) -> None:
     """Only failures whose cause is known are; anything else passes as it is."""
 
-    def forward(inputs: Tensor) -> Tensor:
-        raise RuntimeError("out of ideas")
+    class Raises(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.elsewhere = nn.Parameter(torch.ones(1, dtype=torch.float32, device="meta"))
 
-    with pytest.raises(RuntimeError, match=r"^out of ideas$"):
-        ExpectedGradients(forward).attribute(x(), x(), target=1)
+        def forward(self, inputs: Tensor) -> Tensor:
+            model_out = outputs = inputs  # names that Captum uses, too
+            raise AssertionError(f"no Target not provided, {model_out.dim() + outputs.dim()}")
+
+    prior = AttributionPrior(explainer(Raises()), l1)
+    baselines = {"baselines": x()} if prior.takes("baselines") else {}
+    with pytest.raises(AssertionError, match=r"^no Target not provided, 4$"):
+        prior(x(), target=1, **baselines)
 
 
 def test_a_model_on_several_devices_is_not_refused() -> None:

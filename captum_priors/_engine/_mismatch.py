@@ -52,7 +52,8 @@ def _cause(error: Exception, holder: Any, given: dict[str, Any]) -> Exception | 
             check_inputs(inputs)
         except ValueError as found:
             return found
-    for frame in reversed(list(_frames(error))):
+    frames = list(_frames(error))
+    for frame in reversed([f for f in frames if _is_captum(f)]):
         known = frame.f_locals
         if frame.f_code.co_name == "_select_targets":
             return select_error(known["output"], known["target"])
@@ -60,7 +61,8 @@ def _cause(error: Exception, holder: Any, given: dict[str, Any]) -> Exception | 
             return output_error(known["model_out"].flatten(0, 1), 2 * tensors[0].shape[0])
         if "must be Tensor, not" in str(error) and isinstance(known.get("outputs"), (dict, tuple)):
             return select_error(known["outputs"], None)
-    if "Target not provided" in str(error):
+    asserted = isinstance(error, AssertionError) and _is_captum(frames[-1])
+    if asserted and "Target not provided" in str(error):
         return TargetError(
             expected_found(
                 "`target`",
@@ -69,7 +71,7 @@ def _cause(error: Exception, holder: Any, given: dict[str, Any]) -> Exception | 
                 "Pass target=..., a class index or one for each example.",
             )
         )
-    if "aseline" in str(error) and isinstance(error, AssertionError):
+    if asserted and "aseline" in str(error):
         return ValueError(
             expected_found(
                 "`baselines`",
@@ -86,9 +88,11 @@ def _of_the_model(error: Exception, holder: Any, tensors: list[Tensor]) -> Excep
     inner = [getattr(holder, name, None) for name in ("explainer", "forward_func")]
     holders = [thing for thing in inner if thing is not None] or [holder]
     own = [t for module in modules_of(*holders) for t in (*module.parameters(), *module.buffers())]
+    message = str(error)
     devices = {t.device for t in own}
+    moved = "device" in message or "meta tensor" in message
     for tensor in tensors:
-        if devices and tensor.device not in devices:
+        if moved and devices and tensor.device not in devices:
             there = ", ".join(sorted(map(str, devices)))
             return ValueError(
                 expected_found(
@@ -100,17 +104,17 @@ def _of_the_model(error: Exception, holder: Any, tensors: list[Tensor]) -> Excep
             )
     dtypes = {t.dtype for t in own if t.is_floating_point()}
     for tensor in tensors:
-        if dtypes and tensor.is_floating_point() and tensor.dtype not in dtypes:
+        odd = tensor.is_floating_point() and tensor.dtype not in dtypes
+        if "type" in message and dtypes and odd:
             names = ", ".join(sorted(map(str, dtypes)))
-            if "dtype" in str(error) or "type" in str(error):
-                return TypeError(
-                    expected_found(
-                        "`inputs`",
-                        f"the dtype of the model's parameters, {names}",
-                        str(tensor.dtype),
-                        f"Convert the batch with .to({names}), or run it under torch.autocast.",
-                    )
+            return TypeError(
+                expected_found(
+                    "`inputs`",
+                    f"the dtype of the model's parameters, {names}",
+                    str(tensor.dtype),
+                    f"Convert the batch with .to({names}), or run it under torch.autocast.",
                 )
+            )
     return None
 
 
@@ -119,6 +123,10 @@ def _frames(error: Exception) -> Iterator[Any]:
     while trace is not None:
         yield trace.tb_frame
         trace = trace.tb_next
+
+
+def _is_captum(frame: Any) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith("captum.")
 
 
 def _shapes(value: Any) -> Any:
