@@ -4,6 +4,7 @@ The files stay as they are, unless asked to keep the outputs with ``--write``.
 """
 
 import argparse
+import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="keep the outputs in the notebooks")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     options = parser.parse_args()
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # whatever the shell has
     paths = [p.resolve() for p in options.notebooks] or sorted(HERE.glob("*.ipynb"))
     with ThreadPoolExecutor(options.jobs) as pool:
         errors = list(pool.map(lambda p: run(p, write=options.write), paths))
