@@ -9,8 +9,7 @@ see those that come later. Torch reports none of this.
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -37,9 +36,9 @@ def refuse_wrapper(module: nn.Module) -> None:
             expected_found(
                 "`forward_func`",
                 "the model itself",
-                "DistributedDataParallel around it, whose gradient averaging does not expect the "
-                "additional passes of an attribution (with static_graph=True it stops in silence, "
-                "and its buffers are exchanged each time)",
+                "DistributedDataParallel around it, which exchanges buffers and prepares its "
+                "averaging of gradients anew in each forward pass (with static_graph=True the "
+                "averaging would stop in silence)",
                 f"{_TRAIN}.",
             )
         )
@@ -68,7 +67,7 @@ def refuse_lost_gradients(outputs: Iterable[Tensor], *, twice: bool) -> None:
         return
     for node in nodes(outputs):
         wrapper = getattr(node, "ddp_weakref", None)
-        if wrapper is not None and wrapper().static_graph:
+        if wrapper is not None and getattr(wrapper(), "static_graph", False):
             raise NotDifferentiableError(
                 expected_found(
                     "`forward_func`",
@@ -96,7 +95,8 @@ def watched(
     """See to it that the gradient of a value reaches all processes, or raise in its backward pass.
 
     Nothing is checked where no gradient is accumulated (``torch.autograd.grad``), nor under
-    ``no_sync``. ``whole`` says that the value's graph refers to whole parameters.
+    ``no_sync``. ``whole`` says that the pass runs through input gradients, whose graph refers to
+    whole parameters.
     """
     if not (value.requires_grad and dist.is_available() and dist.is_initialized()):
         return value
@@ -218,6 +218,16 @@ def data_parallel_rank(modules_behind: Callable[[], Sequence[nn.Module]]) -> int
     return dist.get_rank() if shards and not computed_together(modules) else 0
 
 
+def ranks_that_train(modules: Sequence[nn.Module]) -> set[int]:
+    """Return the processes whose gradients are averaged; none where nothing here averages them."""
+    for wrapper in wrappers_of(modules):
+        return set(dist.get_process_group_ranks(wrapper.process_group))
+    for module in modules:
+        for group in _sharded_groups(module):
+            return set(group.mesh_info.mesh.mesh.flatten().tolist())
+    return set()
+
+
 def computed_together(modules: Sequence[nn.Module]) -> bool:
     """Whether processes share the computation of each example (tensor parallelism).
 
@@ -233,24 +243,6 @@ def computed_together(modules: Sequence[nn.Module]) -> bool:
         for module in modules
         for p in module.parameters(recurse=False)
     )
-
-
-@contextmanager
-def kept_whole(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep sharded modules whole after the gradients that are taken in this block.
-
-    The graph of such a gradient refers to whole parameters; ``fully_shard`` frees them after each
-    backward pass.
-    """
-    groups = [group for module in modules for group in _sharded_groups(module)]
-    before = [group.reshard_after_backward for group in groups]
-    try:
-        for group in groups:
-            group.reshard_after_backward = False
-        yield
-    finally:
-        for group, value in zip(groups, before, strict=True):
-            group.reshard_after_backward = value
 
 
 # Groups that are kept whole until the backward pass under way is over, and what they do else.
@@ -269,7 +261,11 @@ def _let_go(groups: Iterable[Any]) -> list[Any]:
 
 
 def _attend(sharded: Sequence[Any], *, whole: bool) -> None:
-    """Keep sharded modules whole for the rest of the backward pass, and see what it leaves."""
+    """See what the rest of the backward pass leaves, with whole modules if need be.
+
+    The graph of an input gradient refers to whole parameters, whose memory ``fully_shard`` frees
+    after each pass and fills again when it makes the module whole.
+    """
     groups = [group for module in sharded for group in _sharded_groups(module)]
     if whole:
         for group in groups:
@@ -302,20 +298,6 @@ def _leaves_gradients(group: Any) -> bool:
     return group.reduce_grads and any(p is not None and p.grad is not None for p in whole)
 
 
-def refuse_sharded(modules: Iterable[nn.Module], way: str) -> None:
-    """Refuse a way that runs sharded modules again where their parameters are gone."""
-    if any(_sharded_groups(module) for module in modules):
-        raise NotDifferentiableError(
-            expected_found(
-                way,
-                "a model whose parameters stay in place",
-                "one that fully_shard takes apart between passes",
-                "Use differentiation='double_backprop', which keeps it whole until the backward "
-                "pass, or 'finite_difference'.",
-            )
-        )
-
-
 def computes_in_half(modules: Iterable[nn.Module]) -> bool:
     """Whether sharded modules cast their inputs to half precision."""
     halves = (torch.float16, torch.bfloat16)
@@ -323,12 +305,17 @@ def computes_in_half(modules: Iterable[nn.Module]) -> bool:
     return any(group.mp_policy.param_dtype in halves for group in groups)
 
 
+# Where torch has it, from 2.6 on and before; not imported, which would take long.
+_FSDP = ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")
+
+
 def _sharded_groups(module: nn.Module) -> list[Any]:
     """Parameter groups of a module that ``fully_shard`` has made."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not isinstance(module, getattr(fsdp, "FSDPModule", ())):
+    found: list[Any] = [sys.modules.get(name) for name in _FSDP]
+    classes = tuple(fsdp.FSDPModule for fsdp in found if hasattr(fsdp, "FSDPModule"))
+    if not isinstance(module, classes):
         return []
-    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    state: Any = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     return list(groups) if groups is not None else [g for g in [state._fsdp_param_group] if g]
 

@@ -19,7 +19,6 @@ from captum_priors._engine._modules import submodules_of
 from captum_priors._engine._random import swapped_in
 from captum_priors._engine._smooth import relu_as_softplus
 from captum_priors._engine._still import held
-from captum_priors._engine._wrappers import kept_whole
 from captum_priors._errors import expected_found, one_of
 from captum_priors._types import Differentiation, TensorOrTuple
 from captum_priors.priors._base import check_keywords
@@ -122,8 +121,8 @@ class Regularizer(LeafPrior):
         """Return what refers to the modules that run."""
         return (self.forward_func,)
 
-    def keeps_graph(self) -> bool:
-        """Whether values keep the graph of all that runs."""
+    def differentiates_twice(self) -> bool:
+        """Whether the backward pass may run through input gradients."""
         return not self._holds_again()
 
     def explained_modules(self) -> Sequence[nn.Module]:
@@ -132,11 +131,8 @@ class Regularizer(LeafPrior):
 
     @contextmanager
     def _model_held(self) -> Iterator[None]:
-        modules = self.explained_modules()
         with ExitStack() as stack:
-            stack.enter_context(held(modules))
-            if self.keeps_graph():
-                stack.enter_context(kept_whole(modules))
+            stack.enter_context(held(self.explained_modules()))
             if self.smooth is not None:
                 stack.enter_context(relu_as_softplus(self.smooth))
             if not self._holds_again():
