@@ -10,18 +10,24 @@ from captum_priors import (
     attacks,
     attr,
     distances,
+    integrations,
     metrics,
     penalties,
     priors,
     stability,
     testing,
 )
+from captum_priors.integrations import accelerate, huggingface, lightning
 
 MODULES = [
     captum_priors,
     attacks,
     attr,
     distances,
+    integrations,
+    accelerate,
+    huggingface,
+    lightning,
     metrics,
     penalties,
     priors,
