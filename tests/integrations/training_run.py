@@ -44,7 +44,7 @@ def make() -> tuple[nn.Module, Prior]:
     )
     stable = StabilityPrior(Saliency(model), mse, noisy)
     # The limit of the last one lets it fail at some steps.
-    limited = Guarded(stable, "skip", max_value=1e-4)
+    limited = Guarded(stable, "skip", max_value=8e-6)
     return model, 0.3 * (Lazy(drawn, every=3) + Subsample(by_generator, 0.5) + limited)
 
 
