@@ -1,4 +1,4 @@
-"""The README's tables of Captum's and SHAP's classes, made from registries and measurements.
+"""The README's tables of classes and settings, made from registries and measurements.
 
 ``python -m tests.support_table`` writes it.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 from captum_priors.adapters._shap._registry import ROWS as SHAP_ROWS
 from captum_priors.adapters._table import ADAPTERS, REFUSED, held_fixed
+from tests.integrations.settings import settings_table
 
 ROOT = Path(__file__).parents[1]
 _WAYS = ("double_backprop", "recompute", "finite_difference")
@@ -61,13 +62,19 @@ def shap_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"support table": captum_table, "shap table": shap_table}
+TABLES = {
+    "support table": captum_table,
+    "shap table": shap_table,
+    "settings table": settings_table,
+}
 
 
 def in_place(text: str) -> str:
     """Put the tables between their marks."""
     for name, table in TABLES.items():
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        if start not in text:
+            continue
         before, _, rest = text.partition(start)
         after = rest.partition(end)[2]
         text = before + start + table() + end + after

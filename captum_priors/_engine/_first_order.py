@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from captum_priors._engine._graph import leaves, no_second_derivative, now, refuse_dead_ends
-from captum_priors._engine._wrappers import refuse_spent_reduction
+from captum_priors._engine._wrappers import refuse_lost_gradients
 from captum_priors._errors import NotDifferentiableError, TargetError
 
 Field = Callable[[tuple[Tensor, ...]], Tensor]
@@ -128,7 +128,7 @@ def differentiate(
     if create_graph:
         gradients = with_second_derivative(outputs, points, allow_unused=True)
     else:
-        refuse_spent_reduction([outputs])
+        refuse_lost_gradients([outputs], twice=False)
         gradients = _grad(outputs, points, torch.ones_like(outputs), allow_unused=True)
     found = []
     for i, gradient in enumerate(gradients):
@@ -147,7 +147,7 @@ def with_second_derivative(
 ) -> tuple[Tensor, ...]:
     """Differentiate with a graph, and refuse operators that have no second derivative."""
     several = isinstance(outputs, (tuple, list))
-    refuse_spent_reduction(outputs if several else [outputs])
+    refuse_lost_gradients(outputs if several else [outputs], twice=True)
     if cotangents is None:
         # Ones that require a gradient in their turn, because torch marks a function as
         # differentiable only once where its cotangent does, and drops its graph silently elsewhere.

@@ -54,8 +54,16 @@ def refuse_wrapper(module: nn.Module) -> None:
         )
 
 
-def refuse_spent_reduction(outputs: Iterable[Tensor]) -> None:
-    """Refuse a gradient that would use up the static-graph wrapper's one delayed reduction."""
+# Steps of tensor parallelism whose backward pass returns its result without a graph.
+_EXCHANGES = {"_FromTorchTensorBackward", "_ToTorchTensorBackward", "RedistributeBackward"}
+
+
+def refuse_lost_gradients(outputs: Iterable[Tensor], *, twice: bool) -> None:
+    """Refuse to differentiate outputs where torch would lose gradients without a word.
+
+    A gradient through the static-graph wrapper uses up its one delayed reduction; differentiated
+    twice, the exchange of tensor parallelism is a constant.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return
     for node in nodes(outputs):
@@ -68,6 +76,16 @@ def refuse_spent_reduction(outputs: Iterable[Tensor]) -> None:
                     "DistributedDataParallel(static_graph=True), which would stop averaging "
                     "gradients in silence",
                     f"{_TRAIN}.",
+                )
+            )
+        if twice and node.name() in _EXCHANGES:
+            raise NotDifferentiableError(
+                expected_found(
+                    "double backpropagation",
+                    "a model that each process computes by itself",
+                    "tensor-parallel parameters, whose exchange between processes torch does not "
+                    "differentiate twice, and does not say so",
+                    "Use differentiation='finite_difference'.",
                 )
             )
 
@@ -196,22 +214,24 @@ def data_parallel_rank(modules_behind: Callable[[], Sequence[nn.Module]]) -> int
     modules = modules_behind()
     for wrapper in wrappers_of(modules):
         return dist.get_rank(wrapper.process_group)
-    for module in modules:
-        if _sharded_groups(module):
-            meshes = [p.device_mesh for p in module.parameters() if hasattr(p, "device_mesh")]
-            if meshes and meshes[0].ndim == 1:
-                return int(meshes[0].get_local_rank())
-    return 0
+    shards = any(_sharded_groups(module) for module in modules)
+    return dist.get_rank() if shards and not computed_together(modules) else 0
 
 
-def splits_examples(modules: Sequence[nn.Module]) -> bool:
-    """Whether processes only divide the examples: no part of the modules' computation."""
-    sharded = {id(m) for module in modules if _sharded_groups(module) for m in module.modules()}
-    return all(
-        p.device_mesh.ndim == 1 and id(module) in sharded
+def computed_together(modules: Sequence[nn.Module]) -> bool:
+    """Whether processes share the computation of each example (tensor parallelism).
+
+    Parameters that ``fully_shard`` alone has spread are whole when they compute.
+    """
+    groups = [group for module in modules for group in _sharded_groups(module)]
+    parameters = [parameter for group in groups for parameter in group.fsdp_params]
+    if any(parameter.is_dtensor for parameter in parameters):
+        return True
+    spread = {id(parameter.sharded_param) for parameter in parameters}
+    return any(
+        hasattr(p, "device_mesh") and id(p) not in spread
         for module in modules
         for p in module.parameters(recurse=False)
-        if hasattr(p, "device_mesh")
     )
 
 
@@ -303,12 +323,17 @@ def computes_in_half(modules: Iterable[nn.Module]) -> bool:
     return any(group.mp_policy.param_dtype in halves for group in groups)
 
 
+# Where torch has it, from 2.6 on and before; not imported, which would take long.
+_FSDP = ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")
+
+
 def _sharded_groups(module: nn.Module) -> list[Any]:
     """Parameter groups of a module that ``fully_shard`` has made."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not isinstance(module, getattr(fsdp, "FSDPModule", ())):
+    found: list[Any] = [sys.modules.get(name) for name in _FSDP]
+    classes = tuple(fsdp.FSDPModule for fsdp in found if hasattr(fsdp, "FSDPModule"))
+    if not isinstance(module, classes):
         return []
-    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    state: Any = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     return list(groups) if groups is not None else [g for g in [state._fsdp_param_group] if g]
 

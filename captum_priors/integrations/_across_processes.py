@@ -11,7 +11,7 @@ from captum_priors._captum import as_tuple
 from captum_priors._checks import check_inputs
 from captum_priors._engine._processes import Processes, spread_over
 from captum_priors._engine._random import Counter, RandomStream
-from captum_priors._engine._wrappers import splits_examples, wrappers_of
+from captum_priors._engine._wrappers import computed_together, wrappers_of
 from captum_priors._errors import expected_found
 from captum_priors._types import TensorOrTuple
 from captum_priors.priors._base import Prior, check_prior
@@ -149,7 +149,7 @@ class AcrossProcesses(Prior):
         """Refuse processes that do other work than examples of their own, and those that stop."""
         for leaf in self._each(LeafPrior):
             modules = leaf.explained_modules()
-            if self.process_group is None and not splits_examples(modules):
+            if self.process_group is None and computed_together(modules):
                 raise ValueError(
                     expected_found(
                         "`process_group`",

@@ -27,13 +27,18 @@ REFUSED = {
     "undecided": r"Write captum_priors.integrations.AcrossProcesses(prior)",
     "out_of_step": "the same prior at the same step on every process",
     "joined": "found a join context",
-    "tensor_parallel": "Pass process_group=mesh['data'].get_group()",
+    "fsdp1": "Shard it with torch.distributed.fsdp.fully_shard",
+    "tensor_parallel undecided": "Pass process_group=mesh['data'].get_group()",
+    "tensor_parallel double_backprop": "Use differentiation='finite_difference'",
+    "tensor_parallel recompute": "Use differentiation='finite_difference'",
     "fsdp_trains recompute": "Use differentiation='double_backprop'",
     "fsdp_prior_first finite_difference": "Evaluate the prior after the model's forward pass",
 }
 
 
 def refusal(name: str) -> str | None:
+    if name == "joined_without":
+        return None
     return next((reason for start, reason in REFUSED.items() if name.startswith(start)), None)
 
 
@@ -45,6 +50,7 @@ TRAIN = [name for name in CASES if "trains" in name and refusal(name) is None] +
     "fsdp_accumulation",
     "fsdp_two_backwards",
     "fsdp_two_terms",
+    "tensor_parallel finite_difference",
     "fsdp_prior_first double_backprop",
 ]
 
@@ -95,7 +101,7 @@ def test_refused_with_the_pattern_that_works(name: str, found: list[dict[str, An
 
 @pytest.mark.slow
 def test_a_statistic_of_parts_is_another(found: list[dict[str, Any]]) -> None:
-    assert found[0]["gini_of_parts_differs"]["error"] > 0.1
+    assert found[0]["gini_of_parts_differs"]["error"] > 0.01
 
 
 @pytest.mark.slow
@@ -103,6 +109,13 @@ def test_running_statistics_stay_those_of_all(found: list[dict[str, Any]]) -> No
     case = found[0]["normalisation"]
     assert case["apart"] == 0
     assert case["moved"] == 3  # one batch at each step: the attribution passes are not counted
+
+
+@pytest.mark.slow
+def test_uneven_numbers_of_batches(found: list[dict[str, Any]]) -> None:
+    case = found[0]["joined_without"]
+    assert case["apart"] == 0
+    assert case["moved"] > 0.02
 
 
 @pytest.mark.slow
