@@ -149,13 +149,14 @@ class PriorTrainer(PriorTrainerMixin, Trainer):
 
 
 def prior_of_words(model: Any) -> Prior:
+    """Without draws; it needs double backpropagation, and so attention that is not fused."""
     explainer = LayerGradientXActivation(LogitsOf(model), model.bert.embeddings.word_embeddings)
-    return AttributionPrior(differentiable(explainer, differentiation="finite_difference"), l2)
+    return AttributionPrior(differentiable(explainer), l2)
 
 
 def huggingface(*, static_graph: bool) -> Any:
     """The trainer hands its loss a wrapped model; the prior runs the one inside."""
-    seen, model = hf.Recorder(), hf.bert()
+    seen, model = hf.Recorder(), hf.bert(attention="eager")
     start = values_of(model)
     with tempfile.TemporaryDirectory() as folder:
         options = hf.arguments(
@@ -173,7 +174,7 @@ def huggingface(*, static_graph: bool) -> Any:
             prior=prior_of_words,
             prior_arguments=seen,
         ).train()
-    twin = hf.bert()
+    twin = hf.bert(attention="eager")
     prior, optimizer = prior_of_words(twin), torch.optim.SGD(twin.parameters(), lr=0.5)
     for parts in zip(*together(seen.calls), strict=True):
         names = parts[0].keys()
@@ -185,12 +186,25 @@ def huggingface(*, static_graph: bool) -> Any:
     return compared(model, twin, start) | {"steps": len(seen.calls)}
 
 
+def fused() -> Any:
+    """Each process draws for itself: they stay together, and no other process can say the same."""
+    model = hf.bert()
+    start = values_of(model)
+    with tempfile.TemporaryDirectory() as folder:
+        options = hf.arguments(
+            Path(folder), max_steps=STEPS, ddp_backend="gloo", ddp_static_graph=True
+        )
+        PriorTrainer(model, options, train_dataset=hf.data(), prior=hf.make_prior).train()
+    return compared(model, model, start)
+
+
 def main(path: str) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     found = {
         "huggingface": huggingface(static_graph=False),
         "huggingface static_graph": huggingface(static_graph=True),
+        "huggingface fused": fused(),
         "accelerate": accelerate(),
         "lightning": lightning(static_graph=False),
         "lightning static_graph": lightning(static_graph=True),
