@@ -9,8 +9,7 @@ see those that come later. Torch reports none of this.
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -37,9 +36,9 @@ def refuse_wrapper(module: nn.Module) -> None:
             expected_found(
                 "`forward_func`",
                 "the model itself",
-                "DistributedDataParallel around it, whose gradient averaging does not expect the "
-                "additional passes of an attribution (with static_graph=True it stops in silence, "
-                "and its buffers are exchanged each time)",
+                "DistributedDataParallel around it, which exchanges buffers and prepares its "
+                "averaging of gradients anew in each forward pass (with static_graph=True the "
+                "averaging would stop in silence)",
                 f"{_TRAIN}.",
             )
         )
@@ -235,24 +234,6 @@ def computed_together(modules: Sequence[nn.Module]) -> bool:
     )
 
 
-@contextmanager
-def kept_whole(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep sharded modules whole after the gradients that are taken in this block.
-
-    The graph of such a gradient refers to whole parameters; ``fully_shard`` frees them after each
-    backward pass.
-    """
-    groups = [group for module in modules for group in _sharded_groups(module)]
-    before = [group.reshard_after_backward for group in groups]
-    try:
-        for group in groups:
-            group.reshard_after_backward = False
-        yield
-    finally:
-        for group, value in zip(groups, before, strict=True):
-            group.reshard_after_backward = value
-
-
 # Groups that are kept whole until the backward pass under way is over, and what they do else.
 _kept: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
@@ -269,7 +250,11 @@ def _let_go(groups: Iterable[Any]) -> list[Any]:
 
 
 def _attend(sharded: Sequence[Any], *, whole: bool) -> None:
-    """Keep sharded modules whole for the rest of the backward pass, and see what it leaves."""
+    """See what the rest of the backward pass leaves, with whole modules if need be.
+
+    The graph of an input gradient refers to whole parameters, whose memory ``fully_shard`` frees
+    after each pass and fills again when it makes the module whole.
+    """
     groups = [group for module in sharded for group in _sharded_groups(module)]
     if whole:
         for group in groups:
@@ -310,8 +295,7 @@ def refuse_sharded(modules: Iterable[nn.Module], way: str) -> None:
                 way,
                 "a model whose parameters stay in place",
                 "one that fully_shard takes apart between passes",
-                "Use differentiation='double_backprop', which keeps it whole until the backward "
-                "pass, or 'finite_difference'.",
+                "Use differentiation='double_backprop' or 'finite_difference'.",
             )
         )
 

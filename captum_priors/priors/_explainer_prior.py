@@ -18,7 +18,7 @@ from captum_priors._engine._processes import current_processes
 from captum_priors._engine._random import GeneratorState, swapped_in
 from captum_priors._engine._smooth import relu_as_softplus
 from captum_priors._engine._still import held
-from captum_priors._engine._wrappers import kept_whole, refuse_sharded
+from captum_priors._engine._wrappers import refuse_sharded
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._rows import for_each
 from captum_priors._types import TensorOrTuple
@@ -133,8 +133,6 @@ class ExplainerPrior(LeafPrior):
             refuse_sharded(modules, "recompute")
         with ExitStack() as stack:
             stack.enter_context(held(modules))
-            if self.keeps_graph() and torch.is_grad_enabled():
-                stack.enter_context(kept_whole(modules))
             if self.smooth is not None:
                 stack.enter_context(relu_as_softplus(self.smooth))
             yield

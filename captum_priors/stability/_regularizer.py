@@ -18,7 +18,6 @@ from captum_priors._engine._modules import submodules_of
 from captum_priors._engine._random import swapped_in
 from captum_priors._engine._smooth import relu_as_softplus
 from captum_priors._engine._still import held
-from captum_priors._engine._wrappers import kept_whole
 from captum_priors._errors import expected_found, one_of
 from captum_priors._types import Differentiation, TensorOrTuple
 from captum_priors.priors._base import check_keywords
@@ -145,11 +144,8 @@ class Regularizer(LeafPrior):
 
     @contextmanager
     def _model_held(self) -> Iterator[None]:
-        modules = self.explained_modules()
         with ExitStack() as stack:
-            stack.enter_context(held(modules))
-            if self.keeps_graph():
-                stack.enter_context(kept_whole(modules))
+            stack.enter_context(held(self.explained_modules()))
             if self.smooth is not None:
                 stack.enter_context(relu_as_softplus(self.smooth))
             if not self._holds_again():

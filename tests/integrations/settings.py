@@ -55,8 +55,8 @@ SETTINGS = [
     Setting(
         "— an explainer of `ddp` itself",
         "refused",
-        "its averaging does not expect the additional passes; with `static_graph` it would "
-        "stop in silence",
+        "each pass through it prepares its averaging anew, which with `static_graph` would stop in "
+        "silence",
         _each(_REFUSED, "step_with wrapper static_graph", "step_with wrapper hidden"),
     ),
     Setting(
@@ -98,8 +98,8 @@ SETTINGS = [
     Setting(
         "FSDP2 (`fully_shard`), any `reshard_after_forward`",
         "works",
-        "`double_backprop`, which keeps the parameters whole from the prior to the backward pass, "
-        "and `finite_difference`, evaluated after the model's forward pass",
+        "`double_backprop`, which gathers the parameters once more in the backward pass and keeps "
+        "them to its end, and `finite_difference`, evaluated after the model's forward pass",
         _each(
             _TRAINS,
             "fsdp_trains layers reshard: double_backprop",

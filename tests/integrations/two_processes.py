@@ -354,9 +354,9 @@ def draws_differ() -> Any:
 @case()
 def streams_start_together() -> Any:
     """One checkpoint holds for all: the first process's streams are everybody's."""
+    x, model = data()[0][0], net()
     torch.manual_seed(dist.get_rank())
-    x = data()[0][0]
-    prior = AttributionPrior(ExpectedGradients(net()), l2, baselines=x, n_samples=1)
+    prior = AttributionPrior(ExpectedGradients(model), l2, baselines=x, n_samples=1)
     prior = AcrossProcesses(Lazy(Subsample(prior, 0.5), every=2))
     drawn(prior, x[part()])
     state = torch.cat([v.flatten() % 1_000_003 for v in prior.state_dict().values()]).double()
