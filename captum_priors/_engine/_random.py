@@ -153,3 +153,19 @@ class RandomStream(Counter):
         """Seed that the next call will get."""
         seed = mixed(int(self.seed), int(self) if advance else -1)
         return mixed(seed, rank) if rank else seed
+
+
+class GeneratorState(nn.Module):
+    """The state of a user's generator, kept in the ``state_dict`` of what draws from it."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def get_extra_state(self) -> Tensor:
+        """Return the state."""
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Put the generator into the state, which may have been loaded to another device."""
+        self.generator.set_state(state.cpu())

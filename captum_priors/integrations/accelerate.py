@@ -8,6 +8,8 @@ from captum_priors._errors import expected_found
 from captum_priors.integrations._terms import Means, evaluate
 from captum_priors.priors._base import Prior, check_prior
 
+__all__ = ["AcceleratedPrior"]
+
 _NEEDED = ("register_for_checkpointing", "reduce", "log")
 
 

@@ -17,6 +17,8 @@ from captum_priors._extras import extra
 from captum_priors.integrations._terms import Means, check_explains, evaluate
 from captum_priors.priors._base import Prior, check_prior
 
+__all__ = ["LogitsOf", "PriorTrainerMixin", "classification_arguments"]
+
 logger = logging.getLogger(__name__)
 
 

@@ -16,6 +16,8 @@ from captum_priors._errors import expected_found
 from captum_priors.integrations._terms import evaluate
 from captum_priors.priors._base import Prior, check_prior
 
+__all__ = ["PriorMixin"]
+
 
 class PriorMixin:
     r"""Add ``self.prior`` to the loss of each training step, and log it.

@@ -16,7 +16,7 @@ from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._engine._mismatch import names_mismatch
 from captum_priors._engine._modules import submodules_of
 from captum_priors._engine._processes import current_processes
-from captum_priors._engine._random import swapped_in
+from captum_priors._engine._random import GeneratorState, swapped_in
 from captum_priors._engine._smooth import relu_as_softplus
 from captum_priors._engine._still import held
 from captum_priors._errors import NotDifferentiableError, expected_found
@@ -68,6 +68,8 @@ class ExplainerPrior(LeafPrior):
         self._check_options(options)
         self.options = options
         self.score = score
+        if isinstance(options.get("generator"), torch.Generator):
+            self.generator_state = GeneratorState(options["generator"])
 
     @property
     def _parameters_of_attribute(self) -> Any:

@@ -31,7 +31,7 @@ class PriorTrainer(PriorTrainerMixin, Trainer):
     pass
 
 
-def bert(dropout: float = 0.0) -> BertForSequenceClassification:
+def bert(dropout: float = 0.0, attention: str = "sdpa") -> BertForSequenceClassification:
     """Without dropout, attention is fused in training, too."""
     torch.manual_seed(3)
     config = BertConfig(
@@ -44,7 +44,7 @@ def bert(dropout: float = 0.0) -> BertForSequenceClassification:
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
         num_labels=3,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
     )
     return BertForSequenceClassification(config)
 
