@@ -10,10 +10,15 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-oldest tutorials tutorials-write tables lint clean
+.PHONY: demo picture test test-oldest tutorials tutorials-write docs tables lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m captum_priors --data $(DATA) --output $(OUTPUT)
+
+# The README's picture: the demo's on its default data.
+picture:
+	$(MAKE) demo DATA=digits
+	cp $(OUTPUT)/report.png docs/images/demo.png
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
@@ -32,6 +37,12 @@ tutorials: $(INSTALLED)
 tutorials-write: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python tutorials/run.py --jobs $(JOBS) --write
 
+# The site, into docs/_build/html; anything unresolved is an error. External links are not tried.
+docs: $(INSTALLED)
+	rm -rf docs/_build
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	$(BIN)/python docs/check_links.py docs/_build/html
+
 # The README's tables, from the registries and benchmarks/results.
 tables: $(INSTALLED)
 	$(BIN)/python -m tests.support_table
@@ -48,4 +59,4 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OUTPUT) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OUTPUT) docs/_build docs/api docs/tutorials build dist .mypy_cache .pytest_cache .ruff_cache

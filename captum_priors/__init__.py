@@ -25,12 +25,13 @@ papers' priors in :mod:`captum_priors.priors`, what keeps explanations from bein
 from captum_priors._errors import NotDifferentiableError
 from captum_priors.adapters import CaptumAdapter, ShapAdapter, differentiable
 from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
-from captum_priors.priors import AttributionPrior, Lazy, StabilityPrior, Subsample
+from captum_priors.priors import AttributionPrior, Guarded, Lazy, StabilityPrior, Subsample
 
 __all__ = [
     "AttributionPrior",
     "CaptumAdapter",
     "ExpectedGradients",
+    "Guarded",
     "LayerExpectedGradients",
     "Lazy",
     "NotDifferentiableError",

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import torch
 from captum._utils.common import (
     _format_additional_forward_args,
     _format_output,
     _format_tensor_into_tuples,
     _run_forward,
+    _select_targets,
 )
 from captum._utils.gradient import compute_gradients
 from captum._utils.models.linear_model import (
@@ -28,6 +30,7 @@ from captum.attr._utils.lrp_rules import (
 from captum.log import log_usage
 from torch import Tensor
 
+from captum_priors._errors import TargetError, expected_found
 from captum_priors._rows import tile
 from captum_priors._types import TensorOrTuple
 
@@ -45,9 +48,11 @@ __all__ = [
     "forward_args",
     "like_inputs",
     "log_usage",
+    "output_error",
     "progress",
     "run_forward",
     "run_repeated",
+    "select_error",
 ]
 
 CAPTUM_RULES = (EpsilonRule, GammaRule, Alpha1_Beta0_Rule, IdentityRule)
@@ -86,17 +91,72 @@ def run_repeated(
     """Run the model on rows that repeat those that the target and arguments are made for."""
     times = points[0].shape[0] // n_rows
     extra = tuple(tile(arg, times, n_rows) for arg in args)
-    return run_forward(forward_func, points, tile(target, times, n_rows), extra)
+    output = run_forward(forward_func, points, None, extra)
+    if target is None:
+        return output
+    if output.dim() > 0 and output.shape[0] != points[0].shape[0]:
+        raise output_error(output, points[0].shape[0])
+    return selected(output, tile(target, times, n_rows))
 
 
 def run_forward(
     forward_func: Any, inputs: tuple[Any, ...], target: Any, args: tuple[Any, ...]
 ) -> Tensor:
     """Run the model and select the target outputs, exactly as Captum does."""
-    output = _run_forward(forward_func, inputs, target, args or None)
+    output = _run_forward(forward_func, inputs, None, args or None)
     if not isinstance(output, Tensor):
-        raise TypeError(
-            f"`forward_func`: expected it to return a torch.Tensor, found {type(output).__name__}. "
-            "Wrap it in a function that returns the logits alone."
+        raise select_error(output, target)
+    return output if target is None else selected(output, target)
+
+
+def selected(output: Tensor, target: Any) -> Tensor:
+    """Select the target outputs as Captum does, or say what does not fit."""
+    if isinstance(target, Tensor) and target.numel() > 1 and target.device != output.device:
+        raise select_error(output, target)
+    try:
+        chosen: Tensor = _select_targets(output, target)
+    except (AssertionError, IndexError, RuntimeError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise select_error(output, target) from error
+    return chosen
+
+
+def output_error(output: Tensor, n_rows: int) -> Exception:
+    """Word that outputs are not one row for each row of inputs."""
+    return ValueError(
+        expected_found(
+            "`forward_func`",
+            f"outputs for each of the {n_rows} rows, shape (rows, ...)",
+            f"shape {tuple(output.shape)}",
+            "Return the outputs of each example, unreduced.",
         )
-    return output
+    )
+
+
+def select_error(output: Any, target: Any) -> Exception:
+    """Word why no output can be selected."""
+    if not isinstance(output, Tensor):
+        return TypeError(
+            expected_found(
+                "`forward_func`",
+                "it to return a torch.Tensor",
+                type(output).__name__,
+                "Wrap it in a function that returns the logits alone.",
+            )
+        )
+    found = repr(target)
+    if isinstance(target, Tensor):
+        found = f"{target.dtype} of shape {tuple(target.shape)} on {target.device}"
+        if target.numel() and not target.is_meta and not target.is_floating_point():
+            found += f", values from {target.min().item()} to {target.max().item()}"
+    return TargetError(
+        expected_found(
+            "`target`",
+            f"what selects one output for each row of outputs {tuple(output.shape)} on "
+            f"{output.device}",
+            found if len(found) < 200 else f"a {type(target).__name__}",
+            "Pass a class index from 0 to outputs - 1, or an int64 tensor (batch,) of them on the "
+            "model's device; leave it out where there is one output for each example.",
+        )
+    )

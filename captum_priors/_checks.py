@@ -83,7 +83,20 @@ def check_target(target: Any, n_examples: int) -> None:
                     "`target`", f"one for each of the {n_examples} examples", str(length), "Match."
                 )
             )
-        if isinstance(target, Tensor) and target.is_floating_point():
+        entries = target if isinstance(target, list) else []
+        odd = [t for t in entries if not isinstance(t, (int, tuple))]
+        if odd:
+            raise TypeError(
+                expected_found(
+                    "`target`",
+                    "a list of ints or of tuples of ints",
+                    f"one with a {type(odd[0]).__name__}",
+                    "Pass torch.as_tensor(target).long(), or plain ints.",
+                )
+            )
+        if isinstance(target, Tensor) and (
+            target.is_floating_point() or target.dtype == torch.bool
+        ):
             raise TypeError(
                 expected_found(
                     "`target`",
@@ -101,6 +114,28 @@ def check_target(target: Any, n_examples: int) -> None:
             "Convert it with torch.as_tensor(target).",
         )
     )
+
+
+def check_forward_func(forward_func: Any) -> None:
+    """Require a model or another function of the inputs, rather than a class or an explainer."""
+    if isinstance(forward_func, type):
+        raise TypeError(
+            expected_found(
+                "`forward_func`",
+                "a model or another callable",
+                f"the class {forward_func.__name__}",
+                "Pass an instance of it.",
+            )
+        )
+    if not callable(forward_func):
+        raise TypeError(
+            expected_found(
+                "`forward_func`",
+                "a model or another callable",
+                type(forward_func).__name__,
+                "Pass the model itself, not its output or an explainer of it.",
+            )
+        )
 
 
 def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:

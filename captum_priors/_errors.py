@@ -18,8 +18,8 @@ class NotDifferentiableError(RuntimeError):
     """
 
 
-class TargetError(ValueError, AssertionError):
-    """A target that does not select one output for each example; Captum asserts it."""
+class TargetError(ValueError, AssertionError, IndexError):
+    """A target that does not select one output for each example; Captum asserts or indexes."""
 
 
 def expected_found(what: str, expected: str, found: object, remedy: str) -> str:

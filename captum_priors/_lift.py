@@ -19,6 +19,16 @@ def lift_penalty(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         given: Any = dict(kwargs)
+        if len(args) != (0 if "attributions" in given else 1):
+            raise TypeError(
+                expected_found(
+                    f"{function.__name__}()",
+                    "the attributions as its only positional argument",
+                    f"{len(args)} of them",
+                    "Pass what explainer.attribute(...) returns, and all else by name; a distance "
+                    "takes two attributions.",
+                )
+            )
         attributions: Any = args[0] if args else given.pop("attributions")
         each = _each(attributions, "attributions")
         terms = []
@@ -27,7 +37,7 @@ def lift_penalty(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
             if isinstance(attributions, tuple):
                 own = {name: _entry(name, v, i, len(each)) for name, v in given.items()}
             call: Any = function
-            terms.append(call(tensor, *args[1:], **own))
+            terms.append(call(tensor, **own))
         return _sum(terms)
 
     return wrapper
@@ -48,6 +58,13 @@ def lift_distance(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
                     "Compare attributions of the same inputs.",
                 )
             )
+        for a, b in zip(left, right, strict=True):
+            if a.device != b.device:
+                raise ValueError(
+                    expected_found(
+                        "`other`", f"device {a.device}", str(b.device), f"Move it to {a.device}."
+                    )
+                )
         return _sum([function(a, b, **options) for a, b in zip(left, right, strict=True)])
 
     return wrapper
@@ -80,6 +97,18 @@ def _full(tensor: Any, name: str) -> Tensor:
                 "shape (batch, ...) with at least one feature dimension",
                 f"shape {tuple(tensor.shape)}",
                 "Unsqueeze a single example.",
+            )
+        )
+    if 0 in tensor.shape[1:]:
+        raise ValueError(
+            expected_found(
+                f"`{name}`", "at least one feature", f"shape {tuple(tensor.shape)}", "Pass some."
+            )
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(
+            expected_found(
+                f"`{name}`", "floating-point numbers", str(tensor.dtype), "Convert with .float()."
             )
         )
     # Sums over many features overflow or stall in half precision.
@@ -125,7 +154,8 @@ def in_units_of_largest(tensor: Tensor, dims: int | tuple[int, ...]) -> Tensor:
     squares would vanish is zero, and has a zero gradient.
     """
     largest = tensor.detach().abs().amax(dims, keepdim=True)
-    counts = largest > torch.finfo(tensor.dtype).tiny ** 0.5
+    # Negated so that NaN counts: what is not a number must not come out as zero.
+    counts = ~(largest <= torch.finfo(tensor.dtype).tiny ** 0.5)
     return torch.where(counts, tensor, 0) / torch.where(counts, largest, 1)
 
 

@@ -1,6 +1,7 @@
 """Look at a model and an explainer from outside: held still, same draws each time, no trace."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from zlib import crc32
@@ -16,6 +17,8 @@ from captum_priors._engine._still import held
 from captum_priors._errors import expected_found
 from captum_priors._types import TensorOrTuple
 
+_PASSED_AT_CALL = ("inputs", "target", "additional_forward_args")
+
 
 def check_explainer(explainer: Any) -> None:
     """Require an object with Captum's ``attribute``."""
@@ -29,6 +32,24 @@ def check_explainer(explainer: Any) -> None:
                 "Pass for example captum.attr.Saliency(model).",
             )
         )
+
+
+def check_options(explainer: Any, options: Iterable[str]) -> None:
+    """Refuse keywords that the explainer's ``attribute`` does not take."""
+    parameters = inspect.signature(explainer.attribute).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in options:
+        if name not in parameters:
+            known = ", ".join(p for p in parameters if p not in _PASSED_AT_CALL)
+            raise TypeError(
+                expected_found(
+                    f"`{name}`",
+                    f"an option of {type(explainer).__name__}.attribute ({known})",
+                    "something else",
+                    "Check the spelling.",
+                )
+            )
 
 
 def forward_func_of(explainer: Any) -> Any:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from captum_priors._captum import as_tuple
+from captum_priors._checks import check_tensors
 from captum_priors._engine._modules import modules_of
 from captum_priors._engine._random import GlobalRandomState, seed_global
 from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._probe import check_explainer, check_options
 
 __all__ = ["Certificate", "check_differentiable"]
 
@@ -92,6 +94,9 @@ def check_differentiable(
         ... ).passed
         False
     """
+    check_explainer(explainer)
+    check_options(explainer, attribute_options)
+    check_tensors(inputs)
     tensors = _checked(explainer, inputs, parameters)
     directions = torch.Generator().manual_seed(seed)
     state = GlobalRandomState.now()
@@ -168,6 +173,16 @@ def _checked(
             for i, module in enumerate(modules)
             for name, parameter in module.named_parameters()
         ]
+    parameters = list(parameters)
+    if any(not isinstance(entry, tuple) for entry in parameters):
+        raise TypeError(
+            expected_found(
+                "`parameters`",
+                "pairs of a name and a tensor",
+                "tensors alone",
+                "Pass model.named_parameters().",
+            )
+        )
     named = {id(p): (name, p) for name, p in parameters if p.requires_grad}
     for i, tensor in enumerate(as_tuple(inputs)):
         if tensor.requires_grad:

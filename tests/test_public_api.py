@@ -17,6 +17,7 @@ from captum_priors import (
     stability,
     testing,
 )
+from captum_priors.integrations import accelerate, huggingface, lightning
 
 MODULES = [
     captum_priors,
@@ -24,6 +25,9 @@ MODULES = [
     attr,
     distances,
     integrations,
+    accelerate,
+    huggingface,
+    lightning,
     metrics,
     penalties,
     priors,

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from captum_priors._demo.data import Images
 from captum_priors._demo.evaluation import Evaluation, attribution_maps
 from captum_priors._demo.training import Run, Settings
 
-_SHOWN = 5
+_MOST_SHOWN = 8  # one image of each class, up to this many
+_COLOURS = ("0.45", "tab:red")
 
 
 def table(names: tuple[str, str], evaluations: tuple[Evaluation, Evaluation]) -> Table:
@@ -98,49 +98,53 @@ def _draw(
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # after the choice of a backend that needs no screen
 
-    figure = plt.figure(figsize=(13, 7), layout="constrained")
-    halves = figure.add_gridspec(1, 2, width_ratios=(1, 1.1))
-    left, right = (figure.add_subfigure(halves[0, i]) for i in (0, 1))
-    left.suptitle("Expected gradients of the true class\n(red: for it, blue: against it)")
-    grid = left.subplots(_SHOWN, 1 + len(runs))
-    shown, labels = (t[:_SHOWN] for t in images.test)
+    classes = images.test[1].unique()[:_MOST_SHOWN]
+    first = [int((images.test[1] == label).nonzero()[0]) for label in classes]
+    shown, labels = (t[first] for t in images.test)
     maps = {
         name: attribution_maps(run.model, shown, labels, images.train[0], seed)
         for name, run in runs.items()
     }
-    for i, row in enumerate(grid):
-        row[0].imshow(shown[i, 0].numpy(), cmap="gray_r")
-        for axis, (name, attributions) in zip(row[1:], maps.items(), strict=True):
-            _show_map(axis, attributions[i, 0])
-            if i == 0:
-                axis.set_title(name)
-        for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
-    axes = right.subplots(2, 1, sharey=True)
-    for axis, kind, label in (
-        (axes[0], "gaussian_accuracy", "standard deviation of Gaussian noise"),
-        (axes[1], "salt_and_pepper_accuracy", "fraction of pixels set to black or white"),
+    figure = plt.figure(figsize=(9, 5.8), layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.05, 1))
+    top, bottom = halves
+    top.suptitle("What speaks for (red) and against (blue) the true class", fontsize=11)
+    for row, axes in zip(
+        (shown, *maps.values()), top.subplots(1 + len(maps), len(shown)), strict=True
     ):
-        for name, evaluation in evaluations.items():
+        for i, axis in enumerate(axes):
+            axis.set(xticks=[], yticks=[])
+            if row is shown:
+                axis.imshow(row[i, 0].numpy(), cmap="gray_r")
+            else:  # one scale for all maps of an image
+                sizes = torch.stack([m[i, 0] for m in maps.values()]).abs().numpy()
+                limit = float(np.percentile(sizes, 99)) or 1.0
+                axis.imshow(row[i, 0].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    for axes, label in zip(top.axes[:: len(shown)], ("image", *maps), strict=True):
+        axes.set_ylabel(label, rotation=0, ha="right", va="center")
+    for axis, kind, label in zip(
+        bottom.subplots(1, 2, sharey=True),
+        ("gaussian_accuracy", "salt_and_pepper_accuracy"),
+        ("standard deviation of Gaussian noise", "fraction of pixels set to black or white"),
+        strict=True,
+    ):
+        for (name, evaluation), colour in zip(evaluations.items(), _COLOURS, strict=True):
             levels: dict[str, float] = getattr(evaluation, kind)
             axis.plot(
                 [0.0, *map(float, levels)],
                 [evaluation.clean_accuracy, *levels.values()],
                 marker="o",
                 label=name,
+                color=colour,
             )
         axis.set_xlabel(label)
-        axis.set_ylabel("test accuracy")
         axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.label_outer()
+    bottom.axes[0].set_ylabel("test accuracy")
+    bottom.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
-
-
-def _show_map(axis: Any, attributions: Tensor) -> None:
-    limit = float(np.percentile(attributions.abs().numpy(), 99)) or 1.0
-    axis.imshow(attributions.numpy(), cmap="seismic", vmin=-limit, vmax=limit)
 
 
 def show(console: Console, images: Images, runs: dict[str, Run], result: Table) -> None:

@@ -68,3 +68,14 @@ def spread_over(processes: Processes) -> Iterator[None]:
 def world_size() -> int:
     """Number of processes that train together, one where nobody said."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def any_process(flag: Tensor) -> bool:
+    """Whether the flag is up here or in another of the processes: all have to ask."""
+    processes = _current.get()
+    group, size = (processes.group, processes.size) if processes else (None, world_size())
+    if size > 1:
+        raised = flag.int()
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=group)
+        return bool(raised)
+    return bool(flag)

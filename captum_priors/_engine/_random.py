@@ -93,16 +93,30 @@ def mixed(seed: int, step: int) -> int:
 
 
 class Counter(nn.Module):
-    """A step counter kept in the ``state_dict``; the host reads it every step, so on the CPU."""
+    """A step counter kept in the ``state_dict``; the host reads it every step, so on the CPU.
+
+    It is no buffer: those are moved with the model, and broadcast by ``DistributedDataParallel``,
+    which NCCL does not do on the CPU.
+    """
 
     step: Tensor
+    _kept: tuple[str, ...] = ("step",)
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("step", torch.tensor(0, device="cpu"))
+        self.step = torch.tensor(0, device="cpu")
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "Counter":
-        return self
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination.update({prefix + name: getattr(self, name) for name in self._kept})
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *rest: Any
+    ) -> None:
+        for name in self._kept:
+            if prefix + name in state_dict:
+                getattr(self, name).copy_(state_dict[prefix + name])
+            elif strict:
+                missing.append(prefix + name)
 
     def __int__(self) -> int:
         return int(self.step)
@@ -120,12 +134,13 @@ class RandomStream(Counter):
     """
 
     seed: Tensor
+    _kept = ("step", "seed")
 
     def __init__(self, name: str) -> None:
         super().__init__()
         # The name keeps nested priors (a subsample of an attribution prior) from sharing draws.
         seed = (torch.initial_seed() ^ crc32(name.encode())) & ((1 << 63) - 1)
-        self.register_buffer("seed", torch.tensor(seed, device="cpu"))
+        self.seed = torch.tensor(seed, device="cpu")
 
     def next_seed(self, *, advance: bool, rank: int = 0) -> int:
         """Seed of the current step, another for each process that has examples of its own."""
@@ -138,3 +153,19 @@ class RandomStream(Counter):
         """Seed that the next call will get."""
         seed = mixed(int(self.seed), int(self) if advance else -1)
         return mixed(seed, rank) if rank else seed
+
+
+class GeneratorState(nn.Module):
+    """The state of a user's generator, kept in the ``state_dict`` of what draws from it."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def get_extra_state(self) -> Tensor:
+        """Return the state."""
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Put the generator into the state, which may have been loaded to another device."""
+        self.generator.set_state(state.cpu())

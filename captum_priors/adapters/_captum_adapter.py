@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from captum_priors._captum import log_usage
 from captum_priors._engine._first_order import marks_start
 from captum_priors._engine._inference import leaves_inference_mode
+from captum_priors._engine._mismatch import names_mismatch
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
 
@@ -70,7 +71,7 @@ class CaptumAdapter:
         attribute.__doc__ = f"As :meth:`captum.attr.{cls._stock.__name__}.attribute`."
         attribute.__signature__ = stock  # type: ignore[attr-defined]  # what inspect reads
         attribute.__qualname__ = f"{cls.__name__}.attribute"
-        cls.attribute = log_usage()(leaves_inference_mode(marks_start(attribute)))  # type: ignore[attr-defined]  # Captum's name
+        cls.attribute = log_usage()(names_mismatch(leaves_inference_mode(marks_start(attribute))))  # type: ignore[attr-defined]  # Captum's name
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
         raise NotImplementedError

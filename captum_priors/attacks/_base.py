@@ -19,6 +19,7 @@ from captum_priors._captum import (
 from captum_priors._checks import check_count, check_inputs, check_target
 from captum_priors._engine._first_order import check_points
 from captum_priors._engine._inference import leaves_inference_mode
+from captum_priors._engine._mismatch import names_mismatch
 from captum_priors._engine._random import mixed
 from captum_priors._engine._smooth import check_beta, relu_as_softplus
 from captum_priors._engine._surrogate import pull
@@ -27,6 +28,7 @@ from captum_priors._importance import check_spatial_dims
 from captum_priors._probe import (
     Probe,
     check_explainer,
+    check_options,
     check_outputs,
     default_target,
     forward_func_of,
@@ -229,6 +231,7 @@ class AttributionAttack(BoundedPerturbation):
                 )
             )
         self.explainer = differentiable(explainer)
+        check_options(self.explainer, attribute_options)
         self.step_num, self.n_restarts, self.random_start = step_num, n_restarts, random_start
         self.step_size = 5 / step_num if step_size is None else float(step_size)
         self.betas = None if betas is None else _checked_betas(betas)
@@ -250,6 +253,7 @@ class AttributionAttack(BoundedPerturbation):
         """Return what visited points are ranked by; by default the objective."""
         return self.objective(attributions, clean)
 
+    @names_mismatch
     @leaves_inference_mode
     def perturb(
         self,

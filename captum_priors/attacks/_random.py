@@ -7,6 +7,7 @@ import torch
 from captum_priors._captum import like_inputs
 from captum_priors._checks import check_count
 from captum_priors._engine._inference import leaves_inference_mode
+from captum_priors._engine._mismatch import names_mismatch
 from captum_priors._errors import one_of
 from captum_priors._probe import forward_func_of
 from captum_priors._types import TensorOrTuple
@@ -84,6 +85,7 @@ class RandomAttack(BoundedPerturbation):
         check_count("n_tries", n_tries)
         self.distribution, self.n_tries = distribution, n_tries
 
+    @names_mismatch
     @leaves_inference_mode
     def perturb(
         self,

@@ -1,5 +1,6 @@
 """Expected gradients (Erion et al. 2021) as a Captum attribution method."""
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -17,12 +18,14 @@ from captum_priors._captum import (
 from captum_priors._checks import (
     check_count,
     check_distribution,
+    check_forward_func,
     check_inputs,
     check_reference,
     check_target,
 )
 from captum_priors._engine._first_order import check_points, marks_start
 from captum_priors._engine._inference import leaves_inference_mode
+from captum_priors._engine._mismatch import names_mismatch
 from captum_priors._errors import expected_found, one_of
 from captum_priors._rows import length_of, take
 from captum_priors._types import DIFFERENTIATIONS, Differentiation, TensorOrTuple
@@ -73,21 +76,14 @@ class ExpectedGradients(GradientAttribution):
         *,
         differentiation: Differentiation = "double_backprop",
     ) -> None:
-        if not callable(forward_func):
-            raise TypeError(
-                expected_found(
-                    "`forward_func`",
-                    "a model or another callable",
-                    type(forward_func).__name__,
-                    "Pass the model itself, not its output.",
-                )
-            )
+        check_forward_func(forward_func)
         one_of("differentiation", differentiation, DIFFERENTIATIONS)
         super().__init__(forward_func)
         self._multiply_by_inputs = multiply_by_inputs
         self.differentiation: Differentiation = differentiation
 
     @log_usage()
+    @names_mismatch
     @leaves_inference_mode
     @marks_start
     def attribute(
@@ -182,6 +178,15 @@ class ExpectedGradients(GradientAttribution):
         """Draw references and positions; say whether there is a covariance to estimate."""
         check_count("n_samples", n_samples)
         one_of("estimator", estimator, ESTIMATORS)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                expected_found(
+                    "`generator`",
+                    "a torch.Generator",
+                    type(generator).__name__,
+                    "Pass torch.Generator().manual_seed(0).",
+                )
+            )
         control_variate = estimator == "control_variate" and n_samples > 1
         draws = Draws.new(
             n_samples, like.shape[0], n_rows, stratified=control_variate, generator=generator
@@ -225,7 +230,20 @@ def reference_rows(baselines: Any, inputs: TensorOrTuple) -> tuple[Tensor, ...]:
     if not callable(baselines):
         for each in baselines if isinstance(baselines, tuple) else (baselines,):
             check_reference(each)
+    if callable(baselines):
+        baselines = _returning_something(baselines)
     return check_distribution(call_baselines(baselines, inputs), as_tuple(inputs))
+
+
+def _returning_something(baselines: Any) -> Any:
+    @functools.wraps(baselines)
+    def called(*args: Any) -> Any:
+        found = baselines(*args)
+        if found is None:  # which Captum reads as zero
+            check_reference(found)
+        return found
+
+    return called
 
 
 def check_stdevs(stdevs: float | tuple[float, ...], n_inputs: int) -> tuple[float, ...]:

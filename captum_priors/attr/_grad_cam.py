@@ -5,9 +5,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, forward_args, run_forward, run_repeated
+from captum_priors._checks import check_forward_func
 from captum_priors._engine import Visit, input_gradients, keep_graph, recompute
 from captum_priors._engine._first_order import marks_start
 from captum_priors._engine._layers import only_activation, recorded, replaced
+from captum_priors._engine._mismatch import names_mismatch
 from captum_priors._errors import expected_found, one_of
 from captum_priors._rows import tile
 from captum_priors._types import DIFFERENTIATIONS, Differentiation, TensorOrTuple
@@ -31,10 +33,12 @@ class GradCam:
                     "`layer`", "a torch.nn.Module", type(layer).__name__, "Pass model.some_layer."
                 )
             )
+        check_forward_func(forward_func)
         one_of("differentiation", differentiation, DIFFERENTIATIONS)
         self.forward_func, self.layer = forward_func, layer
         self.differentiation: Differentiation = differentiation
 
+    @names_mismatch
     @marks_start
     def attribute(
         self, inputs: TensorOrTuple, target: Any = None, additional_forward_args: Any = None

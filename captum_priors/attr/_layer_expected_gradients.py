@@ -12,6 +12,7 @@ from captum_priors._checks import check_count, check_inputs, check_target
 from captum_priors._engine._first_order import marks_start
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._engine._layers import only_activation, recorded, replaced
+from captum_priors._engine._mismatch import names_mismatch
 from captum_priors._errors import expected_found
 from captum_priors._rows import length_of, take, tile
 from captum_priors._types import Differentiation, TensorOrTuple
@@ -79,6 +80,7 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         self.device_ids = device_ids
 
     @log_usage()
+    @names_mismatch
     @leaves_inference_mode
     @marks_start
     def attribute(

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from captum_priors._captum import as_tuple, forward_args, run_forward
-from captum_priors._checks import check_count, check_inputs, check_target
+from captum_priors._checks import check_count, check_forward_func, check_inputs, check_target
 from captum_priors._engine._inference import leaves_inference_mode
+from captum_priors._engine._mismatch import names_mismatch
 from captum_priors._errors import expected_found
 from captum_priors._probe import (
     Probe,
     check_explainer,
+    check_options,
     check_outputs,
     seed_from_global_state,
     undisturbed,
@@ -21,6 +23,7 @@ from captum_priors._types import TensorOrTuple
 from captum_priors.metrics._rows import joined, tensors_of
 
 
+@names_mismatch
 @leaves_inference_mode
 def local_lipschitz(
     explainer: Any,
@@ -71,6 +74,7 @@ def local_lipschitz(
         [2.0, 2.0]
     """
     check_explainer(explainer)
+    check_options(explainer, attribute_options)
     check_inputs(inputs)
     tensors = tuple(t.detach() for t in as_tuple(inputs))
     check_target(target, tensors[0].shape[0])
@@ -101,6 +105,7 @@ def _uniform(like: Tensor, radius: float, generator: torch.Generator) -> Tensor:
     return radius * draw.to(like)
 
 
+@names_mismatch
 @leaves_inference_mode
 @torch.no_grad()
 def completeness_gap(
@@ -145,12 +150,22 @@ def completeness_gap(
         >>> bool((completeness_gap(model, x, attributions) < 1e-5).all())
         True
     """
+    check_forward_func(forward_func)
     check_inputs(inputs)
     tensors = as_tuple(inputs)
     n = tensors[0].shape[0]
     check_target(target, n)
     args = forward_args(additional_forward_args)
     each = tensors_of(attributions)
+    if each[0].shape[0] != n:
+        raise ValueError(
+            expected_found(
+                "`attributions`",
+                f"those of the {n} examples",
+                f"{each[0].shape[0]} rows",
+                "Pass what explainer.attribute(inputs, ...) returned for these inputs.",
+            )
+        )
     rows = baselines if isinstance(baselines, tuple) else (baselines,) * len(tensors)
     with undisturbed(0, forward_func):
         here = _selected(forward_func, tensors, target, args, n)

@@ -1,5 +1,6 @@
 """``stability_report``: how far attacks move the explanations of models."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, like_inputs, progress
 from captum_priors._checks import check_count, check_inputs
+from captum_priors._engine._first_order import check_points
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._engine._random import mixed
 from captum_priors._errors import expected_found, one_of
@@ -118,6 +120,24 @@ def stability_report(
         1.0
     """
     one_of("target", target, ("predicted", "label"))
+    if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str)):
+        raise TypeError(
+            expected_found(
+                "`loader`",
+                "batches: a DataLoader, or a list of (inputs, labels)",
+                type(loader).__name__,
+                "Put a single batch into a list: [(inputs, labels)].",
+            )
+        )
+    if figure_path is not None and not Path(figure_path).absolute().parent.is_dir():
+        raise ValueError(
+            expected_found(
+                "`figure_path`",
+                "a file in a folder that exists",
+                str(figure_path),
+                "Make the folder first.",
+            )
+        )
     check_count("k", k)
     check_count("max_examples", max_examples, optional=True)
     check_count("n_shown", n_shown, least=0)
@@ -306,6 +326,7 @@ def _batches(
             inputs, labels = batch
         inputs = tuple(inputs) if isinstance(inputs, list) else inputs
         check_inputs(inputs)
+        check_points(as_tuple(inputs))
         n = as_tuple(inputs)[0].shape[0]
         if labels is not None and (not isinstance(labels, Tensor) or labels.shape != (n,)):
             raise ValueError(
@@ -400,6 +421,19 @@ def _made(what: str, make: Any, argument: Any) -> Any:
                 "Pass a class or a lambda.",
             )
         )
+    if isinstance(make, type):
+        try:
+            inspect.signature(make).bind(argument)
+        except TypeError as error:
+            example = "radius=0.1" if what == "attacks" else "..."
+            raise TypeError(
+                expected_found(
+                    f"`{what}`",
+                    "what can be made of one argument",
+                    f"the class {make.__name__} ({error})",
+                    f"Pass lambda it: {make.__name__}(it, {example}).",
+                )
+            ) from None
     return make(argument)
 
 

@@ -50,6 +50,13 @@ def pair_of(attributions: Any, other: Any) -> tuple[tuple[Tensor, ...], tuple[Te
                 "Compare attributions of the same inputs.",
             )
         )
+    for a, b in zip(left, right, strict=True):
+        if a.device != b.device:
+            raise ValueError(
+                expected_found(
+                    "`other`", f"device {a.device}", str(b.device), f"Move it to {a.device}."
+                )
+            )
     return left, right
 
 

@@ -65,7 +65,7 @@ def energy_outside(attributions: Tensor, *, annotation: Tensor) -> Tensor:
         >>> energy_outside(phi, annotation=allowed).item()
         0.25
     """
-    annotation = _tensor(annotation)
+    annotation = _tensor(annotation, attributions)
     if attributions.dim() == 4:
         if annotation.dim() == 3 and len(annotation) == len(attributions):
             annotation = annotation.unsqueeze(1)
@@ -111,18 +111,27 @@ def alignment(
     return cosine_distance(rows, given)
 
 
-def _tensor(annotation: Any) -> Tensor:
+def _tensor(annotation: Any, attributions: Tensor) -> Tensor:
     if not isinstance(annotation, Tensor):
         raise TypeError(
             expected_found(
                 "`annotation`", "a tensor", type(annotation).__name__, "Use torch.as_tensor."
             )
         )
+    if annotation.device != attributions.device:
+        raise ValueError(
+            expected_found(
+                "`annotation`",
+                f"device {attributions.device} as for the attributions",
+                str(annotation.device),
+                f"Move it with .to({str(attributions.device)!r}).",
+            )
+        )
     return annotation
 
 
 def _fit(attributions: Tensor, annotation: Tensor) -> Tensor:
-    annotation = _tensor(annotation)
+    annotation = _tensor(annotation, attributions)
     if annotation.dim() == attributions.dim() - 1 > 1 and len(annotation) == len(attributions):
         annotation = annotation.unsqueeze(1)  # one map for each example, shared by its channels
     try:

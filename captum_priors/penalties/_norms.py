@@ -115,9 +115,19 @@ def group_sparsity(attributions: Tensor, *, groups: Sequence[Sequence[int]] | Te
             )
         members = [(labels == label).nonzero().flatten() for label in labels.unique()]
     else:
+        if any(not isinstance(g, (Tensor, list, tuple, range)) for g in groups):
+            raise TypeError(
+                expected_found(
+                    "`groups`",
+                    "a list of lists of feature indices, or an integer tensor of labels",
+                    f"a {type(groups).__name__} of {type(groups[0]).__name__}",
+                    "For one label for each feature pass torch.tensor(groups).",
+                )
+            )
         members = [torch.as_tensor(group, device=rows.device) for group in groups]
         if not members or any(
-            m.numel() == 0 or m.min() < 0 or m.max() >= rows.shape[1] for m in members
+            m.numel() == 0 or m.is_floating_point() or not 0 <= m.min() <= m.max() < rows.shape[1]
+            for m in members
         ):
             raise ValueError(
                 expected_found(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from captum_priors._checks import check_count
 from captum_priors._errors import expected_found
 from captum_priors._lift import in_units_of_largest, lift_penalty
 
@@ -42,6 +43,7 @@ def total_variation(
         >>> torch.allclose(total_variation(phi), total_variation(100 * phi), rtol=1e-4)
         True
     """
+    check_count("spatial_dims", spatial_dims, optional=True)
     n = spatial_dims if spatial_dims is not None else max(1, attributions.dim() - 2)
     if not 1 <= n <= min(3, attributions.dim() - 1):
         raise ValueError(

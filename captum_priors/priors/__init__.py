@@ -2,11 +2,13 @@
 
 :class:`AttributionPrior` penalises what an explainer says, :class:`StabilityPrior` how far it moves
 when the input does. They add up and scale (``0.1 * a + b``); :class:`Lazy` and :class:`Subsample`
-make them cheaper. The papers' priors stand here under their own names.
+make them cheaper, and :class:`Guarded` keeps what has gone wrong out of the loss. The papers'
+priors stand here under their own names.
 """
 
 from captum_priors.priors._attribution_prior import AttributionPrior
 from captum_priors.priors._base import Prior
+from captum_priors.priors._guarded import Guarded
 from captum_priors.priors._lazy import Lazy
 from captum_priors.priors._named import (
     HINT,
@@ -25,6 +27,7 @@ __all__ = [
     "AttributionPrior",
     "EnergyPrior",
     "GraphPrior",
+    "Guarded",
     "Lazy",
     "PixelPrior",
     "Prior",

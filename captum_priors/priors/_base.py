@@ -59,17 +59,31 @@ class Prior(nn.Module, ABC):
         if isinstance(other, (int, float)) and other == 0:
             return self  # the start of sum(priors)
         if not isinstance(other, Prior):
-            return NotImplemented
+            raise self._not_a_number("+", other)
         return SumPrior((self, other))
 
     __radd__ = __add__
 
     def __mul__(self, weight: Any) -> "Prior":
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            return NotImplemented
+            raise self._not_a_number("*", weight)
         return WeightedPrior(float(weight), self)
 
     __rmul__ = __mul__
+
+    def _not_a_number(self, sign: str, other: Any) -> TypeError:
+        """Word the commonest slip: adding a prior to the loss without calling it."""
+        return TypeError(
+            expected_found(
+                f"{self.formula()} {sign}",
+                "another prior" if sign == "+" else "a number",
+                type(other).__name__,
+                "Call the prior on a batch, prior(inputs, target=...), and add its value to the "
+                "loss."
+                if sign == "+"
+                else "Write 0.1 * prior; a learned weight multiplies the value, w * prior(inputs).",
+            )
+        )
 
     def __repr__(self) -> str:
         return self.formula()

@@ -13,12 +13,14 @@ from captum_priors._captum import as_tuple
 from captum_priors._checks import check_inputs, check_target
 from captum_priors._engine._checkpointing import without_checkpointing
 from captum_priors._engine._inference import leaves_inference_mode
+from captum_priors._engine._mismatch import names_mismatch
 from captum_priors._engine._modules import submodules_of
 from captum_priors._engine._processes import current_processes
-from captum_priors._engine._random import swapped_in
+from captum_priors._engine._random import GeneratorState, swapped_in
 from captum_priors._engine._smooth import relu_as_softplus
 from captum_priors._engine._still import held
 from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._probe import check_options
 from captum_priors._rows import for_each
 from captum_priors._types import TensorOrTuple
 from captum_priors.adapters import differentiable
@@ -40,13 +42,25 @@ class ExplainerPrior(LeafPrior):
         options: dict[str, Any],
     ) -> None:
         super().__init__(reduction=reduction, smooth=smooth)
-        if not callable(score):
+        if isinstance(explainer, type):
+            raise TypeError(
+                expected_found(
+                    "`explainer`",
+                    "an explainer of a model",
+                    f"the class {explainer.__name__}",
+                    f"Pass {explainer.__name__}(model).",
+                )
+            )
+        if isinstance(score, type) or not callable(score):
+            is_class = isinstance(score, type)
             raise TypeError(
                 expected_found(
                     f"`{self._score_name}`",
                     "a function of attributions",
-                    type(score).__name__,
-                    f"Pass one of captum_priors.{self._score_module}, or your own.",
+                    f"the class {score.__name__}" if is_class else type(score).__name__,
+                    f"Pass {score.__name__}(...), made with its options."
+                    if is_class
+                    else f"Pass one of captum_priors.{self._score_module}, or your own.",
                 )
             )
         # Past nn.Module's registration: the explained model's parameters are not the prior's.
@@ -54,6 +68,8 @@ class ExplainerPrior(LeafPrior):
         self._check_options(options)
         self.options = options
         self.score = score
+        if isinstance(options.get("generator"), torch.Generator):
+            self.generator_state = GeneratorState(options["generator"])
 
     @property
     def _parameters_of_attribute(self) -> Any:
@@ -64,6 +80,7 @@ class ExplainerPrior(LeafPrior):
     _score_name = "penalty"
     _score_module = "penalties"
 
+    @names_mismatch
     @leaves_inference_mode
     def forward(
         self,
@@ -89,11 +106,27 @@ class ExplainerPrior(LeafPrior):
                         "Leave it out, or use a penalty that declares it.",
                     )
                 )
+        self._check_needed(annotations)
         call = self._call(baselines, target, additional_forward_args)
         seed = self._seed_now()
         with swapped_in(seed):
             scores = self._scores(inputs, call, annotations, seed)
         return self._reduce(scores, batch)
+
+    def _check_needed(self, annotations: dict[str, Any]) -> None:
+        for name, parameter in parameters_of(self.score).items():
+            needed = (
+                parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+            )
+            if needed and name not in annotations:
+                raise TypeError(
+                    expected_found(
+                        f"`{name}`",
+                        f"what {_name(self.score)} compares the attributions with",
+                        "none",
+                        f"Call the prior with {name}=..., one entry for each example of the batch.",
+                    )
+                )
 
     def _scores(
         self, inputs: TensorOrTuple, call: dict[str, Any], annotations: dict[str, Any], seed: int
@@ -115,6 +148,7 @@ class ExplainerPrior(LeafPrior):
     def _score(self, maps: tuple[Any, ...], annotations: dict[str, Any]) -> Any:
         """Score attributions, over all processes where it is the batch that is scored."""
         scores = self.score(*maps, **annotations)
+        self._check_graph(maps[0], scores)
         processes = current_processes()
         if processes is None or not isinstance(scores, Tensor) or scores.dim() > 0:
             return scores
@@ -163,6 +197,22 @@ class ExplainerPrior(LeafPrior):
                     )
                 )
         return attributions
+
+    def _check_graph(self, attributions: Any, scores: Any) -> None:
+        """Refuse a score that leaves nothing to train on of attributions that can be trained on."""
+        tensors = [t for t in _each(attributions) if isinstance(t, Tensor)]
+        if not isinstance(scores, Tensor) or scores.requires_grad:
+            return
+        fits = tuple(scores.shape) in {(), *(tuple(t.shape[:1]) for t in tensors)}
+        if fits and any(t.requires_grad for t in tensors):
+            raise NotDifferentiableError(
+                expected_found(
+                    f"`{self._score_name}`",
+                    "a value with a graph to the attributions",
+                    f"none from {_name(self.score)}",
+                    "Look for detach(), item(), NumPy or torch.no_grad() in it.",
+                )
+            )
 
     @property
     def takes_tensors(self) -> bool:
@@ -228,7 +278,6 @@ class ExplainerPrior(LeafPrior):
         return call
 
     def _check_options(self, options: dict[str, Any]) -> None:
-        parameters = self._parameters_of_attribute
         for name in options:
             if name in _PASSED_AT_CALL:
                 raise TypeError(
@@ -245,16 +294,7 @@ class ExplainerPrior(LeafPrior):
                         "Ask the explainer for the deltas.",
                     )
                 )
-            if name not in parameters and not _is_open(parameters):
-                known = ", ".join(p for p in parameters if p not in _PASSED_AT_CALL)
-                raise TypeError(
-                    expected_found(
-                        f"`{name}`",
-                        f"an option of {type(self.explainer).__name__}.attribute ({known})",
-                        "something else",
-                        "Check the spelling.",
-                    )
-                )
+        check_options(self.explainer, options)
 
 
 def _each(attributions: Any) -> tuple[Any, ...]:

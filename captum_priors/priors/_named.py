@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from captum.attr import InputXGradient, Saliency
 from torch import Tensor, nn
 
+from captum_priors._captum import select_error
+from captum_priors._checks import check_forward_func
 from captum_priors._errors import expected_found
 from captum_priors._types import Differentiation, TensorOrTuple
 from captum_priors.adapters import differentiable
@@ -151,6 +153,7 @@ class RightForTheRightReasons(AttributionPrior):
         differentiation: Differentiation = "double_backprop",
         **options: Any,
     ) -> None:
+        check_forward_func(forward_func)
         gradient = Saliency(_SumOfLogProbabilities(forward_func))
         explainer = differentiable(gradient, differentiation=differentiation)
         super().__init__(explainer, outside, abs=False, **options)
@@ -192,6 +195,7 @@ class EnergyPrior(AttributionPrior):
         differentiation: Differentiation = "double_backprop",
         **options: Any,
     ) -> None:
+        check_forward_func(forward_func)
         explainer = differentiable(InputXGradient(forward_func), differentiation=differentiation)
         super().__init__(explainer, energy_outside, **options)
 
@@ -272,7 +276,9 @@ class _SumOfLogProbabilities:
 
     def __call__(self, *args: Any) -> Tensor:
         logits = self.forward_func(*args)
-        if logits.dim() < 2 or logits.shape[1] < 2:
+        if not isinstance(logits, Tensor):
+            raise select_error(logits, None)
+        if logits.dim() < 2 or logits.shape[1] < 2 or logits.shape[0] != args[0].shape[0]:
             raise ValueError(
                 expected_found(
                     "`forward_func`",
@@ -303,6 +309,16 @@ def _scaled(cam: Tensor) -> Tensor:
 
 def _resized(annotation: Tensor, cam: Tensor) -> Tensor:
     """Average the annotation down to the layer's resolution."""
+    if not isinstance(annotation, Tensor) or annotation.dim() < min(3, cam.dim() - 1):
+        found = tuple(annotation.shape) if isinstance(annotation, Tensor) else None
+        raise TypeError(
+            expected_found(
+                "`annotation`",
+                "a tensor (batch, height, width) or (batch, 1, height, width)",
+                type(annotation).__name__ if found is None else f"shape {found}",
+                "Use torch.as_tensor, and one map for each example.",
+            )
+        )
     if annotation.dim() == cam.dim() - 1:
         annotation = annotation.unsqueeze(1)
     if annotation.shape[2:] == cam.shape[2:] or cam.dim() != 4:

@@ -1,5 +1,6 @@
 """The stability prior: attributions that stay when the input moves a little."""
 
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -65,15 +66,18 @@ class StabilityPrior(ExplainerPrior):
             explainer, distance, reduction=reduction, smooth=smooth, options=attribute_options
         )
         perturb = getattr(perturbation, "perturb", perturbation)
-        if not callable(perturb):
+        if isinstance(perturbation, type) or not callable(perturb):
             raise TypeError(
                 expected_found(
                     "`perturbation`",
                     "a captum.robust.Perturbation or a function of the inputs",
-                    type(perturbation).__name__,
+                    f"the class {perturbation.__name__}"
+                    if isinstance(perturbation, type)
+                    else type(perturbation).__name__,
                     "Pass for example lambda x: x + 0.1 * torch.randn_like(x).",
                 )
             )
+        _check_bound(perturb)
         # Past nn.Module's registration, like the explainer: an attack may hold the model.
         self.__dict__["perturbation"] = perturbation
         self.__dict__["_perturb"] = perturb
@@ -104,8 +108,7 @@ class StabilityPrior(ExplainerPrior):
 
     def _moved(self, inputs: TensorOrTuple, call: dict[str, Any]) -> TensorOrTuple:
         known = parameters_of(self._perturb)
-        given = ("target", "additional_forward_args", "baselines")
-        extra = {k: call[k] for k in given if k in call and k in known}
+        extra = {k: call[k] for k in _GIVEN if k in call and k in known}
         moved: TensorOrTuple = self._perturb(inputs, **extra)
         if not self.takes_tensors:
             return moved
@@ -121,7 +124,39 @@ class StabilityPrior(ExplainerPrior):
                     "Return tensors like the inputs.",
                 )
             )
+        for tensor, like in zip(each, as_tuple(inputs), strict=True):
+            if (tensor.dtype, tensor.device) != (like.dtype, like.device):
+                raise TypeError(
+                    expected_found(
+                        "`perturbation`",
+                        f"perturbed inputs in {like.dtype} on {like.device}",
+                        f"{tensor.dtype} on {tensor.device}",
+                        "Return tensors like the inputs.",
+                    )
+                )
         return like_inputs(inputs, tuple(t.detach() for t in each))
 
     def _described(self) -> list[Any]:
         return [self.score, self.perturbation]
+
+
+_GIVEN = ("target", "additional_forward_args", "baselines")
+
+
+def _check_bound(perturb: Any) -> None:
+    """Refuse a perturbation that needs more than a prior has to give."""
+    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in parameters_of(perturb).values() if p.default is p.empty]
+    inputs = [p for p in needed if p.kind in positional][:1]
+    for parameter in needed:
+        variadic = parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+        if parameter not in inputs and not variadic and parameter.name not in _GIVEN:
+            raise TypeError(
+                expected_found(
+                    "`perturbation`",
+                    f"a function of the inputs, which may also take {', '.join(_GIVEN)}",
+                    f"one that needs `{parameter.name}`",
+                    f"Bind it: lambda x, target: attack.perturb(x, {parameter.name}=..., "
+                    "target=target).",
+                )
+            )

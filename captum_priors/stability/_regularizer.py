@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_priors._captum import as_tuple, forward_args, run_repeated
-from captum_priors._checks import check_inputs, check_target
+from captum_priors._captum import as_tuple, forward_args, output_error, run_repeated
+from captum_priors._checks import check_forward_func, check_inputs, check_target
 from captum_priors._engine._checkpointing import without_checkpointing
 from captum_priors._engine._first_order import check_points
 from captum_priors._engine._inference import leaves_inference_mode
+from captum_priors._engine._mismatch import names_mismatch
 from captum_priors._engine._modules import submodules_of
 from captum_priors._engine._random import swapped_in
 from captum_priors._engine._smooth import relu_as_softplus
@@ -49,14 +50,7 @@ class Call:
         """Return all outputs, shape (rows, outputs), in at least single precision."""
         outputs = run_repeated(self.forward_func, points, None, self.args, self.n)
         if outputs.dim() == 0 or outputs.shape[0] != points[0].shape[0]:
-            raise ValueError(
-                expected_found(
-                    "`forward_func`",
-                    f"outputs for each of the {points[0].shape[0]} rows, shape (rows, ...)",
-                    f"shape {tuple(outputs.shape)}",
-                    "Return the outputs of each example, unreduced.",
-                )
-            )
+            raise output_error(outputs, points[0].shape[0])
         return full_precision(outputs.reshape(len(outputs), -1))
 
 
@@ -70,20 +64,13 @@ class Regularizer(LeafPrior):
         self, forward_func: Any, *, reduction: Reduction = "mean", smooth: float | None = None
     ) -> None:
         super().__init__(reduction=reduction, smooth=smooth)
-        if not callable(forward_func):
-            raise TypeError(
-                expected_found(
-                    "`forward_func`",
-                    "a module, or a function that returns its outputs",
-                    type(forward_func).__name__,
-                    "Pass the model.",
-                )
-            )
+        check_forward_func(forward_func)
         # Past nn.Module's registration: the model's parameters are not the prior's.
         self.__dict__["forward_func"] = forward_func
 
     forward_func: Any
 
+    @names_mismatch
     @leaves_inference_mode
     def forward(
         self,

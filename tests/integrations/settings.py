@@ -28,6 +28,12 @@ _TWO = "tests/integrations/test_two_processes.py::"
 _TRAINS = f"{_TWO}test_parameters_are_those_of_one_process"
 _REFUSED = f"{_TWO}test_refused_with_the_pattern_that_works"
 _HERE = "tests/integrations/test_training_settings.py::"
+_LIGHTNING = "tests/integrations/test_lightning.py::"
+_HUGGINGFACE = "tests/integrations/test_huggingface.py::"
+_ACCELERATE = "tests/integrations/test_accelerate.py::"
+_FRAMEWORKS = "tests/integrations/test_frameworks_in_two_processes.py::"
+_SAME = "test_parameters_are_those_of_one_process"
+_GUARD = "tests/integrations/test_step_guard.py::"
 
 
 def _each(test: str, *names: str) -> tuple[str, ...]:
@@ -233,6 +239,106 @@ SETTINGS = [
     ),
     Setting("Frozen backbones", "works", "", (f"{_HERE}test_frozen_backbone",)),
     Setting("LoRA-style adapters", "works", "", (f"{_HERE}test_low_rank_adapters",)),
+    # Frameworks
+    Setting(
+        "Lightning, also manual optimization, accumulation, two processes",
+        "works with",
+        "`class Regularized(PriorMixin, Classifier)` and `self.prior = ...`",
+        (
+            f"{_LIGHTNING}test_fit_is_the_loop_written_by_hand",
+            f"{_LIGHTNING}test_logger_gets_every_term",
+            *_each(f"{_FRAMEWORKS}{_SAME}", "lightning", "lightning static_graph"),
+        ),
+    ),
+    Setting(
+        "— `trainer.validate()` under `inference_mode`",
+        "works",
+        "logged as `val_prior`",
+        (f"{_LIGHTNING}test_evaluation_alone_under_inference_mode",),
+    ),
+    Setting(
+        "— a step that goes without the prior",
+        "refused",
+        "the step of the class that lists `PriorMixin` comes before the mixin's: call "
+        "`self.prior_loss(batch)` there",
+        (f"{_LIGHTNING}test_step_that_goes_without_the_prior_is_refused",),
+    ),
+    Setting(
+        "Hugging Face `Trainer`, also accumulation, fused attention, `ddp_static_graph`",
+        "works with",
+        "`class PriorTrainer(PriorTrainerMixin, Trainer)` and `prior=lambda model: ...`",
+        (
+            f"{_HUGGINGFACE}test_training_is_the_loop_written_by_hand",
+            f"{_HUGGINGFACE}test_fused_attention_is_what_runs",
+            f"{_HUGGINGFACE}test_evaluation_reports_the_prior_and_leaves_the_loss",
+            *_each(f"{_FRAMEWORKS}{_SAME}", "huggingface", "huggingface static_graph"),
+        ),
+    ),
+    Setting(
+        "— a prior on another model, or one from before `model_init`",
+        "refused",
+        "it would train nothing: pass a function that makes it",
+        (f"{_HUGGINGFACE}test_prior_on_another_model_is_refused",),
+    ),
+    Setting(
+        "Accelerate, also accumulation, bf16, two processes",
+        "works with",
+        "`AcceleratedPrior(prior, accelerator)`",
+        (
+            f"{_ACCELERATE}test_loop_is_the_one_written_by_hand",
+            f"{_ACCELERATE}test_mixed_precision_reaches_the_prior",
+            *_each(f"{_FRAMEWORKS}{_SAME}", "accelerate"),
+        ),
+    ),
+    # Faults
+    Setting(
+        "Resuming after a kill",
+        "works with",
+        "`prior.state_dict()` in the checkpoint, which the frameworks' pieces put there",
+        (
+            "tests/integrations/test_resume.py::test_killed_run_continues_bit_identically",
+            f"{_LIGHTNING}test_checkpoint_continues_draws_and_counters",
+            f"{_HUGGINGFACE}test_checkpoint_continues_draws_and_counters",
+            f"{_ACCELERATE}test_checkpoint_continues_draws_and_counters",
+        ),
+    ),
+    Setting(
+        "NaN or Inf in a batch or a gradient",
+        "works with",
+        "`StepGuard(optimizer, 'skip', model=model)`, or `'raise'`",
+        (
+            f"{_GUARD}test_skipped_step_is_as_if_the_batch_had_not_been",
+            f"{_GUARD}test_step_raises_before_anything_changes",
+            f"{_GUARD}test_lightning_whose_closure_computes_the_gradients",
+            f"{_GUARD}test_hugging_face_by_a_callback",
+            f"{_TWO}test_what_one_process_skips_both_skip",
+        ),
+    ),
+    Setting(
+        "A penalty that is not finite, or explodes",
+        "works with",
+        "`Guarded(prior, 'skip', max_value=1e3)`, or `'raise'`",
+        (
+            "tests/priors/test_guarded.py::test_skipped_value_leaves_the_rest_of_the_step",
+            "tests/priors/test_guarded.py::test_value_beyond_the_limit",
+        ),
+    ),
+    Setting(
+        "Thousands of steps",
+        "works",
+        "",
+        ("tests/priors/test_endurance.py::test_five_thousand_steps_leave_nothing_behind",),
+    ),
+    Setting(
+        "Threads",
+        "works",
+        "as long as others do not draw from torch's global generators while a prior runs, which "
+        "belong to the process",
+        (
+            "tests/priors/test_threads.py::test_each_trains_as_if_alone",
+            "tests/priors/test_threads.py::test_priors_on_one_model_share_it",
+        ),
+    ),
 ]
 
 

@@ -151,6 +151,17 @@ def test_mixed_precision_shards(way: str, found: list[dict[str, Any]]) -> None:
     assert found[0]["fsdp_mixed_precision " + way]["cosine"] > 0.995
 
 
+@pytest.mark.slow
+def test_what_one_process_skips_both_skip(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        prior, step = (each[f"bad_batch_on_one_process {n}"] for n in ("Guarded", "StepGuard"))
+        assert prior["skipped"] == step["skipped"] == 1
+        assert prior["finite"]
+        assert prior["moved"] > 0 == step["moved"]
+        assert prior["apart"] == step["apart"] == 0
+        assert each["fsdp_bad_batch"] == {"skipped": 1, "moved": 0}
+
+
 def test_every_case_is_looked_at() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     seen = {name for name in CASES if name in TRAIN or refusal(name)}

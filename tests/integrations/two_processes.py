@@ -37,13 +37,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from captum_priors import (
     AttributionPrior,
     ExpectedGradients,
+    Guarded,
     Lazy,
     StabilityPrior,
     Subsample,
     differentiable,
 )
 from captum_priors.distances import mse
-from captum_priors.integrations import AcrossProcesses
+from captum_priors.integrations import AcrossProcesses, StepGuard
 from captum_priors.penalties import GraphLaplacian, gini, l2, total_variation
 from captum_priors.stability import InputGradientRegularization, JacobianRegularization
 
@@ -581,6 +582,53 @@ for _way in ("double_backprop", "recompute", "finite_difference"):
 
 
 # Sharded
+
+
+def spoil(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Examples of this process, of which the second process's are not finite."""
+    rows = x[part()].clone()
+    return (rows * float("nan") if dist.get_rank() else rows), y[part()]
+
+
+@case("Guarded", name="Guarded")
+@case("StepGuard", name="StepGuard")
+def bad_batch_on_one_process(piece: str) -> Any:
+    """One process's batch is not finite: both go without the prior, or without the step."""
+    model = net()
+    ddp, optimizer = DDP(model), optimiser(model)
+    prior: Any = Guarded(prior_of(model), "skip")
+    guard = StepGuard(optimizer, "skip")
+    x, y = data()
+    before = values_of(model)
+    inputs, labels = spoil(x[0], y[0])
+    task = x[0][part()] if piece == "Guarded" else inputs
+    loss = F.cross_entropy(ddp(task), labels)
+    if piece == "Guarded":
+        loss = loss + prior(inputs, target=labels)
+    loss.backward()
+    optimizer.step()
+    found = values_of(model)
+    return {
+        "skipped": int(prior.skips) if piece == "Guarded" else guard.skipped,
+        "moved": float((found - before).abs().max()),
+        "finite": bool(found.isfinite().all()),
+        "apart": alike(found),
+    }
+
+
+@case()
+def fsdp_bad_batch() -> Any:
+    """Each process sees the gradients of its own shards only."""
+    model = sharded(net(), layers=True, reshard=True)
+    optimizer = optimiser(model)
+    guard = StepGuard(optimizer, "skip")
+    before = values_of(model)
+    model(data()[0][0][part()]).square().mean().backward()
+    if dist.get_rank() == 1:
+        next(iter(model.parameters())).grad.to_local()[0] = float("nan")
+    optimizer.step()
+    moved = float((values_of(model) - before).abs().max())
+    return {"skipped": guard.skipped, "moved": moved}
 
 
 def sharded(model: nn.Module, *, layers: bool, reshard: bool, **options: Any) -> nn.Module:

@@ -386,7 +386,7 @@ BAD_CALLS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         "tv-no-dims",
         lambda: total_variation(torch.ones(2, 3), spatial_dims=0),
         ValueError,
-        r"expected one to three spatial dimensions.*found.*spatial_dims=0",
+        r"`spatial_dims`: expected an integer of at least 1, found 0",
     ),
     (
         "tv-too-many-dims",

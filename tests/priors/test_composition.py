@@ -132,16 +132,16 @@ def test_weight_that_is_not_finite_is_refused(model: nn.Module, weight: float) -
 @pytest.mark.parametrize("other", ["2", True, None, 1j])
 def test_weight_that_is_no_number_is_refused(model: nn.Module, other: Any) -> None:
     prior = AttributionPrior(Saliency(model), l1)
-    with pytest.raises(TypeError, match=r"unsupported operand|can't multiply"):
+    with pytest.raises(TypeError, match=r"expected a number, found"):
         other * prior
 
 
 @pytest.mark.parametrize("other", [1, 0.5, "prior", None])
 def test_term_that_is_no_prior_is_refused(model: nn.Module, other: Any) -> None:
     prior = AttributionPrior(Saliency(model), l1)
-    with pytest.raises(TypeError, match=r"unsupported operand|can only concatenate"):
+    with pytest.raises(TypeError, match=r"expected another prior, found"):
         other + prior
-    with pytest.raises(TypeError, match=r"unsupported operand"):
+    with pytest.raises(TypeError, match=r"expected another prior, found"):
         prior + other
 
 

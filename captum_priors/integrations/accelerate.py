@@ -1,0 +1,104 @@
+"""Priors in Accelerate: a prior beside what ``accelerator.prepare`` returns."""
+
+from typing import Any
+
+from torch import Tensor
+
+from captum_priors._errors import expected_found
+from captum_priors.integrations._terms import Means, evaluate
+from captum_priors.priors._base import Prior, check_prior
+
+__all__ = ["AcceleratedPrior"]
+
+_NEEDED = ("register_for_checkpointing", "reduce", "log")
+
+
+class AcceleratedPrior(Prior):
+    r"""A prior whose state ``accelerator.save_state`` keeps and whose terms it logs.
+
+    Make it from the model as it was before ``accelerator.prepare``, and add it to the loss that
+    ``accelerator.backward`` gets, which divides both by the steps of accumulation. :meth:`log`
+    sends the means since its last call, over all processes, to the trackers: ``"prior"``, and each
+    term's own value without its weight as ``"prior/<term>"``.
+
+    Args:
+        prior: The prior.
+        accelerator: The accelerator that trains the model.
+
+    Raises:
+        TypeError: If one of them is something else.
+
+    Example:
+        >>> import torch
+        >>> from accelerate import Accelerator
+        >>> from captum_priors.integrations.accelerate import AcceleratedPrior
+        >>> from captum_priors.priors import PixelPrior
+        >>> accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.randn(6, 1, 4, 4), torch.arange(6) % 3
+        >>> prior = AcceleratedPrior(0.1 * PixelPrior(net, baselines=x), accelerator)
+        >>> loader = torch.utils.data.DataLoader(list(zip(x, y)), batch_size=3)
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+        >>> for inputs, target in loader:
+        ...     with accelerator.accumulate(model):
+        ...         loss = torch.nn.functional.cross_entropy(model(inputs), target)
+        ...         accelerator.backward(loss + prior(inputs, target=target))
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> sorted(prior.log(step=1))
+        ['prior', 'prior/PixelPrior_ExpectedGradients_total_variation_n_samples_1']
+    """
+
+    def __init__(self, prior: Prior, accelerator: Any) -> None:
+        super().__init__()
+        check_prior(prior)
+        if not all(hasattr(accelerator, name) for name in _NEEDED):
+            raise TypeError(
+                expected_found(
+                    "`accelerator`",
+                    "an accelerate.Accelerator",
+                    type(accelerator).__name__,
+                    "Pass the one that prepares the model.",
+                )
+            )
+        self.prior = prior.to(accelerator.device)
+        self.accelerator = accelerator
+        self._training_means, self._looks = Means(), Means()
+        accelerator.register_for_checkpointing(self.prior)
+
+    def forward(self, *data: Any, **named: Any) -> Tensor:
+        """Return the value of the prior, and keep it for :meth:`log`."""
+        names = ("inputs", "baselines", "target", "additional_forward_args")
+        value, values = evaluate(self.prior, {**dict(zip(names, data, strict=False)), **named})
+        (self._training_means if self.training_step() else self._looks).add(values)
+        return value
+
+    def log(self, step: int | None = None, **log_options: Any) -> dict[str, float]:
+        """Send means since the last call to the trackers; every process has to call it.
+
+        Args:
+            step: As in ``Accelerator.log``.
+            log_options: As there.
+
+        Returns:
+            Means of training steps, and with ``"val_"`` before their names those of calls that
+            recorded no gradient.
+        """
+        means = self._training_means.take(self.prior, self._sum_over_processes)
+        looks = self._looks.take(self.prior, self._sum_over_processes)
+        means |= {f"val_{name}": value for name, value in looks.items()}
+        self.accelerator.log(means, step=step, **log_options)
+        return means
+
+    def _sum_over_processes(self, table: Tensor) -> Tensor:
+        summed: Tensor = self.accelerator.reduce(table.to(self.accelerator.device), reduction="sum")
+        return summed
+
+    def takes(self, name: str) -> bool:
+        """Whether the prior inside takes the keyword."""
+        return self.prior.takes(name)
+
+    def formula(self) -> str:
+        """Return the prior as it would be written."""
+        return self.prior.formula()

@@ -1,0 +1,259 @@
+"""Priors in Hugging Face ``Trainer``: a mixin for it or for any subclass.
+
+A ``TrainerCallback`` cannot change the loss, so the mixin stands before the trainer's class:
+``class PriorTrainer(PriorTrainerMixin, Trainer)``.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_priors._errors import expected_found
+from captum_priors._extras import extra
+from captum_priors.integrations._terms import Means, check_explains, evaluate
+from captum_priors.priors._base import Prior, check_prior
+
+__all__ = ["LogitsOf", "PriorTrainerMixin", "classification_arguments"]
+
+logger = logging.getLogger(__name__)
+
+
+def classification_arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords of a prior for a batch of sequence or image classification.
+
+    Args:
+        inputs: The batch, with ``input_ids`` or ``pixel_values``, and ``labels``.
+
+    Returns:
+        These as ``inputs`` and ``target``, and an ``attention_mask`` as additional argument.
+
+    Raises:
+        KeyError: If the batch has other entries.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.integrations.huggingface import classification_arguments
+        >>> ids, labels = torch.ones(2, 5, dtype=torch.long), torch.tensor([0, 1])
+        >>> list(classification_arguments({"input_ids": ids, "labels": labels}))
+        ['inputs', 'target']
+    """
+    names = [name for name in ("input_ids", "pixel_values") if name in inputs]
+    if not names or "labels" not in inputs:
+        raise KeyError(
+            expected_found(
+                "batch",
+                "input_ids or pixel_values, and labels",
+                ", ".join(inputs),
+                "Pass the trainer prior_arguments=, a function of the batch.",
+            )
+        )
+    arguments = {"inputs": inputs[names[0]], "target": inputs["labels"]}
+    if inputs.get("attention_mask") is not None:
+        arguments["additional_forward_args"] = inputs["attention_mask"]
+    return arguments
+
+
+class LogitsOf:
+    r"""A classifier of ``transformers`` as an explainer calls it: ids and mask in, logits out.
+
+    Args:
+        model: The model, not wrapped for distribution.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from captum_priors.integrations.huggingface import LogitsOf
+        >>> LogitsOf(lambda ids, attention_mask: SimpleNamespace(logits=ids * attention_mask))(2, 3)
+        6
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, inputs: Any, attention_mask: Any = None) -> Any:
+        """Return the logits."""
+        more = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return self.model(inputs, **more).logits
+
+
+class PriorTrainerMixin:
+    r"""Add a prior to the loss of a ``Trainer``, and log it.
+
+    The prior is evaluated on each micro-batch and averaged over those of an optimizer step, whether
+    or not the trainer divides the loss: for models whose ``forward`` takes ``**kwargs`` it does
+    not. (Some of these, BERT's classifier among them, return a mean all the same, and the trainer
+    sums it; in transformers 5, ``loss_is_scaled_for_ga = False`` on the trainer's class has it
+    divide both.) With the training loss it logs ``"prior"``, what was added on average, and each
+    term's own value without its weight as ``"prior/<term>"``.
+
+    Evaluation leaves ``eval_loss`` as it is, so that runs and early stopping compare, and reports
+    the prior as the metric ``"eval_prior"`` and its terms likewise; that takes the time of an
+    explanation for each batch.
+
+    The prior's counters and generators are saved with each checkpoint, in each process. A model
+    wrapped by ``DistributedDataParallel`` is explained unwrapped, which ``ddp_static_graph`` needs.
+
+    Args:
+        args: For the trainer.
+        prior: The prior, or a function that makes it from the model (needed with ``model_init``).
+        prior_arguments: A function of a batch that returns the prior's keywords. It may ``pop``
+            what the model does not take, such as annotations (keep those columns with
+            ``remove_unused_columns=False``).
+        evaluate_prior: Whether evaluation reports the prior.
+        kwargs: For the trainer.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from transformers import Trainer, TrainingArguments
+        >>> from captum_priors import AttributionPrior, LayerExpectedGradients
+        >>> from captum_priors.integrations.huggingface import LogitsOf, PriorTrainerMixin
+        >>> from captum_priors.penalties import l1
+        >>> class PriorTrainer(PriorTrainerMixin, Trainer):
+        ...     pass
+        >>> model = BertForSequenceClassification(BertConfig(
+        ...     vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        ...     intermediate_size=8))
+        >>> def make_prior(model):
+        ...     words = model.bert.embeddings.word_embeddings
+        ...     explainer = LayerExpectedGradients(
+        ...         LogitsOf(model), words, differentiation="finite_difference")
+        ...     padding = torch.zeros(1, 5, dtype=torch.long)
+        ...     return 0.1 * AttributionPrior(explainer, l1, baselines=padding)
+        >>> data = [{"input_ids": torch.randint(20, (5,)), "labels": i % 2} for i in range(4)]
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     args = TrainingArguments(
+        ...         folder, max_steps=1, gradient_accumulation_steps=2, logging_steps=1,
+        ...         per_device_train_batch_size=2, save_strategy="no", report_to="none",
+        ...         disable_tqdm=True, use_cpu=True)
+        ...     trainer = PriorTrainer(model, args, train_dataset=data, prior=make_prior)
+        ...     _ = trainer.train()  # doctest: +ELLIPSIS
+        {...'prior': ...}
+        {...}
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        prior: Prior | Callable[[Any], Prior],
+        prior_arguments: Callable[[dict[str, Any]], Mapping[str, Any]] = classification_arguments,
+        evaluate_prior: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self._make_prior = prior
+        self._prior_of: tuple[Any, Prior] | None = None
+        self._prior_checkpoint: Path | None = None
+        self.prior_arguments = prior_arguments
+        self.evaluate_prior = evaluate_prior
+        self._training_means, self._evaluation_means = Means(), Means()
+        super().__init__(*args, **kwargs)
+        _ = self.prior  # what is wrong with it shows now
+
+    # What the trainer that comes after this class has.
+    model: nn.Module
+    args: Any
+    accelerator: Any
+
+    @property
+    def prior(self) -> Prior:
+        """The prior on the model that is trained."""
+        if self._prior_of is None or self._prior_of[0] is not self.model:
+            made: Any = self._make_prior
+            prior = made if isinstance(made, Prior) or not callable(made) else made(self.model)
+            check_prior(prior)
+            check_explains(prior, self.model)
+            self._prior_of = (self.model, prior.to(self.args.device))
+        return self._prior_of[1]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the loss with the prior where it is trained on, and without it elsewhere."""
+        training = torch.is_grad_enabled()
+        arguments = self.prior_arguments(inputs)  # label smoothing takes the labels out
+        loss, outputs = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if training:
+            self._continue_from_checkpoint()
+            value, values = evaluate(self.prior, arguments)
+            self._training_means.add(values)
+            loss = loss + value / self._undivided_steps(num_items_in_batch)
+        elif self.evaluate_prior:
+            self._evaluation_means.add(evaluate(self.prior, arguments)[1])
+        return (loss, outputs) if return_outputs else loss
+
+    def _undivided_steps(self, num_items_in_batch: Any) -> int:
+        """Return the steps of accumulation that the trainer does not divide its loss by.
+
+        It does not where the loss was normalised by ``num_items_in_batch`` or is the user's own.
+        """
+        trainer: Any = self
+        is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # transformers 5
+        if is_scaled is None:
+            counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+            is_scaled = counted or trainer.compute_loss_func is not None
+        if not is_scaled:
+            return 1
+        steps: int = self.args.gradient_accumulation_steps
+        return getattr(trainer, "current_gradient_accumulation_steps", None) or steps
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the prior with the training loss."""
+        if "loss" in logs:
+            logs.update(self._training_means.take(self.prior, self._sum_over_processes))
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Report the prior as a metric."""
+        self._evaluation_means = Means()
+        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        # Positional arguments: dataloader, description, prediction_loss_only, ignore_keys, prefix.
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        means = self._evaluation_means.take(self.prior, self._sum_over_processes)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def _sum_over_processes(self, table: Tensor) -> Tensor:
+        summed: Tensor = self.accelerator.reduce(table.to(self.args.device), reduction="sum")
+        return summed
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and in a checkpoint the state of the prior."""
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        if output_dir is not None and Path(output_dir).name.startswith("checkpoint-"):
+            folder = Path(output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.prior.state_dict(), folder / self._state_file())
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; a checkpoint that training resumes from has the state of the prior, too."""
+        if resume_from_checkpoint is True:
+            utils = extra("transformers.trainer_utils", "huggingface")
+            resume_from_checkpoint = utils.get_last_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            self._prior_checkpoint = Path(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+
+    def _continue_from_checkpoint(self) -> None:
+        """Load the state at the first step: ``model_init`` makes model and prior anew."""
+        folder, self._prior_checkpoint = self._prior_checkpoint, None
+        if folder is None:
+            return
+        file = folder / self._state_file()
+        if file.exists():
+            self.prior.load_state_dict(torch.load(file, weights_only=True))
+        else:
+            logger.warning("%s has no state of the prior, which starts anew.", file)
+
+    def _state_file(self) -> str:
+        one = self.args.world_size <= 1
+        return "prior_state.pt" if one else f"prior_state_{self.args.process_index}.pt"

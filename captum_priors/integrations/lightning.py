@@ -1,0 +1,183 @@
+"""Priors in Lightning: a mixin for a ``LightningModule``.
+
+Put :class:`PriorMixin` before the module that has the ``training_step``, and set ``self.prior``.
+Gradient accumulation, precision, clipping and distributed strategies are Lightning's as ever;
+the prior is a submodule, so its counters travel in the checkpoint.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_priors._captum import as_tuple
+from captum_priors._errors import expected_found
+from captum_priors.integrations._terms import evaluate
+from captum_priors.priors._base import Prior, check_prior
+
+__all__ = ["PriorMixin"]
+
+
+class PriorMixin:
+    r"""Add ``self.prior`` to the loss of each training step, and log it.
+
+    .. math:: \mathcal L_\text{step} + \Omega(\text{batch})
+
+    Each batch logs ``"prior"``, what is added to the loss, and each term's own value without its
+    weight as ``"prior/<term>"``. Validation and test batches log ``"val_prior"`` and
+    ``"test_prior"`` in the same way and change no loss; ``trainer.validate()`` works, too, although
+    Lightning runs it under ``inference_mode``. ``Lazy`` counts micro-batches, see there.
+
+    A ``training_step`` in the body of the class that lists the mixin comes before it: call
+    ``self.prior_loss(batch)`` there, as under manual optimization. A step is never given the prior
+    twice, and one that goes without it is refused.
+
+    Attributes:
+        prior: The prior, set in ``__init__`` and made from a module of ``self``.
+
+    Example:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from lightning import LightningModule, Trainer
+        >>> from captum_priors.integrations.lightning import PriorMixin
+        >>> from captum_priors.priors import PixelPrior
+        >>> class Classifier(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        ...     def training_step(self, batch, batch_idx):
+        ...         x, y = batch
+        ...         return F.cross_entropy(self.net(x), y)
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        >>> class Smooth(PriorMixin, Classifier):
+        ...     def __init__(self, background):
+        ...         super().__init__()
+        ...         self.prior = 0.1 * PixelPrior(self.net, baselines=background)
+        >>> x, y = torch.randn(6, 1, 4, 4), torch.arange(6) % 3
+        >>> loader = torch.utils.data.DataLoader(list(zip(x, y)), batch_size=2)
+        >>> trainer = Trainer(max_epochs=1, accumulate_grad_batches=3, accelerator="cpu",
+        ...     logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        ...     enable_model_summary=False)
+        >>> trainer.fit(Smooth(x), loader)
+        >>> trainer.logged_metrics["prior"].item() > 0
+        True
+    """
+
+    prior: Prior
+    _prior_was_added = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = [c.__name__ for c in cls.__mro__[: cls.__mro__.index(PriorMixin)]]
+        if "LightningModule" in before:  # it would take the hooks and not pass them on
+            raise TypeError(
+                expected_found(
+                    f"bases of {cls.__name__}",
+                    "PriorMixin before the LightningModule",
+                    ", ".join(base.__name__ for base in cls.__bases__),
+                    "Change their order.",
+                )
+            )
+
+    def prior_arguments(self, batch: Any) -> Mapping[str, Any]:
+        """Return the keywords of the prior for a batch; by default the batch is ``(x, y)``.
+
+        Args:
+            batch: What the data loader gave.
+
+        Returns:
+            ``inputs``, and whatever else the prior is to be given: ``target``, ``baselines``,
+            ``additional_forward_args``, annotations.
+
+        Raises:
+            TypeError: If the batch is no pair.
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            found = f"{len(batch)} entries" if isinstance(batch, (tuple, list)) else type(batch)
+            raise TypeError(
+                expected_found(
+                    "batch",
+                    "a pair of inputs and targets",
+                    str(found),
+                    "Define prior_arguments(self, batch), returning {'inputs': ..., ...}.",
+                )
+            )
+        return {"inputs": batch[0], "target": batch[1]}
+
+    def prior_loss(self, batch: Any, prefix: str = "", **log_options: Any) -> Tensor:
+        """Evaluate the prior on a batch and log it: the scalar to add to the loss, shape ``()``.
+
+        Args:
+            batch: What the data loader gave.
+            prefix: Put before the names that are logged.
+            log_options: What else ``LightningModule.log`` is to be given.
+
+        Raises:
+            AttributeError: If ``self.prior`` is not set.
+            TypeError: If ``self.prior`` is no prior, or ``prior_arguments`` is not right.
+        """
+        if not hasattr(self, "prior"):
+            raise AttributeError(
+                expected_found(
+                    f"{type(self).__name__}.prior", "a prior", "none", "Set it in __init__."
+                )
+            )
+        check_prior(self.prior)
+        self._prior_was_added = torch.is_grad_enabled()  # looking at a value adds nothing
+        arguments = self.prior_arguments(batch)
+        value, values = evaluate(self.prior, arguments)
+        first = as_tuple(arguments["inputs"])[0]
+        options = {"batch_size": len(first) if isinstance(first, Tensor) else None, **log_options}
+        named = {prefix + name: number for name, number in values.items()}
+        self.log_dict(named, **options)  # type: ignore[attr-defined]
+        return value
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what the step of the module returns, with the prior added to its loss."""
+        self._prior_was_added = False
+        output = super().training_step(batch, *args, **kwargs)  # type: ignore[misc]
+        automatic = self.automatic_optimization  # type: ignore[attr-defined]
+        if self._prior_was_added or output is None or not automatic:
+            return output
+        if not torch.is_grad_enabled():  # called from a validation_step
+            return output
+        if isinstance(output, Mapping):
+            return {**output, "loss": output["loss"] + self.prior_loss(batch)}
+        return output + self.prior_loss(batch)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Refuse a step that goes without the prior."""
+        if self.automatic_optimization:  # type: ignore[attr-defined]
+            self._check_step()
+        super().on_before_backward(loss)  # type: ignore[misc]
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a manual step that went without the prior."""
+        if not self.automatic_optimization:  # type: ignore[attr-defined]
+            self._check_step()
+        self._prior_was_added = False
+        super().on_train_batch_end(*args, **kwargs)  # type: ignore[misc]
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+        """Log the prior on a batch of the validation set."""
+        self.prior_loss(batch, "val_", sync_dist=True)
+        super().on_validation_batch_end(outputs, batch, *args, **kwargs)  # type: ignore[misc]
+
+    def on_test_batch_end(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+        """Log the prior on a batch of the test set."""
+        self.prior_loss(batch, "test_", sync_dist=True)
+        super().on_test_batch_end(outputs, batch, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_step(self) -> None:
+        if not self._prior_was_added:
+            raise RuntimeError(
+                expected_found(
+                    f"{type(self).__name__}.training_step",
+                    "the prior in the loss",
+                    "a step that PriorMixin does not see and that does not call prior_loss",
+                    "List PriorMixin before the class that has the step, or add "
+                    "self.prior_loss(batch) to the loss there.",
+                )
+            )

@@ -1,0 +1,188 @@
+"""Accelerate: a real loop, compared with the one that one would write by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from captum_priors import AttributionPrior, ExpectedGradients, Lazy
+from captum_priors.integrations.accelerate import AcceleratedPrior
+from captum_priors.penalties import l1, l2
+from captum_priors.priors import Prior
+
+L1, L2 = (f"AttributionPrior_ExpectedGradients_{name}" for name in ("l1", "l2"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    """Accelerate's state belongs to the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+class Listener(GeneralTracker):
+    """A tracker that keeps what it is given."""
+
+    name = "listener"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, dict[str, float]]] = []
+
+    tracker = None
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self.seen.append((step, values))
+
+
+def make() -> tuple[nn.Module, Prior]:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Softplus(), nn.Linear(6, 3))
+    background = torch.randn(7, 4)
+    sparse = AttributionPrior(ExpectedGradients(net), l1, baselines=background)
+    small = AttributionPrior(ExpectedGradients(net), l2, baselines=background)
+    return net, 0.5 * (sparse + Lazy(small, every=2))
+
+
+def data() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(18, 4, generator=generator)
+    y = torch.randint(3, (18,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=4)  # five batches, the last one of two
+
+
+class Run:
+    """A training run with everything in the accelerator's hands."""
+
+    def __init__(self, steps: int) -> None:
+        self.listener = Listener()
+        self.accelerator = Accelerator(
+            cpu=True, gradient_accumulation_steps=steps, log_with=self.listener
+        )
+        self.accelerator.init_trackers("run")
+        self.net, prior = make()
+        self.prior = AcceleratedPrior(prior, self.accelerator)
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=0.1)
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(
+            self.net, optimizer, data()
+        )
+
+    def epoch(self) -> None:
+        for x, y in self.loader:
+            with self.accelerator.accumulate(self.model):
+                loss = F.cross_entropy(self.model(x), y) + self.prior(x, target=y)
+                self.accelerator.backward(loss)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients:
+                self.prior.log(step=1)
+
+
+def by_hand(steps: int) -> tuple[nn.Module, list[list[float]]]:
+    net, prior = make()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    added: list[list[float]] = [[]]
+    batches = list(data())
+    for i, (x, y) in enumerate(batches):
+        loss = F.cross_entropy(net(x), y)
+        value = prior(x, target=y)
+        ((loss + value) / steps).backward()
+        added[-1].append(value.item())
+        if (i + 1) % steps == 0 or i + 1 == len(batches):
+            optimizer.step()
+            optimizer.zero_grad()
+            added.append([])
+    return net, added[:-1]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_loop_is_the_one_written_by_hand(steps: int) -> None:
+    run = Run(steps)
+    run.epoch()
+    expected, added = by_hand(steps)
+    for a, b in zip(run.net.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # One entry for each optimizer step, the mean over its micro-batches.
+    assert [step for step, _ in run.listener.seen] == [1] * len(added)
+    found = [values["prior"] for _, values in run.listener.seen]
+    assert found == pytest.approx([sum(v) / len(v) for v in added], rel=1e-12)
+    assert all(values[f"prior/{L1}"] > 0 for _, values in run.listener.seen)
+    # Lazy evaluates batches 1, 3 and 5.
+    due = [f"prior/{L2}" in values for _, values in run.listener.seen]
+    assert due == ([True, False, True, False, True] if steps == 1 else [True, True, True])
+
+
+@pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
+def test_validation_is_logged_apart(block: Any) -> None:
+    run = Run(1)
+    x, y = next(iter(data()))
+    with block():
+        value = run.prior(x, target=y)
+    before = int(run.prior.prior.prior.terms[1].counter)
+    assert run.prior.log() == {
+        "val_prior": pytest.approx(value.item()),
+        f"val_prior/{L1}": pytest.approx(run.prior.prior.prior.terms[0](x, target=y).item(), 0.5),
+        f"val_prior/{L2}": pytest.approx(value.item(), abs=2),
+    }
+    assert before == 0
+    assert run.prior.log() == {}
+
+
+def test_checkpoint_continues_draws_and_counters(tmp_path: Path) -> None:
+    whole = Run(2)
+    whole.epoch()
+    whole.accelerator.save_state(str(tmp_path))
+    whole.epoch()
+    resumed = Run(2)
+    set_seed(99)
+    for stream in (m for m in resumed.prior.modules() if hasattr(m, "seed")):
+        stream.seed += 1
+    resumed.accelerator.load_state(str(tmp_path))
+    resumed.epoch()
+    for a, b in zip(whole.net.parameters(), resumed.net.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert int(resumed.prior.prior.prior.terms[1].counter) == 10
+
+
+def test_composes_like_the_prior_inside() -> None:
+    prior = Run(1).prior
+    assert repr(0.5 * prior).startswith("0.5 * 0.5 * (AttributionPrior(ExpectedGradients, l1)")
+    assert prior.takes("baselines")
+    assert not prior.takes("annotation")
+
+
+def test_mixed_precision_reaches_the_prior() -> None:
+    """``prepare`` changes the module's own forward pass, which the prior runs."""
+    torch.set_default_dtype(torch.float32)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    net, plain = make()
+    prior = AcceleratedPrior(plain, accelerator)
+    model = accelerator.prepare(net)
+    dtypes: list[torch.dtype] = []
+    net[0].register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
+    x = torch.randn(5, 4)
+    accelerator.backward(model(x).square().mean() + prior(x, target=1))
+    assert set(dtypes) == {torch.bfloat16}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net[0].parameters())
+
+
+def test_other_things_are_refused() -> None:
+    _, prior = make()
+    with pytest.raises(
+        TypeError, match=r"`accelerator`: expected an accelerate.Accelerator, found"
+    ):
+        AcceleratedPrior(prior, object())
+    with pytest.raises(TypeError, match=r"`prior`: expected a prior, found function"):
+        AcceleratedPrior(l1, Accelerator(cpu=True))
+    accelerated = AcceleratedPrior(prior, Accelerator(cpu=True))
+    with pytest.raises(TypeError, match=r"expected a dict of the prior's keywords with 'inputs'"):
+        accelerated(target=Tensor([1]))

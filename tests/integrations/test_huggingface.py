@@ -1,0 +1,326 @@
+"""Hugging Face Trainer: BERT with a prior on its word embeddings, through fused attention."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from captum_priors import (
+    AttributionPrior,
+    LayerExpectedGradients,
+    Lazy,
+    NotDifferentiableError,
+)
+from captum_priors.integrations.huggingface import (
+    LogitsOf,
+    PriorTrainerMixin,
+    classification_arguments,
+)
+from captum_priors.penalties import l1, l2
+from captum_priors.priors import Prior
+
+L1, L2 = (f"AttributionPrior_LayerExpectedGradients_{name}_n_samples_2" for name in ("l1", "l2"))
+LENGTH = 6
+
+
+class PriorTrainer(PriorTrainerMixin, Trainer):
+    pass
+
+
+def bert(dropout: float = 0.0, attention: str = "sdpa") -> BertForSequenceClassification:
+    """Without dropout, attention is fused in training, too."""
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        max_position_embeddings=LENGTH,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=3,
+        attn_implementation=attention,
+    )
+    return BertForSequenceClassification(config)
+
+
+class Plain(nn.Module):
+    """The same, with a forward that takes no further keywords: the trainer divides its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = bert()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Any:
+        return self.inside(input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def make_prior(model: Any, way: Any = "finite_difference") -> Prior:
+    """Reference rows with padding, so that the mask matters."""
+    inside = getattr(model, "inside", model)
+    words = inside.bert.embeddings.word_embeddings
+    explainer = LayerExpectedGradients(LogitsOf(inside), words, differentiation=way)
+    padding = torch.zeros(1, LENGTH, dtype=torch.long)
+    sparse, small = (
+        AttributionPrior(explainer, penalty, baselines=padding, n_samples=2) for penalty in (l1, l2)
+    )
+    return 0.5 * (sparse + Lazy(small, every=2))
+
+
+def data(n: int = 20) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(1, 20, (n, LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    ids[::2, 4:], mask[::2, 4:] = 0, 0
+    return [
+        {"input_ids": i, "attention_mask": m, "labels": int(i[0]) % 3}
+        for i, m in zip(ids, mask, strict=True)
+    ]
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    simple = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    few = {"learning_rate": 0.5, "per_device_train_batch_size": 2, "logging_steps": 1}
+    return TrainingArguments(str(folder), **{**quiet, **simple, **few, **options})
+
+
+class Recorder:
+    """The arguments of the prior, with the batches that the trainer drew."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.calls.append(classification_arguments(inputs))
+        return self.calls[-1]
+
+
+def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "divided"),
+    [
+        # Its forward takes **kwargs, and its loss is a mean all the same: the trainer sums those.
+        pytest.param(bert, None, False, id="takes_kwargs"),
+        pytest.param(Plain, None, True, id="takes_none"),
+        pytest.param(Plain, own_loss, True, id="own_loss"),
+    ],
+)
+def test_training_is_the_loop_written_by_hand(
+    make: Callable[[], Any], loss: Any, divided: bool, tmp_path: Path
+) -> None:
+    """Accumulation over four micro-batches, of which the last step has two.
+
+    The trainer divides the loss of some models by the steps and not that of others; the prior is
+    the mean over the micro-batches for all.
+    """
+    seen, model = Recorder(), make()
+    trainer = PriorTrainer(
+        model,
+        arguments(tmp_path, gradient_accumulation_steps=4, num_train_epochs=1),
+        train_dataset=data(),
+        compute_loss_func=loss,
+        prior=make_prior,
+        prior_arguments=seen,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert len(seen.calls) == 10
+
+    twin = make()
+    torch.manual_seed(trainer.args.seed)  # as the trainer does before it makes the prior
+    prior = make_prior(twin)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.5)
+    added, own = [], []
+    for step in range(3):
+        batches = seen.calls[4 * step : 4 * step + 4]
+        for call in batches:
+            logits = LogitsOf(getattr(twin, "inside", twin))(
+                call["inputs"], call["additional_forward_args"]
+            )
+            task = nn.functional.cross_entropy(logits, call["target"])
+            first, lazy = (term(**call) for term in prior.prior.terms)
+            task = task / len(batches) if divided else task
+            (task + 0.5 * (first + lazy) / len(batches)).backward()
+            added.append(0.5 * (first + lazy).item())
+            own.append(first.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        # The same operations in another order.
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    steps = [slice(0, 4), slice(4, 8), slice(8, 10)]
+
+    def means(values: list[float]) -> list[float]:
+        return [sum(values[s]) / len(values[s]) for s in steps]
+
+    assert [entry["prior"] for entry in logs] == pytest.approx(means(added), rel=1e-9)
+    assert [entry[f"prior/{L1}"] for entry in logs] == pytest.approx(means(own), rel=1e-9)
+    assert min(added) > 0
+
+
+def test_lazy_counts_micro_batches(tmp_path: Path) -> None:
+    trainer = PriorTrainer(
+        bert(),
+        arguments(tmp_path, gradient_accumulation_steps=2, max_steps=2),
+        train_dataset=data(),
+        prior=make_prior,
+    )
+    trainer.train()
+    lazy = trainer.prior.prior.terms[1]
+    assert (int(lazy.counter), int(lazy.prior.stream)) == (4, 2)
+
+
+def test_fused_attention_is_what_runs(tmp_path: Path) -> None:
+    """Double backpropagation is refused, so the tests above went through the fused kernel."""
+    model = bert()
+    trainer = PriorTrainer(
+        model,
+        arguments(tmp_path, max_steps=1),
+        train_dataset=data(),
+        prior=make_prior(model, "double_backprop"),
+    )
+    with pytest.raises(NotDifferentiableError, match="finite_difference"):
+        trainer.train()
+
+
+def test_evaluation_reports_the_prior_and_leaves_the_loss(tmp_path: Path) -> None:
+    model, held_out = bert(dropout=0.1), data(8)
+    options = arguments(tmp_path, per_device_eval_batch_size=4)
+    trainer = PriorTrainer(model, options, eval_dataset=held_out, prior=make_prior)
+    found = trainer.evaluate()
+    expected = Trainer(model, options, eval_dataset=held_out).evaluate()
+    assert found["eval_loss"] == expected["eval_loss"]
+    batches = [classification_arguments(trainer.data_collator(held_out[i : i + 4])) for i in (0, 4)]
+    with torch.no_grad():
+        values = [trainer.prior(**batch).item() for batch in batches]
+    assert found["eval_prior"] == pytest.approx(sum(values) / 2)
+    assert found[f"eval_prior/{L2}"] > 0  # Lazy does not skip what is looked at
+    assert trainer.predict(held_out).metrics["test_prior"] == pytest.approx(sum(values) / 2)
+
+    silent = PriorTrainer(
+        model, options, eval_dataset=held_out, prior=make_prior, evaluate_prior=False
+    )
+    assert not [name for name in silent.evaluate() if "prior" in name]
+
+
+def test_evaluation_in_between_does_not_change_training(tmp_path: Path) -> None:
+    ends = []
+    for strategy in ("no", "steps"):
+        model = bert()
+        options = arguments(tmp_path, max_steps=3, eval_strategy=strategy, eval_steps=1)
+        PriorTrainer(
+            model, options, train_dataset=data(), eval_dataset=data(4), prior=make_prior
+        ).train()
+        ends.append(model)
+    for a, b in zip(ends[0].parameters(), ends[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("resume", ["path", True])
+def test_checkpoint_continues_draws_and_counters(resume: Any, tmp_path: Path) -> None:
+    """Bit-identically, dropout and a shuffled epoch included."""
+
+    def trainer(**options: Any) -> PriorTrainer:
+        return PriorTrainer(
+            bert(dropout=0.1),
+            arguments(tmp_path, save_strategy="steps", save_steps=3, **options),
+            train_dataset=data(),
+            prior=make_prior,
+        )
+
+    whole = trainer(max_steps=5)
+    whole.train()
+    torch.manual_seed(99)
+    resumed = trainer(max_steps=5)
+    for stream in (m for m in resumed.prior.modules() if hasattr(m, "seed")):
+        stream.seed += 1
+    for newer in tmp_path.glob("checkpoint-[45]"):
+        newer.rename(newer.with_name("newer"))
+    resumed.train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resume == "path" else True
+    )
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for name, value in whole.prior.state_dict().items():
+        assert torch.equal(value, resumed.prior.state_dict()[name])
+
+
+def test_checkpoint_without_a_prior_starts_it_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def options(steps: int) -> TrainingArguments:
+        return arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=steps)
+
+    Trainer(bert(), options(1), train_dataset=data()).train()
+    trainer = PriorTrainer(bert(), options(2), train_dataset=data(), prior=make_prior)
+    with caplog.at_level("WARNING", "captum_priors"):
+        trainer.train(resume_from_checkpoint=True)
+    assert "has no state of the prior, which starts anew" in caplog.text
+    assert int(trainer.prior.prior.terms[0].stream) == 1
+
+
+def test_prior_on_another_model_is_refused(tmp_path: Path) -> None:
+    text = r"expected an explainer of the model that is trained, found one of .* prior=lambda model"
+    with pytest.raises(ValueError, match=text):
+        PriorTrainer(bert(), arguments(tmp_path), prior=make_prior(bert()))
+    with pytest.raises(TypeError, match=r"`prior`: expected a prior, found str"):
+        PriorTrainer(bert(), arguments(tmp_path), prior="l1")
+
+
+def test_model_init_makes_the_prior_anew(tmp_path: Path) -> None:
+    trainer = PriorTrainer(
+        model_init=lambda: bert(),
+        args=arguments(tmp_path, max_steps=1),
+        train_dataset=data(),
+        prior=make_prior,
+    )
+    first = trainer.prior
+    trainer.train()
+    assert trainer.prior is not first
+    assert int(trainer.prior.prior.terms[0].stream) == 1
+
+
+def test_annotations_are_popped_from_the_batch(tmp_path: Path) -> None:
+    """A column that the model does not take reaches the penalty."""
+    seen: list[Tensor] = []
+
+    def with_annotation(attributions: Tensor, *, rationale: Tensor) -> Tensor:
+        seen.append(rationale)
+        return (attributions.sum(2) * rationale).square().sum(1)
+
+    def prior(model: Any) -> Prior:
+        words = model.bert.embeddings.word_embeddings
+        explainer = LayerExpectedGradients(
+            LogitsOf(model), words, differentiation="finite_difference"
+        )
+        padding = torch.zeros(1, LENGTH, dtype=torch.long)
+        return 1.0 * AttributionPrior(explainer, with_annotation, baselines=padding)
+
+    rows = [{**row, "rationale": [1.0] * LENGTH} for row in data(4)]
+    PriorTrainer(
+        bert(),
+        arguments(tmp_path, max_steps=1, remove_unused_columns=False),
+        train_dataset=rows,
+        prior=prior,
+        prior_arguments=lambda batch: {
+            "rationale": batch.pop("rationale"),
+            **classification_arguments(batch),
+        },
+    ).train()
+    assert seen[0].shape == (2, LENGTH)
+
+
+def test_other_batches_need_their_own_arguments() -> None:
+    with pytest.raises(KeyError, match=r"batch: expected input_ids or pixel_values, and labels"):
+        classification_arguments({"input_values": torch.ones(2)})
