@@ -67,7 +67,7 @@ def refuse_lost_gradients(outputs: Iterable[Tensor], *, twice: bool) -> None:
         return
     for node in nodes(outputs):
         wrapper = getattr(node, "ddp_weakref", None)
-        if wrapper is not None and wrapper().static_graph:
+        if wrapper is not None and getattr(wrapper(), "static_graph", False):
             raise NotDifferentiableError(
                 expected_found(
                     "`forward_func`",
@@ -95,7 +95,8 @@ def watched(
     """See to it that the gradient of a value reaches all processes, or raise in its backward pass.
 
     Nothing is checked where no gradient is accumulated (``torch.autograd.grad``), nor under
-    ``no_sync``. ``whole`` says that the value's graph refers to whole parameters.
+    ``no_sync``. ``whole`` says that the pass runs through input gradients, whose graph refers to
+    whole parameters.
     """
     if not (value.requires_grad and dist.is_available() and dist.is_initialized()):
         return value
@@ -217,6 +218,16 @@ def data_parallel_rank(modules_behind: Callable[[], Sequence[nn.Module]]) -> int
     return dist.get_rank() if shards and not computed_together(modules) else 0
 
 
+def ranks_that_train(modules: Sequence[nn.Module]) -> set[int]:
+    """Return the processes whose gradients are averaged; none where nothing here averages them."""
+    for wrapper in wrappers_of(modules):
+        return set(dist.get_process_group_ranks(wrapper.process_group))
+    for module in modules:
+        for group in _sharded_groups(module):
+            return set(group.mesh_info.mesh.mesh.flatten().tolist())
+    return set()
+
+
 def computed_together(modules: Sequence[nn.Module]) -> bool:
     """Whether processes share the computation of each example (tensor parallelism).
 
@@ -285,19 +296,6 @@ def _leaves_gradients(group: Any) -> bool:
     """Whether a whole parameter has a gradient that was not handed to the shards, as it should."""
     whole = [getattr(p, "_unsharded_param", None) for p in group.fsdp_params]
     return group.reduce_grads and any(p is not None and p.grad is not None for p in whole)
-
-
-def refuse_sharded(modules: Iterable[nn.Module], way: str) -> None:
-    """Refuse a way that runs sharded modules again where their parameters are gone."""
-    if any(_sharded_groups(module) for module in modules):
-        raise NotDifferentiableError(
-            expected_found(
-                way,
-                "a model whose parameters stay in place",
-                "one that fully_shard takes apart between passes",
-                "Use differentiation='double_backprop' or 'finite_difference'.",
-            )
-        )
 
 
 def computes_in_half(modules: Iterable[nn.Module]) -> bool:

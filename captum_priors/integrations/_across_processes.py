@@ -11,7 +11,7 @@ from captum_priors._captum import as_tuple
 from captum_priors._checks import check_inputs
 from captum_priors._engine._processes import Processes, spread_over
 from captum_priors._engine._random import Counter, RandomStream
-from captum_priors._engine._wrappers import computed_together, wrappers_of
+from captum_priors._engine._wrappers import computed_together, ranks_that_train, wrappers_of
 from captum_priors._errors import expected_found
 from captum_priors._types import TensorOrTuple
 from captum_priors.priors._base import Prior, check_prior
@@ -146,7 +146,7 @@ class AcrossProcesses(Prior):
         return dist.get_world_size(self.process_group)
 
     def _check_split(self) -> None:
-        """Refuse processes that do other work than examples of their own, and those that stop."""
+        """Refuse processes that do other work than examples of this model, and those that stop."""
         for leaf in self._each(LeafPrior):
             modules = leaf.explained_modules()
             if self.process_group is None and computed_together(modules):
@@ -157,6 +157,17 @@ class AcrossProcesses(Prior):
                         "over processes in another way, too",
                         "none",
                         "Pass process_group=mesh['data'].get_group().",
+                    )
+                )
+            averaged = ranks_that_train(modules)
+            ranks = set(dist.get_process_group_ranks(self.process_group or dist.group.WORLD))
+            if averaged and averaged != ranks:
+                raise ValueError(
+                    expected_found(
+                        "`process_group`",
+                        f"the processes that train the model together, {sorted(averaged)}",
+                        str(sorted(ranks)),
+                        "Pass the group that its wrapper was given.",
                     )
                 )
             if any(wrapper._join_config.enable for wrapper in wrappers_of(modules)):

@@ -18,7 +18,6 @@ from captum_priors._engine._processes import current_processes
 from captum_priors._engine._random import GeneratorState, swapped_in
 from captum_priors._engine._smooth import relu_as_softplus
 from captum_priors._engine._still import held
-from captum_priors._engine._wrappers import refuse_sharded
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._rows import for_each
 from captum_priors._types import TensorOrTuple
@@ -107,9 +106,9 @@ class ExplainerPrior(LeafPrior):
     def _differentiation(self) -> str:
         return str(getattr(self.explainer, "differentiation", "double_backprop"))
 
-    def keeps_graph(self) -> bool:
-        """Whether attributions keep their graph."""
-        return self._differentiation == "double_backprop"
+    def differentiates_twice(self) -> bool:
+        """Whether the backward pass runs through input gradients."""
+        return self._differentiation != "finite_difference"
 
     def explained_modules(self) -> Sequence[nn.Module]:
         """Return every module behind the explainer."""
@@ -128,11 +127,8 @@ class ExplainerPrior(LeafPrior):
     @contextmanager
     def model_held(self) -> Iterator[None]:
         """Hold the explained model still, smoothed if so configured."""
-        modules = self.explained_modules()
-        if self._differentiation == "recompute":
-            refuse_sharded(modules, "recompute")
         with ExitStack() as stack:
-            stack.enter_context(held(modules))
+            stack.enter_context(held(self.explained_modules()))
             if self.smooth is not None:
                 stack.enter_context(relu_as_softplus(self.smooth))
             yield
@@ -140,7 +136,7 @@ class ExplainerPrior(LeafPrior):
     def explain(self, inputs: TensorOrTuple, call: dict[str, Any]) -> Any:
         """Attribute with the model held, and insist on a graph where there is one to have."""
         with ExitStack() as stack:
-            if self.keeps_graph() and torch.is_grad_enabled():
+            if self._differentiation == "double_backprop" and torch.is_grad_enabled():
                 stack.enter_context(
                     without_checkpointing(
                         "double backpropagation would run the model again when the prior no longer "

@@ -45,8 +45,8 @@ class LeafPrior(Prior):
         """Return every module that an evaluation runs."""
         return ()
 
-    def keeps_graph(self) -> bool:
-        """Whether values keep the graph of input gradients, rather than take them again."""
+    def differentiates_twice(self) -> bool:
+        """Whether the backward pass runs through input gradients."""
         return True
 
     def _seed_now(self, *, count: bool = True) -> int:
@@ -78,7 +78,7 @@ class LeafPrior(Prior):
                 raise ValueError(_UNDECIDED)
         elif processes is not None:
             reduced = reduced * (processes.share if self.reduction == "mean" else processes.size)
-        return watched(reduced, self.explained_modules, whole=self.keeps_graph())
+        return watched(reduced, self.explained_modules, whole=self.differentiates_twice())
 
     def _shared_options(self) -> dict[str, Any]:
         """Options that every leaf has, where they are not the default."""

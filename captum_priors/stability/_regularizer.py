@@ -134,8 +134,8 @@ class Regularizer(LeafPrior):
         """Return what refers to the modules that run."""
         return (self.forward_func,)
 
-    def keeps_graph(self) -> bool:
-        """Whether values keep the graph of all that runs."""
+    def differentiates_twice(self) -> bool:
+        """Whether the backward pass may run through input gradients."""
         return not self._holds_again()
 
     def explained_modules(self) -> Sequence[nn.Module]:

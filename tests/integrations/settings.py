@@ -104,11 +104,12 @@ SETTINGS = [
     Setting(
         "FSDP2 (`fully_shard`), any `reshard_after_forward`",
         "works",
-        "`double_backprop`, which gathers the parameters once more in the backward pass and keeps "
-        "them to its end, and `finite_difference`, evaluated after the model's forward pass",
+        "evaluate the prior after the model's forward pass. `double_backprop` and `recompute` "
+        "gather the parameters once more in the backward pass and keep them to its end",
         _each(
             _TRAINS,
             "fsdp_trains layers reshard: double_backprop",
+            "fsdp_trains layers reshard: recompute",
             "fsdp_trains layers reshard: finite_difference",
             "fsdp_accumulation",
             "fsdp_two_terms",
@@ -116,10 +117,10 @@ SETTINGS = [
         ),
     ),
     Setting(
-        "— `recompute`; `finite_difference` evaluated before the forward pass",
+        "— `recompute`, `finite_difference` evaluated before the forward pass",
         "refused",
-        "the parameters are gone; the gradients would come after they are collected",
-        _each(_REFUSED, "fsdp_trains recompute", "fsdp_prior_first finite_difference"),
+        "gradients would come after they are collected",
+        _each(_REFUSED, "fsdp_prior_first recompute", "fsdp_prior_first finite_difference"),
     ),
     Setting(
         "FSDP1 (`FullyShardedDataParallel`)",

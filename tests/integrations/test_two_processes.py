@@ -27,11 +27,12 @@ REFUSED = {
     "undecided": r"Write captum_priors.integrations.AcrossProcesses(prior)",
     "out_of_step": "the same prior at the same step on every process",
     "joined": "found a join context",
+    "another_group": "found [0, 1]. Pass the group that its wrapper was given",
     "fsdp1": "Shard it with torch.distributed.fsdp.fully_shard",
     "tensor_parallel undecided": "Pass process_group=mesh['data'].get_group()",
     "tensor_parallel double_backprop": "Use differentiation='finite_difference'",
     "tensor_parallel recompute": "Use differentiation='finite_difference'",
-    "fsdp_trains recompute": "Use differentiation='double_backprop'",
+    "fsdp_prior_first recompute": "Evaluate the prior after the model's forward pass",
     "fsdp_prior_first finite_difference": "Evaluate the prior after the model's forward pass",
 }
 

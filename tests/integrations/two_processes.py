@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from captum.attr import IntegratedGradients, Saliency
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
     FullyShardedDataParallel,
@@ -500,6 +500,24 @@ def out_of_step() -> Any:
     prior(x, target=0)
 
 
+def another_group(wrap: Callable[[nn.Module, Any], nn.Module]) -> Any:
+    """Two processes that train a model each."""
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    model = net()
+    _wrapped = wrap(model, groups[dist.get_rank()])
+    AcrossProcesses(prior_of(model))(data()[0][0], target=0)
+
+
+def alone_sharded(model: nn.Module, group: Any) -> nn.Module:
+    fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    model(data()[0][0])
+    return model
+
+
+case(lambda m, group: DDP(m, process_group=group), name="ddp")(another_group)
+case(alone_sharded, name="fsdp")(another_group)
+
+
 @case()
 def joined_without() -> Any:
     """A prior of each example needs no other process: one may have a batch more."""
@@ -638,11 +656,9 @@ def fsdp_trains(make_prior: Callable[[nn.Module], Any], layers: bool, reshard: b
 for _name in PRIORS:
     for _layers in (True, False):
         for _reshard in (True, False):
-            _all = _name in {"double_backprop", "finite_difference"}
-            if _name != "recompute" and (_all or (_layers and _reshard)):
+            if _name in {"double_backprop", "finite_difference"} or (_layers and _reshard):
                 _label = f"{'layers' if _layers else 'root'}{' reshard' if _reshard else ''}"
                 case(PRIORS[_name], _layers, _reshard, name=f"{_label}: {_name}")(fsdp_trains)
-case(PRIORS["recompute"], True, True, name="recompute")(fsdp_trains)
 
 
 @case()
@@ -695,6 +711,7 @@ def fsdp_prior_first(way: str) -> Any:
 
 
 case("double_backprop", name="double_backprop")(fsdp_prior_first)
+case("recompute", name="recompute")(fsdp_prior_first)
 case("finite_difference", name="finite_difference")(fsdp_prior_first)
 
 
