@@ -76,6 +76,15 @@ class RegularizedDict(Regularized, ReturnsDict):
     pass
 
 
+class AsksForIt(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + self.prior_loss(batch)
+
+
+class AddedOnce(Regularized, AsksForIt):
+    """The mixin sees a step that has added the prior."""
+
+
 class InTheStep(PriorMixin, Classifier):
     """Its own step comes before the mixin's."""
 
@@ -155,7 +164,9 @@ def assert_same_parameters(a: nn.Module, b: nn.Module, tolerance: float = 1e-12)
         torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("kind", [Regularized, CallsSuper, RegularizedDict, InTheStep, Manual])
+@pytest.mark.parametrize(
+    "kind", [Regularized, CallsSuper, RegularizedDict, AddedOnce, InTheStep, Manual]
+)
 def test_fit_is_the_loop_written_by_hand(kind: Any) -> None:
     """Under accumulation, with validation in between, which must move nothing."""
     module = kind()

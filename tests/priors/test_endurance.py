@@ -60,11 +60,17 @@ def priors(model: nn.Module, x: Tensor) -> list[Prior]:
     ]
 
 
-def left_behind(model: nn.Module) -> dict[str, int]:
+def left_behind(*modules: nn.Module) -> dict[str, int]:
     """Count what could grow."""
     gc.collect()
     kinds = [type(o) for o in gc.get_objects()]
-    own = [v for m in model.modules() for n, v in vars(m).items() if n.endswith("_hooks")]
+    own = [
+        v
+        for module in modules
+        for m in module.modules()
+        for n, v in vars(m).items()
+        if n.endswith("_hooks")
+    ]
     everywhere = [v for n, v in vars(torch_module).items() if n.startswith("_global_")]
     return {
         "tensors": sum(issubclass(kind, Tensor) for kind in kinds),
@@ -102,9 +108,9 @@ def test_five_thousand_steps_leave_nothing_behind(caplog: pytest.LogCaptureFixtu
                 means.take(prior)
 
     train(STEPS // 5)  # what is set up once is there
-    before, memory = left_behind(model), resident()
+    before, memory = left_behind(model, *terms), resident()
     train(STEPS - STEPS // 5)
-    after, grown = left_behind(model), resident() - memory
+    after, grown = left_behind(model, *terms), resident() - memory
     assert guard.skipped == STEPS / 50
     assert after["hooks"] == before["hooks"] == 0
     assert after["nodes"] <= before["nodes"]

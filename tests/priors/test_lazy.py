@@ -95,6 +95,15 @@ def test_counter_travels_in_the_state_dict() -> None:
     assert [resumed(case.inputs, target=0).item() for _ in range(3)] == [0, 0, 3 * full]
 
 
+def test_counters_are_no_buffers_and_are_asked_for() -> None:
+    """DistributedDataParallel broadcasts buffers, which NCCL refuses on the CPU."""
+    lazy, _, _ = _make(3)
+    assert list(lazy.buffers()) == []
+    assert set(lazy.state_dict()) == {"prior.stream.step", "prior.stream.seed", "counter.step"}
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .*counter\.step"):
+        lazy.load_state_dict({})
+
+
 def test_random_stream_moves_with_the_due_steps_only() -> None:
     case = mlp()
     prior = AttributionPrior(ExpectedGradients(case.model), l1, baselines=case.baselines)
