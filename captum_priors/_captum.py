@@ -7,6 +7,7 @@ from captum._utils.common import (
     _format_output,
     _format_tensor_into_tuples,
     _run_forward,
+    _select_targets,
 )
 from captum._utils.gradient import compute_gradients
 from captum._utils.models.linear_model import (
@@ -26,7 +27,7 @@ from captum.attr._utils.lrp_rules import (
     PropagationRule,
 )
 from captum.log import log_usage
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_priors._rows import tile
 from captum_priors._types import TensorOrTuple
@@ -93,7 +94,15 @@ def run_forward(
     forward_func: Any, inputs: tuple[Any, ...], target: Any, args: tuple[Any, ...]
 ) -> Tensor:
     """Run the model and select the target outputs, exactly as Captum does."""
-    output = _run_forward(forward_func, inputs, target, args or None)
+    output: Any
+    if isinstance(forward_func, nn.Module):
+        # Captum looks up the signature, for functions of nothing; no module is one, and the look-up
+        # takes as long as a layer of a small model.
+        output = forward_func(*inputs, *args)
+        if isinstance(output, Tensor):
+            output = _select_targets(output, target)
+    else:
+        output = _run_forward(forward_func, inputs, target, args or None)
     if not isinstance(output, Tensor):
         raise TypeError(
             f"`forward_func`: expected it to return a torch.Tensor, found {type(output).__name__}. "

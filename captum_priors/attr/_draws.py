@@ -42,6 +42,8 @@ class Draws:
 
     def to(self, device: torch.device) -> "Draws":
         """Move what was drawn next to the inputs."""
+        if self.alphas.device == device:
+            return self
         moved = {id(rows): rows.to(device, non_blocking=True) for rows in self.rows}
         return Draws(
             tuple(moved[id(rows)] for rows in self.rows),

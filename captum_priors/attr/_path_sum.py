@@ -95,13 +95,17 @@ class PathSum:
             centres = self._centres(inputs, baselines)
             for chunk in self._chunks(batch):
                 _, _, weights, gradients = self._terms(inputs, baselines, centres, chunk)
+                share = len(chunk.samples) / self.n_samples
                 term = tuple(
-                    (g if w is None else w * g).sum(0) / self.n_samples
+                    _mean_of_samples(g if w is None else w * g, share)
                     for w, g in zip(weights, gradients, strict=True)
                 )
                 block.append(visit(term, chunk.examples))
                 if chunk.examples.stop == batch:
-                    whole = tuple(torch.cat(parts) for parts in zip(*block, strict=True))
+                    whole = tuple(
+                        torch.cat(parts) if len(parts) > 1 else parts[0]
+                        for parts in zip(*block, strict=True)
+                    )
                     total = _add(total, whole) if total else whole
                     block = []
             return total
@@ -193,6 +197,12 @@ class _Centre:
 
 
 _Centres = tuple[_Centre | None, ...]
+
+
+def _mean_of_samples(each: Tensor, share: float) -> Tensor:
+    """Sum over the samples of a chunk, divided by the number of all, of which it is a share."""
+    mean = each.squeeze(0) if each.shape[0] == 1 else each.mean(0)
+    return mean if share == 1 else share * mean
 
 
 def _add(a: Tensors, b: Tensors) -> Tensors:
