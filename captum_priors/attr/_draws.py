@@ -67,6 +67,8 @@ def _reference_rows(
     if n_rows == 1:
         return torch.zeros(n_samples, batch, dtype=torch.long, device=device)
     whole, rest = divmod(n_samples, n_rows)
+    if whole == 0:
+        return _distinct(rest, batch, n_rows, generator, device)
     every = torch.arange(n_rows, device=device).repeat(whole)
     passes = every.unsqueeze(1).expand(-1, batch)
     if rest == 0:
