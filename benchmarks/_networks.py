@@ -87,9 +87,6 @@ def transformer(
     )
 
 
-NETWORKS: dict[str, Callable[[], Network]] = {"MLP": mlp, "CNN": cnn, "transformer": transformer}
-
-
 def _network(
     make: Callable[[], nn.Module],
     shape: tuple[int, ...],

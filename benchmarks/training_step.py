@@ -9,18 +9,21 @@ and penalty; runs take turns; medians of the processor's time.
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import interleaved, parser, save, save_plot, show
-from _networks import NETWORKS, Network
+from _common import in_turns, parser, ratio, save, save_plot, show
+from _networks import Network, cnn, mlp, transformer
 from _published import PublishedLoop
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from captum_priors import AttributionPrior, ExpectedGradients, Lazy
 
+# What to measure on, and how many rounds.
+NETWORKS = {"MLP": (mlp, 200), "CNN": (cnn, 15), "transformer": (transformer, 30)}
 COUNTS = (1, 8)
 EVERY = 4
 WEIGHT = 1e-3
@@ -66,38 +69,57 @@ def steps_of(network: Network, k: int) -> dict[str, Callable[[], None]]:
     }
 
 
+def measure(network: Network, k: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a step of each kind, and the ratios."""
+    runs = steps_of(network, k)
+    for run in runs.values():
+        run()
+    seconds = in_turns(runs, rounds, time.process_time)
+    return {
+        "milliseconds": {n: 1e3 * statistics.median(s) / EVERY for n, s in seconds.items()},
+        "over plain": {n: ratio(s, seconds["plain"]) for n, s in seconds.items() if n != "plain"},
+        "published over prior": ratio(seconds["published loop"], seconds["prior"]),
+    }
+
+
 def main() -> None:
     """Run and report."""
     options = parser(__doc__).parse_args()
-    rounds = 5 if options.quick else 41
-    results: dict[str, Any] = {}
-    for name, make in NETWORKS.items():
-        network = make()
-        results[name] = {}
-        for k in COUNTS:
-            runs = steps_of(network, k)
-            for run in runs.values():
-                run()
-            seconds = interleaved(runs, rounds, time.process_time)
-            results[name][k] = {
-                "milliseconds": {kind: 1e3 * each / EVERY for kind, each in seconds.items()},
-                "over plain": {
-                    kind: each / seconds["plain"] for kind, each in seconds.items()
-                },
-                "published over prior": seconds["published loop"] / seconds["prior"],
-            }
+    results = {
+        name: {k: measure(make(), k, rounds // 10 if options.quick else rounds) for k in COUNTS}
+        for name, (make, rounds) in NETWORKS.items()
+    }
     rows = [
-        [f"{name}, k = {k}", r["milliseconds"]["plain"], *list(r["over plain"].values())[1:],
-         r["published over prior"]]
+        [
+            f"{name}, k = {k}",
+            found["milliseconds"]["plain"],
+            *found["over plain"].values(),
+            found["published over prior"],
+        ]
         for name, by_k in results.items()
-        for k, r in by_k.items()
+        for k, found in by_k.items()
     ]
-    show(
-        "Training step",
-        ["model", "plain, ms", "published loop / plain", "prior / plain", "Lazy / plain",
-         "published loop / prior"],
-        rows,
-    )
+    over = [f"{kind} / plain" for kind in results["MLP"][COUNTS[0]]["over plain"]]
+    show("Training step", ["model", "plain, ms", *over, "published loop / prior"], rows)
+    save(options.output, "training_step", vars(options) | {"weight": WEIGHT}, results)
+    plot(options.output, results)
+
+
+def plot(output: Path, results: dict[str, Any]) -> None:
+    """Bars of the time over the plain step."""
+    figure = Figure(figsize=(10, 4))
+    axes = figure.subplots()
+    settings = [(name, k) for name, by_k in results.items() for k in by_k]
+    kinds = list(results["MLP"][COUNTS[0]]["over plain"])
+    for i, kind in enumerate(kinds):
+        heights = [results[name][k]["over plain"][kind] for name, k in settings]
+        places = [j + 0.27 * (i - 1) for j in range(len(settings))]
+        axes.bar(places, heights, 0.27, label=kind)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(settings)), [f"{name}, k = {k}" for name, k in settings])
+    axes.set(ylabel="time over the plain step", yscale="log")
+    axes.legend()
+    save_plot(output, "training_step", figure)
 
 
 if __name__ == "__main__":
