@@ -4,13 +4,16 @@ VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
 DATA ?= digits
 OUTPUT ?= demo-output
+# Folder with mnist/ and nhanes/ for the benchmarks that read them; the others run without.
+DATA_DIR ?=
+BENCH_OUTPUT ?= bench-output
 # Test processes; each keeps to one thread.
 JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-oldest tables lint clean
+.PHONY: demo test test-oldest bench tables lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m captum_priors --data $(DATA) --output $(OUTPUT)
@@ -23,6 +26,12 @@ test-oldest: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest captum==0.8.0
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q -n $(JOBS) tests/adapters tests/attr tests/test_laws.py \
 		--ignore-glob='tests/adapters/test_shap*' -m 'not slow'
+
+# Every benchmark, at a size that fits into half an hour; FULL=1 for the size of the figures in
+# benchmarks/results, which BENCH_OUTPUT=benchmarks/results replaces.
+bench: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_all.py --output $(BENCH_OUTPUT) \
+		$(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(if $(FULL),--full)
 
 # The README's tables, from the registries and benchmarks/results.
 tables: $(INSTALLED)
@@ -40,4 +49,4 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OUTPUT) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OUTPUT) $(BENCH_OUTPUT) build dist .mypy_cache .pytest_cache .ruff_cache

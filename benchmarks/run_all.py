@@ -4,7 +4,8 @@
 
 ``DIR`` has a folder for each data set that a script takes as ``--data NAME=...`` (``DIR/mnist``,
 ``DIR/nhanes``). Scripts whose data are not there are skipped, and the summary says so; a script
-that fails does not keep the others from running.
+that fails does not keep the others from running. Heavy scripts run at a reduced size unless
+``--full`` is given. The table is ``summary.md`` in the output folder.
 """
 
 import argparse
@@ -15,7 +16,11 @@ import sys
 import time
 from pathlib import Path
 
+from _summary import write
+
 HERE = Path(__file__).parent
+# What fits the whole into half an hour on two cores.
+REDUCED = {"stability_study": ["--quick"], "relu_differentiation": ["--quick"]}
 
 
 def data_sets(script: Path) -> list[str]:
@@ -39,8 +44,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=Path, default=None)
-    parser.add_argument("--output", type=Path, default=HERE / "results")
-    parser.add_argument("--quick", action="store_true", help="fewer settings and repeats")
+    parser.add_argument("--output", type=Path, default=Path("bench-output"))
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", action="store_true", help="every script at its own size")
+    size.add_argument("--quick", action="store_true", help="fewer settings and repeats everywhere")
     parser.add_argument("--only", nargs="*", default=None, help="names of scripts")
     options = parser.parse_args()
     passed_on = ["--output", str(options.output), *(["--quick"] if options.quick else [])]
@@ -49,7 +56,8 @@ def main() -> int:
     for script in scripts:
         if options.only is not None and script.stem not in options.only:
             continue
-        run = command(script, options.data_dir, passed_on)
+        reduced = [] if options.full or options.quick else REDUCED.get(script.stem, [])
+        run = command(script, options.data_dir, [*passed_on, *reduced])
         if run is None:
             outcomes[script.stem] = "skipped: needs " + ", ".join(
                 f"DIR/{name}" for name in data_sets(script)
@@ -61,7 +69,8 @@ def main() -> int:
         status = subprocess.run(run, check=False, env=environment).returncode
         seconds = time.perf_counter() - start
         outcomes[script.stem] = f"{'done' if status == 0 else 'FAILED'}, {seconds:.0f} s"
-    print()
+    options.output.mkdir(parents=True, exist_ok=True)
+    print(f"\n{write(options.output)}")
     for name, outcome in outcomes.items():
         print(f"{name:24} {outcome}")
     return int(any(outcome.startswith("FAILED") for outcome in outcomes.values()))

@@ -23,7 +23,7 @@ from torch import Tensor
 from captum_priors import AttributionPrior, ExpectedGradients, Lazy
 
 # What to measure on, and how many rounds.
-NETWORKS = {"MLP": (mlp, 200), "CNN": (cnn, 15), "transformer": (transformer, 30)}
+NETWORKS = {"MLP": (mlp, 60), "CNN": (cnn, 5), "transformer": (transformer, 9)}
 COUNTS = (1, 8)
 EVERY = 4
 WEIGHT = 1e-3
@@ -86,7 +86,7 @@ def main() -> None:
     """Run and report."""
     options = parser(__doc__).parse_args()
     results = {
-        name: {k: measure(make(), k, rounds // 10 if options.quick else rounds) for k in COUNTS}
+        name: {k: measure(make(), k, max(3, rounds // 10) if options.quick else rounds) for k in COUNTS}
         for name, (make, rounds) in NETWORKS.items()
     }
     rows = [

@@ -1,12 +1,13 @@
-"""The README's tables of Captum's and SHAP's classes, made from registries and measurements.
+"""The README's tables, made from registries and measurements.
 
-``python -m tests.support_table`` writes it.
+``python -m tests.support_table`` writes them, and the summary of the benchmarks.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _summary
 from captum_priors.adapters._shap._registry import ROWS as SHAP_ROWS
 from captum_priors.adapters._table import ADAPTERS, REFUSED, held_fixed
 
@@ -61,12 +62,18 @@ def shap_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"support table": captum_table, "shap table": shap_table}
+TABLES = {
+    "support table": captum_table,
+    "shap table": shap_table,
+    "benchmark table": _summary.table,
+}
 
 
 def in_place(text: str) -> str:
     """Put the tables between their marks."""
     for name, table in TABLES.items():
+        if f"<!-- {name} -->" not in text:
+            continue
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
         before, _, rest = text.partition(start)
         after = rest.partition(end)[2]
@@ -93,7 +100,8 @@ def _results(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the tables into the README."""
+    """Write the tables into the README, and the summary beside the benchmarks' figures."""
+    _summary.write()
     readme = ROOT / "README.md"
     readme.write_text(in_place(readme.read_text(encoding="utf-8")), encoding="utf-8")
 

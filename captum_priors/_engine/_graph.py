@@ -39,20 +39,24 @@ _FLAT = {
 
 def nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
     """Walk the graph behind the tensors, each node once."""
-    stack = [tensor.grad_fn for tensor in tensors]
-    seen: set[Any] = {None}
+    stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen: set[Any] = set(stack)
     while stack:
         node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            stack.extend([following for following, _ in node.next_functions])
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+
+
+_LEAF = torch.zeros((), device="cpu", requires_grad=True)
 
 
 def now() -> int:
     """Mark this moment: nodes made from now on have numbers at least as large in this thread."""
     with torch.enable_grad():
-        node: Any = torch.zeros((), requires_grad=True).view(()).grad_fn
+        node: Any = _LEAF.view(()).grad_fn
     return int(node._sequence_nr())
 
 

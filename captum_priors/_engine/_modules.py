@@ -68,10 +68,17 @@ def _children(holder: Any) -> Iterator[Any]:
         attributes = getattr(holder, "__dict__", None)
         if isinstance(attributes, dict):  # some objects of C extensions answer anything
             yield from attributes.values()
-        for cls in type(holder).__mro__:
-            slots = cls.__dict__.get("__slots__", ())
-            for name in (slots,) if isinstance(slots, str) else slots:
-                yield getattr(holder, name, None)
+        for name in _slots(type(holder)):
+            yield getattr(holder, name, None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots(cls: type) -> tuple[str, ...]:
+    found: list[str] = []
+    for each in cls.__mro__:
+        slots = each.__dict__.get("__slots__", ())
+        found.extend((slots,) if isinstance(slots, str) else slots)
+    return tuple(found)
 
 
 def modules_of(*holders: Any) -> tuple[nn.Module, ...]:

@@ -108,7 +108,7 @@ class Counter(nn.Module):
 
     def advance(self) -> None:
         """Count one step."""
-        self.step += 1
+        self.step.add_(1)  # `+=` would also go through nn.Module's search for parameters
 
 
 class RandomStream(Counter):

@@ -42,17 +42,15 @@ class ModuleState:
 
     def apply(self, module: nn.Module) -> "ModuleState":
         """Put the module into this state; return what it replaces."""
-        before = ModuleState(
-            {name: getattr(module, name) for name in self.attributes},
-            {name: cast("Tensor", module._buffers[name]) for name in self.buffers},
-        )
+        before = ModuleState({name: getattr(module, name) for name in self.attributes}, {})
         # On each module by itself: users override train(), and ours is not to be seen.
         for name, value in self.attributes.items():
             # Plain attributes past nn.Module's search for parameters; scripted modules have others.
             assign = object.__setattr__ if name in module.__dict__ else setattr
             assign(module, name, value)
-        if self.buffers:
-            module._buffers.update(self.buffers)
+        for name, buffer in self.buffers.items():
+            before.buffers[name] = cast("Tensor", module._buffers[name])
+            module._buffers[name] = buffer
         return before
 
 

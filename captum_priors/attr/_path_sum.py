@@ -116,16 +116,16 @@ class PathSum:
         self, inputs: Tensors, baselines: Tensors, centres: "_Centres", chunk: "_Chunk"
     ) -> tuple[Tensors, Tensors, tuple[Tensor | None, ...], Tensors]:
         """Path ends, references, weights and gradients of one chunk: (samples, examples, ...)."""
-        samples, examples = slice(chunk.samples.start, chunk.samples.stop), chunk.examples
+        examples = chunk.examples
+        alphas = self._drawn(self.draws.alphas, chunk)
         ends, references, points, noises = [], [], [], []
         for t, (x, table) in enumerate(zip(inputs, baselines, strict=True)):
             end = x[examples].unsqueeze(0)
             noise = self._noise(x, t, chunk) if self.stdevs[t] > 0 else None
             end = end if noise is None else end + noise
             noises.append(noise)
-            reference = table[self.draws.rows[t][samples, examples]]
-            alpha = self.draws.alphas[samples, examples].to(x.dtype)
-            alpha = alpha.reshape(*alpha.shape, *[1] * (x.dim() - 1))
+            reference = table[self._drawn(self.draws.rows[t], chunk)]
+            alpha = alphas.to(x.dtype).reshape(*alphas.shape, *[1] * (x.dim() - 1))
             ends.append(end.expand_as(reference))
             references.append(reference)
             points.append(torch.lerp(reference, ends[t], alpha.expand_as(reference)))
@@ -140,6 +140,13 @@ class PathSum:
             for end, reference, noise, centre in zip(ends, references, noises, centres, strict=True)
         )
         return tuple(ends), tuple(references), weights, gradients
+
+    def _drawn(self, drawn: Tensor, chunk: "_Chunk") -> Tensor:
+        """Of what was drawn for every sample of every example, the chunk's."""
+        n_samples, n_examples = len(chunk.samples), chunk.examples.stop - chunk.examples.start
+        if (n_samples, n_examples) == drawn.shape:
+            return drawn
+        return drawn[chunk.samples.start : chunk.samples.stop, chunk.examples]
 
     def _centres(self, inputs: Tensors, baselines: Tensors) -> "_Centres":
         """Means over all samples that the weights of every chunk refer to, taken once."""
