@@ -57,9 +57,7 @@ def steps_of(network: Network, k: int) -> dict[str, Callable[[], None]]:
 
     def published(model: Any) -> Callable[[], Tensor]:
         loop = PublishedLoop(network.background, len(network.x), k)
-        return lambda: (
-            WEIGHT * network.penalty(loop.attribute(model, network.x, network.y)).mean()
-        )
+        return lambda: WEIGHT * network.penalty(loop.attribute(model, network.x, network.y)).mean()
 
     return {
         "plain": steps(lambda model: lambda: 0.0),
@@ -86,7 +84,9 @@ def main() -> None:
     """Run and report."""
     options = parser(__doc__).parse_args()
     results = {
-        name: {k: measure(make(), k, max(3, rounds // 10) if options.quick else rounds) for k in COUNTS}
+        name: {
+            k: measure(make(), k, max(3, rounds // 10) if options.quick else rounds) for k in COUNTS
+        }
         for name, (make, rounds) in NETWORKS.items()
     }
     rows = [

@@ -53,9 +53,7 @@ def runs_of(network: Network, n: int) -> dict[str, dict[str, Callable[[], object
 
         @torch.no_grad()
         def run() -> object:
-            return [
-                explainer.attribute(inputs, background, n_samples=n, target=t) for t in targets
-            ]
+            return [explainer.attribute(inputs, background, n_samples=n, target=t) for t in targets]
 
         return run
 

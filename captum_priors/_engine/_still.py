@@ -38,7 +38,9 @@ class ModuleState:
         """
         if isinstance(module, nn.RNNBase):
             return cls({"dropout": 0.0}, {})
-        return cls({"training": False}, _copies(module)) if _keeps_statistics(module) else _EVALUATED
+        return (
+            cls({"training": False}, _copies(module)) if _keeps_statistics(module) else _EVALUATED
+        )
 
     def apply(self, module: nn.Module) -> "ModuleState":
         """Put the module into this state; return what it replaces."""
