@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from captum_priors.penalties import l1, total_variation
 from captum_priors._types import Penalty
+from captum_priors.penalties import l1, total_variation
 
 CLASSES = 10
 

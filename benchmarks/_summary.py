@@ -105,7 +105,7 @@ def _adapter_shap(results: Any) -> Iterator[Row]:
         if row["with backward"] > (4 if name == "ExactExplainer" else 2)
     }
     yield (
-        "SHAP's classes through adapters, values and backward pass: within 2 (Exact: 4) times stock",
+        "SHAP's classes through adapters, values and backward: within 2 (Exact: 4) times stock",
         f"{len(results) - len(missed)} of {len(results)}; not "
         + ", ".join(f"`{name}` ({ratio:.1f})" for name, ratio in missed.items()),
         "all",
