@@ -12,7 +12,7 @@ from torch import Tensor, nn
 # Deeper nesting, or longer containers, are data rather than a way of holding a model.
 _MAX_DEPTH = 6
 _MAX_ITEMS = 64
-# Their functions are followed into closures and defaults only: no user's model is a global of theirs.
+# Their functions are followed into closures and defaults only: they have no user's model as global.
 _LIBRARIES = frozenset({"captum", "captum_priors", "inspect", "numpy", "torch", "typing"})
 
 
