@@ -58,7 +58,8 @@ class NumPyState:
 
 
 def _address() -> int | None:
-    generator = np.random.get_bit_generator()
+    random: Any = np.random  # its stubs lack this function
+    generator = random.get_bit_generator()
     if not isinstance(generator, np.random.MT19937):
         return None
     return int(generator.ctypes.state_address)
