@@ -68,7 +68,8 @@ def _children(holder: Any) -> Iterator[Any]:
         attributes = getattr(holder, "__dict__", None)
         if isinstance(attributes, dict):  # some objects of C extensions answer anything
             yield from attributes.values()
-        for name in _slots(type(holder)):
+        kind: Any = type(holder)
+        for name in _slots(kind):
             yield getattr(holder, name, None)
 
 
