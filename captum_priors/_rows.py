@@ -1,5 +1,6 @@
 """Take some examples of what travels beside the inputs: targets, extra arguments, annotations."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,15 @@ def take_each(values: Any, rows: slice | Tensor, n_examples: int) -> Any:
     if isinstance(values, tuple):
         return tuple(take(value, rows, n_examples) for value in values)
     return take(values, rows, n_examples)
+
+
+def for_each(function: Callable[[Tensor], Tensor], values: Any, n_examples: int) -> Any:
+    """Apply a function to the tensors that have one entry for each example, among them or alone."""
+    if isinstance(values, tuple):
+        return tuple(for_each(function, value, n_examples) for value in values)
+    if isinstance(values, Tensor) and values.dim() > 0 and values.shape[0] == n_examples:
+        return function(values)
+    return values
 
 
 def tile(value: Any, times: int, n_examples: int) -> Any:

@@ -1,4 +1,4 @@
-"""The README's tables, made from registries and measurements.
+"""The README's tables of classes, settings and benchmarks, from registries and measurements.
 
 ``python -m tests.support_table`` writes them, and the summary of the benchmarks.
 """
@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import _summary
 from captum_priors.adapters._shap._registry import ROWS as SHAP_ROWS
 from captum_priors.adapters._table import ADAPTERS, REFUSED, held_fixed
+from tests.integrations.settings import settings_table
 
 ROOT = Path(__file__).parents[1]
 _WAYS = ("double_backprop", "recompute", "finite_difference")
@@ -65,6 +66,7 @@ def shap_table() -> str:
 TABLES = {
     "support table": captum_table,
     "shap table": shap_table,
+    "settings table": settings_table,
     "benchmark table": _summary.table,
 }
 
@@ -72,9 +74,9 @@ TABLES = {
 def in_place(text: str) -> str:
     """Put the tables between their marks."""
     for name, table in TABLES.items():
-        if f"<!-- {name} -->" not in text:
-            continue
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        if start not in text:
+            continue
         before, _, rest = text.partition(start)
         after = rest.partition(end)[2]
         text = before + start + table() + end + after

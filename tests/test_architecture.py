@@ -16,6 +16,7 @@ LAYERS = [
     ["adapters"],
     ["priors", "attacks", "metrics", "testing"],
     ["stability"],
+    ["integrations"],
     ["_demo"],
     ["__init__", "__main__"],
 ]

@@ -19,6 +19,7 @@ from captum_priors._engine._first_order import Field, values, without_graph
 from captum_priors._engine._independence import refuse_coupled_examples
 from captum_priors._engine._replay import Conditions
 from captum_priors._engine._surrogate import pull, with_pullback
+from captum_priors._engine._wrappers import computes_in_half
 from captum_priors._errors import NotDifferentiableError, expected_found
 
 # Step relative to the norm of the point. The truncation error falls as its square and rounding
@@ -47,7 +48,8 @@ def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor,
                 "differentiation='double_backprop'.",
             )
         )
-    relative_step, tolerance = (STEP_HALF, 0.5) if half_precision(points) else (STEP, 0.2)
+    half = half_precision(points) or computes_in_half(conditions.modules)
+    relative_step, tolerance = (STEP_HALF, 0.5) if half else (STEP, 0.2)
     n_points = len(points)
 
     def pullback(

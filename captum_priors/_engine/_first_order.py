@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from captum_priors._engine._graph import leaves, no_second_derivative, now, refuse_dead_ends
+from captum_priors._engine._wrappers import refuse_lost_gradients
 from captum_priors._errors import NotDifferentiableError, TargetError
 
 Field = Callable[[tuple[Tensor, ...]], Tensor]
@@ -129,6 +130,7 @@ def differentiate(
             outputs, points, allow_unused=True, skip_zeros=all(p.is_leaf for p in points)
         )
     else:
+        refuse_lost_gradients([outputs], twice=False)
         gradients = _grad(outputs, points, torch.ones_like(outputs), allow_unused=True)
     found = []
     for i, gradient in enumerate(gradients):
@@ -151,10 +153,11 @@ def with_second_derivative(
     skip_zeros: bool = False,
 ) -> tuple[Tensor, ...]:
     """Differentiate with a graph, and refuse operators that have no second derivative."""
+    several = isinstance(outputs, (tuple, list))
+    refuse_lost_gradients(outputs if several else [outputs], twice=True)
     if cotangents is None:
         # Ones that require a gradient in their turn, because torch marks a function as
         # differentiable only once where its cotangent does, and drops its graph silently elsewhere.
-        several = isinstance(outputs, (tuple, list))
         ones = [torch.ones_like(o, requires_grad=True) for o in (outputs if several else [outputs])]
         cotangents = ones if several else ones[0]
     gradients = _grad(outputs, inputs, cotangents, allow_unused=allow_unused, create_graph=True)

@@ -126,13 +126,14 @@ class RandomStream(Counter):
         seed = (torch.initial_seed() ^ crc32(name.encode())) & ((1 << 63) - 1)
         self.register_buffer("seed", torch.tensor(seed, device="cpu"))
 
-    def next_seed(self, *, advance: bool) -> int:
-        """Seed of the current step."""
-        seed = self.peek(advance=advance)
+    def next_seed(self, *, advance: bool, rank: int = 0) -> int:
+        """Seed of the current step, another for each process that has examples of its own."""
+        seed = self.peek(advance=advance, rank=rank)
         if advance:
             self.advance()
         return seed
 
-    def peek(self, *, advance: bool) -> int:
+    def peek(self, *, advance: bool, rank: int = 0) -> int:
         """Seed that the next call will get."""
-        return mixed(int(self.seed), int(self) if advance else -1)
+        seed = mixed(int(self.seed), int(self) if advance else -1)
+        return mixed(seed, rank) if rank else seed

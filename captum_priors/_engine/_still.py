@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from captum_priors._engine._wrappers import refuse_wrapper
+
 
 @dataclass(frozen=True)
 class ModuleState:
@@ -142,6 +144,7 @@ def held(modules: Iterable[nn.Module]) -> Iterator[None]:
         claim.make(module, ModuleState.still(module))
 
     def on_call(module: nn.Module, args: Any) -> None:
+        refuse_wrapper(module)
         if threading.get_ident() == owner and module not in known:
             hold(module)
 
@@ -151,6 +154,8 @@ def held(modules: Iterable[nn.Module]) -> Iterator[None]:
             if module not in known:
                 hold(module)
         if any(_is_compiled(module) for module in known):
+            for module in known:
+                refuse_wrapper(module)
             yield  # a hook on all modules would have them compiled anew
         else:
             handle = register_module_forward_pre_hook(on_call)

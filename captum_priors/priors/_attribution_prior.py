@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from captum_priors._types import Penalty, TensorOrTuple
 from captum_priors.priors._explainer_prior import ExplainerPrior
 from captum_priors.priors._leaf_prior import Reduction
@@ -64,7 +62,7 @@ class AttributionPrior(ExplainerPrior):
 
     def _scores(
         self, inputs: TensorOrTuple, call: dict[str, Any], annotations: dict[str, Any], seed: int
-    ) -> Tensor:
+    ) -> Any:
         with self.model_held():
             attributions = self.explain(inputs, call)
-        return self.penalty(attributions, **annotations)
+        return self._score((attributions,), annotations)

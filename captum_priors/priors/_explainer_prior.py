@@ -3,7 +3,7 @@
 import functools
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,10 +15,12 @@ from captum_priors._checks import check_inputs, check_target
 from captum_priors._engine._checkpointing import without_checkpointing
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._engine._modules import submodules_of
+from captum_priors._engine._processes import current_processes
 from captum_priors._engine._random import swapped_in
 from captum_priors._engine._smooth import relu_as_softplus
 from captum_priors._engine._still import held
 from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._rows import for_each
 from captum_priors._types import TensorOrTuple
 from captum_priors.adapters import differentiable
 from captum_priors.priors._leaf_prior import LeafPrior, Reduction
@@ -92,7 +94,7 @@ class ExplainerPrior(LeafPrior):
                     )
                 )
         call = self._call(baselines, target, additional_forward_args)
-        seed = self.stream.next_seed(advance=self.training_step())
+        seed = self._seed_now()
         with swapped_in(seed):
             scores = self._scores(inputs, call, annotations, seed)
         return self._reduce(scores, batch)
@@ -102,20 +104,41 @@ class ExplainerPrior(LeafPrior):
     ) -> Any:
         raise NotImplementedError
 
+    @property
+    def _differentiation(self) -> str:
+        return str(getattr(self.explainer, "differentiation", "double_backprop"))
+
+    def differentiates_twice(self) -> bool:
+        """Whether the backward pass runs through input gradients."""
+        return self._differentiation != "finite_difference"
+
+    def explained_modules(self) -> Sequence[nn.Module]:
+        """Return every module behind the explainer."""
+        return submodules_of(self.explainer)
+
+    def _score(self, maps: tuple[Any, ...], annotations: dict[str, Any]) -> Any:
+        """Score attributions, over all processes where it is the batch that is scored."""
+        scores = self.score(*maps, **annotations)
+        processes = current_processes()
+        if processes is None or not isinstance(scores, Tensor) or scores.dim() > 0:
+            return scores
+        n = len(_each(maps[0])[0])
+        whole = {k: for_each(processes.whole, v, n) for k, v in annotations.items()}
+        return self.score(*(for_each(processes.whole, m, n) for m in maps), **whole)
+
     @contextmanager
     def model_held(self) -> Iterator[None]:
         """Hold the explained model still, smoothed if so configured."""
         with ExitStack() as stack:
-            stack.enter_context(held(submodules_of(self.explainer)))
+            stack.enter_context(held(self.explained_modules()))
             if self.smooth is not None:
                 stack.enter_context(relu_as_softplus(self.smooth))
             yield
 
     def explain(self, inputs: TensorOrTuple, call: dict[str, Any]) -> Any:
         """Attribute with the model held, and insist on a graph where there is one to have."""
-        way = getattr(self.explainer, "differentiation", "double_backprop")
         with ExitStack() as stack:
-            if way == "double_backprop" and torch.is_grad_enabled():
+            if self._differentiation == "double_backprop" and torch.is_grad_enabled():
                 stack.enter_context(
                     without_checkpointing(
                         "double backpropagation would run the model again when the prior no longer "

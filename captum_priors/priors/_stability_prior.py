@@ -89,7 +89,7 @@ class StabilityPrior(ExplainerPrior):
 
     def _scores(
         self, inputs: TensorOrTuple, call: dict[str, Any], annotations: dict[str, Any], seed: int
-    ) -> Tensor:
+    ) -> Any:
         generator: torch.Generator | None = call.get("generator")
         with self.model_held():
             moved = self._moved(inputs, call)
@@ -100,7 +100,7 @@ class StabilityPrior(ExplainerPrior):
             if generator is not None:
                 generator.set_state(state)
             there = self.explain(moved, call)
-        return self.distance(here, there, **annotations)
+        return self._score((here, there), annotations)
 
     def _moved(self, inputs: TensorOrTuple, call: dict[str, Any]) -> TensorOrTuple:
         known = parameters_of(self._perturb)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_inputs, check_target
+from captum_priors._engine._processes import current_processes
 from captum_priors._engine._random import RandomStream
 from captum_priors._errors import expected_found
 from captum_priors._rows import take_each
@@ -79,8 +80,11 @@ class Subsample(Prior):
         n = like.shape[0]
         check_target(target, n)
         check_keywords(self, baselines, annotations)
+        processes = current_processes()
         generator = torch.Generator().manual_seed(
-            self.stream.next_seed(advance=self.training_step())
+            self.stream.next_seed(
+                advance=self.training_step(), rank=processes.rank if processes else 0
+            )
         )
         rows = torch.randperm(n, generator=generator)[: max(1, round(self.fraction * n))]
         rows = rows.to(like.device)

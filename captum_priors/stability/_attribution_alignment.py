@@ -102,7 +102,7 @@ class AttributionAlignment(GradientRegularizer):
     ) -> TensorOrTuple:
         """Return the perturbed inputs that the next call on this batch will compare."""
         call = self._prepare(inputs, None, target, additional_forward_args, {})
-        with self._running(self.stream.peek(advance=self.training_step())):
+        with self._running(self._seed_now(count=False)):
             worst = self._climb(call)
         return like_inputs(inputs, worst)
 

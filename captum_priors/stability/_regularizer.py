@@ -1,13 +1,13 @@
 """What the regularizers share: a model that is run, not an explainer that is asked."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, forward_args, run_repeated
 from captum_priors._checks import check_inputs, check_target
@@ -95,7 +95,7 @@ class Regularizer(LeafPrior):
     ) -> Tensor:
         """Return the value on a batch, shape ``()``."""
         call = self._prepare(inputs, baselines, target, additional_forward_args, annotations)
-        with self._running(self.stream.next_seed(advance=self.training_step())):
+        with self._running(self._seed_now()):
             scores = self._scores(call)
         return self._reduce(scores, call.n)
 
@@ -134,10 +134,18 @@ class Regularizer(LeafPrior):
         """Return what refers to the modules that run."""
         return (self.forward_func,)
 
+    def differentiates_twice(self) -> bool:
+        """Whether the backward pass may run through input gradients."""
+        return not self._holds_again()
+
+    def explained_modules(self) -> Sequence[nn.Module]:
+        """Return every module that runs."""
+        return submodules_of(*self._holders())
+
     @contextmanager
     def _model_held(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(held(submodules_of(*self._holders())))
+            stack.enter_context(held(self.explained_modules()))
             if self.smooth is not None:
                 stack.enter_context(relu_as_softplus(self.smooth))
             if not self._holds_again():

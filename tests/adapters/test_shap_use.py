@@ -10,11 +10,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import shap
 import torch
 from torch import Tensor, nn
 
-from captum_priors import AttributionPrior, NotDifferentiableError, differentiable
+from captum_priors import AttributionPrior, NotDifferentiableError, ShapAdapter, differentiable
 from captum_priors.adapters._shap import ROWS
 from captum_priors.adapters._shap import _sampling as sampling
 from captum_priors.penalties import l2
@@ -103,6 +104,63 @@ def test_imputed_features() -> None:
     same(explainer, model, table(3, 1))
     adapter = differentiable(explainer, model=model)
     check_differentiable(adapter, torch.as_tensor(table(3, 1)), parameters=model.named_parameters())
+
+
+class Scaled(nn.Module):
+    """A model whose first parameter is a single number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x.sum(1)) * self.scale
+
+
+@pytest.mark.parametrize("cls", [shap.KernelExplainer, shap.SamplingExplainer])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_single_row(cls: Any, outputs: int) -> None:
+    model: nn.Module = Scaled() if outputs == 1 else mlp(3)
+    adapter = differentiable(cls(predictor(model), table(7, 0)), model=model)
+    found = adapter(table(1, 1))
+    assert found.base_values.shape == found.tensor_base.shape == ((1,) if outputs == 1 else (1, 3))
+    total = found.values.sum(1) + found.base_values
+    # Sampling distributes its error up to one part in 1e6.
+    assert np.abs(total - predictor(model)(table(1, 1))).max() < 1e-6
+
+
+def test_what_shap_leaves_to_read() -> None:
+    model = mlp(1)
+    explainer = shap.PartitionExplainer(
+        predictor(model), shap.maskers.Partition(table(7, 0)), max_evals=200
+    )
+    adapter = differentiable(explainer, model=model)
+    assert adapter.__call__.__kwdefaults__["max_evals"] == 200
+    found = adapter(table(1, 1))
+    assert np.array_equal(adapter.dvalues, found.hierarchical_values[0])
+    assert adapter.values.shape == adapter.dvalues.shape
+
+
+def test_sparse_rows() -> None:
+    model = nn.Linear(5, 1)
+    coefficients = (model.weight.detach().numpy()[0].copy(), float(model.bias.detach()))
+    explainer = shap.LinearExplainer(coefficients, table(9, 0))
+    dense = table(3, 1) * (table(3, 2) > 0)
+    found = same(explainer, model, scipy.sparse.csr_matrix(dense))
+    assert np.array_equal(found.values, same(explainer, model, dense).values)
+
+
+@pytest.mark.parametrize("name", ["LinearExplainer", "AdditiveExplainer"])
+def test_a_row_by_itself_is_as_among_others(name: str) -> None:
+    """These two evaluate all rows of a call together."""
+    _, explainer, adapter, x = set_up(name)
+    found = adapter(pd.DataFrame(x).astype(object))  # not a table of numbers: row by row
+    together = adapter(x)
+    assert torch.allclose(found.tensor, together.tensor, rtol=0, atol=1e-12)
+    assert np.abs(found.base_values - together.base_values).max() < 1e-12
+    options = {"max_evals": 9, "main_effects": False, "error_bounds": False, "outputs": None}
+    row = adapter.explain_row(x[0], silent=True, **options)
+    assert np.abs(row["values"].reshape(-1) - explainer(x).values[0].reshape(-1)).max() < 1e-10
 
 
 class Image(nn.Module):
@@ -366,6 +424,31 @@ def test_a_replay_that_is_not_shap_s_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sampling, "_WEIGHT", torch.tensor(1e-9))  # no correction in the replay
     with pytest.raises(NotDifferentiableError, match="arithmetic"):
         adapter.attribute(inputs, **options)
+
+
+def test_right_numbers_with_a_wrong_graph_fail_the_certificate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SHAP's numbers on a graph that leaves out Sampling's correction, which is not linear."""
+    model, _, adapter, x = set_up("SamplingExplainer")
+    options = {"nsamples": 60, "min_samples_per_feature": 6}
+
+    def pretend(self: Any, values: Tensor, base: Tensor, stock: Any) -> None:
+        numbers = torch.as_tensor(np.asarray(stock)).reshape(values.shape)
+        self._rows.append((values + (numbers - values).detach(), base))
+
+    def error() -> float:
+        named = list(model.named_parameters())
+        inputs = torch.as_tensor(x)
+        return check_differentiable(
+            adapter, inputs, parameters=named, raise_exception=False, **options
+        ).error
+
+    monkeypatch.setattr(ShapAdapter, "_remember", pretend)
+    # SHAP's weights of 1e6 leave rounding of 1e-10 in its numbers, which differences magnify.
+    assert error() < 1e-4
+    monkeypatch.setattr(sampling, "_WEIGHT", torch.tensor(1e-9))
+    assert error() > 1e-2
 
 
 @pytest.mark.slow

@@ -7,19 +7,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, like_inputs
 from captum_priors._checks import check_inputs, check_target
 from captum_priors._engine._first_order import marks_start
 from captum_priors._engine._inference import leaves_inference_mode
-from captum_priors._engine._modules import submodules_of
+from captum_priors._engine._modules import modules_of
 from captum_priors._engine._still import held
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._types import Differentiation, TensorOrTuple
 from captum_priors.adapters._shap._explanation import with_tensors
 from captum_priors.adapters._shap._torch_model import (
     TorchModel,
+    as_array,
     no_torch_model,
     returns_tensors,
     stock_function,
@@ -60,6 +61,7 @@ class ShapAdapter:
     _stock: ClassVar[Any]
     differentiations: ClassVar[tuple[str, ...]] = ("double_backprop",)
     draws_baselines: ClassVar[bool] = False
+    _results: ClassVar[tuple[str, ...]] = ()
     differentiation: Differentiation = "double_backprop"
     _only_way: ClassVar[str] = (
         "It differentiates the model once, which the default does, also where the model's backward "
@@ -71,8 +73,11 @@ class ShapAdapter:
     _torch: TorchModel | None = None
     _given: Any = None
     _bound = False
+    _roots: tuple[nn.Module, ...] = ()
     _unchecked = False
     _rows: list[tuple[Tensor, Tensor]] | None = None
+    _whole: tuple[Tensor, Tensor] | None = None
+    _base_of_call: Any = None
     _inputs: tuple[Any, ...] = ()
     _is_still = False
 
@@ -118,6 +123,7 @@ class ShapAdapter:
             def call(self: Any, *args: Any, **kwargs: Any) -> Any:
                 return adapter.__call__(self, *args, **{**defaults, **kwargs})
 
+            call.__kwdefaults__ = defaults
             own: Any = type(adapter.__name__, (adapter,), {"__call__": call})
             own.__module__, own.__qualname__ = adapter.__module__, adapter.__qualname__
             self.__class__ = own
@@ -144,7 +150,8 @@ class ShapAdapter:
             return self._torch
         function = stock_function(self._held())
         sample = self._sample()
-        with held(submodules_of(function, self._given)):
+        self._roots = modules_of(function, self._given)
+        with held(self._modules()):
             found = torch_model_behind(self._held(), self._given)
             if found is None and callable(function):
                 if sample is not None:
@@ -156,8 +163,15 @@ class ShapAdapter:
                     found.agree(function, sample)
                 else:
                     self._unchecked = True
+            if found is not None:
+                self._roots = modules_of(self._held(), found.function)
         self._torch, self._bound = found, True
         return found
+
+    def _modules(self) -> Iterator[nn.Module]:
+        """Every module that the search found; others show when they run."""
+        for root in self._roots:
+            yield from root.modules()
 
     def _check_on(self, arguments: Sequence[Any]) -> None:
         """Check a model for which there was no sample on the first rows that come along."""
@@ -176,8 +190,8 @@ class ShapAdapter:
         if self._is_still:
             yield
             return
-        model = self._torch_model()
-        with held(submodules_of(self._held(), None if model is None else model.function)):
+        self._torch_model()
+        with held(self._modules()):
             yield
 
     # As SHAP.
@@ -185,12 +199,13 @@ class ShapAdapter:
     @property
     def expected_value(self) -> Any:
         """The base value, of the model as it is now and in the units of the link."""
+        if self._base_of_call is not None:
+            return self._base_of_call
         if self._torch_model() is not None:
             with self._still(), torch.no_grad():
                 base = self._base()
             if base is not None:
-                value = base.detach().double().cpu().numpy()
-                return float(value) if value.ndim == 0 else value
+                return number_of(base)
         return self.__dict__.get("expected_value")
 
     @expected_value.setter
@@ -205,15 +220,33 @@ class ShapAdapter:
         with self._still():
             worker = self._worker(args)
             explanation = self._stock.__call__(worker, *map(_array, args), **kwargs)
-        return _beside(explanation, worker._rows)
+        self._take_results(worker)
+        if worker._whole is None:
+            return _beside(explanation, worker._rows)
+        values, base = worker._whole
+        self._compare(values, base, explanation.values)
+        base = base.expand(len(values), *base.shape)
+        return with_tensors(explanation, values.reshape(explanation.values.shape), base)
 
     def _worker(self, args: tuple[Any, ...]) -> Any:
-        """Return a copy that remembers what the rows of one call gave, for a model held still."""
+        """Return what runs SHAP's code in one call: with ``_whole``, or remembering its rows."""
         worker = copy.copy(self)
-        worker._rows, worker._inputs, worker._is_still = [], args, True
+        worker._rows, worker._whole, worker._inputs, worker._is_still = [], None, args, True
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self._check_input_graph()
         return worker
+
+    def _as_stock(self) -> Any:
+        """Return SHAP's own explainer with the attributes of this one."""
+        twin = self._stock.__new__(self._stock)
+        vars(twin).update(vars(self))
+        return twin
+
+    def _take_results(self, worker: Any) -> None:
+        """Keep what SHAP's code leaves on its explainer for users to read."""
+        for name in self._results:
+            if name in vars(worker):
+                setattr(self, name, vars(worker)[name])
 
     def _check_input_graph(self) -> None:
         """Refuse inputs with a graph where a method takes them as constants."""
@@ -228,6 +261,11 @@ class ShapAdapter:
 
     def _remember(self, values: Tensor, base: Tensor, stock: Any) -> None:
         """Keep one row, after a comparison with the numbers of SHAP's own code."""
+        self._compare(values, base, stock)
+        if self._rows is not None:
+            self._rows.append((values, base))
+
+    def _compare(self, values: Tensor, base: Tensor, stock: Any) -> None:
         ours = values.detach().double().cpu().numpy()
         theirs = np.asarray(stock, dtype=float)
         scale = max(float(np.abs(theirs).max(initial=0)), float(base.detach().abs().max()), 1e-30)
@@ -241,8 +279,6 @@ class ShapAdapter:
                     "Use a SHAP version that pyproject.toml names.",
                 )
             )
-        if self._rows is not None:
-            self._rows.append((values, base))
 
     # As Captum.
 
@@ -271,9 +307,23 @@ class ShapAdapter:
         return tuple(select_output(e.tensor, t, target) for e, t in zip(each, tensors, strict=True))
 
 
+def number_of(base: Tensor) -> Any:
+    """Return a base value as SHAP holds it: a float, or an array of several outputs'."""
+    value = base.detach().double().cpu().numpy()
+    return float(value) if value.ndim == 0 else value
+
+
 def _array(argument: Any) -> Any:
     """Give SHAP an array in place of a tensor."""
     return argument.detach().cpu().numpy() if isinstance(argument, Tensor) else argument
+
+
+def table_of(args: tuple[Any, ...]) -> np.ndarray | None:
+    """Return the rows of one call as one table of numbers, where they are one."""
+    if len(args) != 1 or not any(hasattr(args[0], name) for name in ("__array__", "toarray")):
+        return None
+    table: np.ndarray = as_array(_array(args[0]))
+    return table.astype(float) if table.ndim == 2 and table.dtype.kind in "fiub" else None
 
 
 def _beside(explanations: Any, rows: list[tuple[Tensor, Tensor]] | None) -> Any:

@@ -105,6 +105,7 @@ class CoalitionFamily(ShapAdapter):
         inner._curr_base_value = None  # of the model as it is now
         with self._still():
             result = self._undoubled(self._stock.explain_row(inner, *row_args, **options), game)
+        self._take_results(inner)
         values = game.values()
         outputs = result.get("output_indices")
         chosen = values if outputs is None or values.dim() == 1 else values[:, outputs]
@@ -172,6 +173,7 @@ def _add_main_effects(weights: Weights, game: Coalitions, varying: np.ndarray) -
 class PartitionFamily(CoalitionFamily):
     """Owen values of a tree that is expanded where the differences are large."""
 
+    _results = ("values", "dvalues")
     _knows_invariants = False
 
     def _weights(self, inner: Any, game: Coalitions, options: dict[str, Any]) -> Weights:
@@ -187,6 +189,7 @@ class PartitionFamily(CoalitionFamily):
 class WinterFamily(CoalitionFamily):
     """Winter values over groups that the user names."""
 
+    _results = ("values", "dvalues")
     _knows_invariants = False
 
     def _model_stand_in(self, game: Coalitions) -> ModelStandIn:

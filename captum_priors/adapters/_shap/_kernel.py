@@ -76,14 +76,15 @@ class KernelFamily(ShapAdapter):
         names = found.feature_names
         if names is None:
             names = [f"Feature {i}" for i in range(found.values.shape[1])]
+        base = found.tensor_base.reshape(len(found.values), *found.values.shape[2:])
         complete = shap().Explanation(
             found.values,
-            base_values=found.tensor_base.detach().cpu().numpy(),
+            base_values=base.detach().cpu().numpy(),
             data=found.data,
             feature_names=list(names),
             compute_time=found.compute_time,
         )
-        return with_tensors(complete, found.tensor, found.tensor_base)
+        return with_tensors(complete, found.tensor, base)
 
     def _values(
         self, tensors: tuple[Tensor, ...], target: Any, options: dict[str, Any]

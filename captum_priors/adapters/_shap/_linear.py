@@ -7,6 +7,7 @@ add to it is estimated from as many orders of our own.
 """
 
 import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._errors import NotDifferentiableError, expected_found
-from captum_priors.adapters._shap._adapter import ShapAdapter, _array
-from captum_priors.adapters._shap._torch_model import TorchModel
+from captum_priors.adapters._shap._adapter import ShapAdapter, _array, number_of, table_of
+from captum_priors.adapters._shap._torch_model import TorchModel, as_array
 
 
 class LinearFamily(ShapAdapter):
@@ -33,6 +34,8 @@ class LinearFamily(ShapAdapter):
     mean_transformed: np.ndarray
     _slopes: Tensor | None = None
     _now: tuple[Tensor, Tensor] | None = None
+    _base_now: Tensor | None = None
+    _mean_of_all: np.ndarray | None = None
 
     def _held(self) -> Any:
         return self._predict
@@ -58,12 +61,14 @@ class LinearFamily(ShapAdapter):
         """Coefficients ``(features[, outputs])`` and intercept of the module."""
         if self._now is not None:
             return self._now
-        n = len(self._original_mean())
-        outputs = self._model()(np.concatenate([np.zeros((1, n)), np.eye(n)])).double()
-        return outputs[1:] - outputs[0], outputs[0]
+        points, differences = _unit_steps(len(self._original_mean()))
+        outputs = self._model()(points).double()
+        return differences.to(outputs) @ outputs, outputs[0]
 
     def _original_mean(self) -> np.ndarray:
         """Mean of all features; SHAP's own attribute loses some of them."""
+        if self._mean_of_all is not None:
+            return self._mean_of_all
         mean = getattr(self.masker, "mean", None)
         if mean is None:
             data = self.masker.data
@@ -73,14 +78,15 @@ class LinearFamily(ShapAdapter):
                 mean = data[0]
             else:
                 mean = data.mean(0)
-        flat: np.ndarray = np.asarray(mean, dtype=float).reshape(-1)
-        return flat
+        self._mean_of_all = np.asarray(mean, dtype=float).reshape(-1)
+        return self._mean_of_all
 
     def _base(self) -> Tensor:
+        if self._base_now is not None:
+            return self._base_now
         coef, intercept = self._coefficients()
         mean = torch.as_tensor(self._original_mean()).to(coef)
-        base: Tensor = torch.tensordot(mean, coef, dims=1) + intercept
-        return base
+        return mean @ coef + intercept
 
     def _transform(self, coef: Tensor) -> Tensor:
         """SHAP's matrix for imputed features, at these coefficients."""
@@ -124,8 +130,18 @@ class LinearFamily(ShapAdapter):
     def _worker(self, args: tuple[Any, ...]) -> Any:
         worker = super()._worker(args)
         worker._now = worker._coefficients()
-        worker._fresh = worker._refreshed()
-        return worker
+        worker._base_now = worker._base()
+        table = table_of(args)
+        if table is None:
+            worker._fresh = worker._refreshed()
+            return worker
+        # All rows in a few operations: by themselves they would be many.
+        worker._whole = worker._phi(table, worker._now[0]), worker._base_now
+        worker._refresh()
+        worker.mean = np.asarray(self.mean, dtype=float)  # SHAP would subtract in single precision
+        twin = worker._as_stock()
+        twin.expected_value = worker._base_of_call
+        return twin
 
     _fresh: Any = None
 
@@ -134,15 +150,19 @@ class LinearFamily(ShapAdapter):
         if self._fresh is not None:
             return self._fresh
         inner = copy.copy(self)
-        with torch.no_grad():
-            coef, _ = inner._now = self._coefficients()
-            if self.feature_perturbation == "interventional":
-                inner.coef = coef.cpu().numpy().T
-            else:
-                transform = self._transform(coef)
-                inner.x_transform = transform.cpu().numpy()
-                inner.mean_transformed = inner.x_transform @ self.mean
+        inner._refresh()
         return inner
+
+    def _refresh(self) -> None:
+        """Put the coefficients of now where SHAP's code looks for them."""
+        with torch.no_grad():
+            coef, _ = self._now = self._coefficients()
+            if self.feature_perturbation == "interventional":
+                self.coef = coef.cpu().numpy().T
+            else:
+                self.x_transform = self._transform(coef).cpu().numpy()
+                self.mean_transformed = self.x_transform @ self.mean
+            self._base_of_call = number_of(self._base())  # SHAP's code reads it for each row
 
     @leaves_inference_mode
     def shap_values(self, X: Any) -> Any:  # noqa: N803  # SHAP's name
@@ -157,13 +177,20 @@ class LinearFamily(ShapAdapter):
         if self._torch_model() is None:
             found: dict[str, Any] = self._stock.explain_row(self, *row_args, **options)
             return found
-        row = np.asarray(row_args[0], dtype=float)  # SHAP would subtract in single precision
+        row = as_array(row_args[0]).astype(float)  # SHAP would subtract in single precision
         with self._still():
             result: dict[str, Any] = self._stock.explain_row(self._refreshed(), row, **options)
             coef, _ = self._coefficients()
             values = self._phi(row.reshape(1, -1), coef)[0]
             self._remember(values, self._base(), result["values"])
         return result
+
+
+@functools.lru_cache(maxsize=8)
+def _unit_steps(n: int) -> tuple[np.ndarray, Tensor]:
+    """Return zero and the unit vectors, and what takes outputs there to their differences."""
+    differences = torch.cat([-torch.ones(n, 1), torch.eye(n)], 1).double()
+    return np.eye(n + 1, n, -1), differences
 
 
 def transform_slopes(covariance: np.ndarray, n_orders: int) -> Tensor:

@@ -220,6 +220,7 @@ def _make(row: Row) -> type:
     call.__doc__ = (
         f"As :meth:`shap.{row.name}.__call__`, with ``.tensor`` and ``.tensor_base`` beside."
     )
+    call.__kwdefaults__ = stock.__call__.__kwdefaults__  # SHAP's code and users read them
     call.__signature__ = inspect.signature(stock.__call__)  # type: ignore[attr-defined]  # for inspect
     attribute.__doc__ = f"Attributions by :class:`shap.{row.name}`, like ``inputs``."
     own = [

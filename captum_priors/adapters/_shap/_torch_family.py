@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,9 @@ class TorchFamily(ShapAdapter):
     def _torch_model(self) -> TorchModel | None:
         module = self._held()
         return TorchModel(module, converts=False) if isinstance(module, nn.Module) else None
+
+    def _modules(self) -> Iterator[nn.Module]:
+        return self._module.modules()
 
     @property
     def _module(self) -> nn.Module:

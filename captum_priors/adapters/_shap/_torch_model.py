@@ -36,7 +36,8 @@ class TorchModel:
 
     def like(self) -> Tensor:
         """Return an empty tensor with the dtype and device of the model's parameters."""
-        return torch.empty(0) if self._parameter is None else self._parameter.detach()[:0]
+        of = self._parameter
+        return torch.empty(0) if of is None else torch.empty(0, dtype=of.dtype, device=of.device)
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Evaluate on rows; one output for each row, or one row of outputs."""
@@ -58,6 +59,12 @@ class TorchModel:
             output = output.unsqueeze(-1)
         return output
 
+    def numbers(self, *arguments: Any) -> np.ndarray:
+        """Evaluate as SHAP's own function: numbers without a graph."""
+        with torch.no_grad():
+            numbers: np.ndarray = self(*arguments).double().cpu().numpy()
+        return numbers
+
     def convert(self, argument: Any) -> Any:
         """Make a tensor of numbers."""
         like = self.like()
@@ -78,7 +85,7 @@ class TorchModel:
             return
         with torch.no_grad():
             theirs = _numbers(stock(*arguments))
-            ours = self(*arguments).double().cpu().numpy()
+            ours = self.numbers(*arguments)
         if ours.shape != theirs.shape:
             if ours.shape == (*theirs.shape, 1):
                 self._shape, ours = "squeeze", ours[..., 0]

@@ -1,0 +1,246 @@
+"""The settings that people train in: what holds in each, how to write it, and the test of it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["works", "works with", "refused"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the README's table."""
+
+    name: str
+    verdict: Verdict
+    how: str
+    tests: tuple[str, ...]
+
+    @property
+    def said(self) -> str:
+        """What the table says."""
+        if self.verdict == "works":
+            return f"works; {self.how}" if self.how else "works"
+        joint = " because " if self.verdict == "refused" else " "
+        return f"{self.verdict}{joint}{self.how}"
+
+
+_TWO = "tests/integrations/test_two_processes.py::"
+_TRAINS = f"{_TWO}test_parameters_are_those_of_one_process"
+_REFUSED = f"{_TWO}test_refused_with_the_pattern_that_works"
+_HERE = "tests/integrations/test_training_settings.py::"
+
+
+def _each(test: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{test}[{name}]" for name in names)
+
+
+SETTINGS = [
+    # Several processes
+    Setting(
+        "`DistributedDataParallel`, also with `static_graph`, `find_unused_parameters`, "
+        "`gradient_as_bucket_view`",
+        "works with",
+        "`ddp.module` explained and `ddp` trained, in one backward pass: "
+        "`(F.cross_entropy(ddp(x), y) + prior(x, target=y)).backward()`, or all of it inside the "
+        "wrapped `forward`",
+        _each(
+            _TRAINS,
+            "ddp_trains plain: double_backprop",
+            "ddp_trains static_graph: double_backprop",
+            "ddp_trains find_unused_parameters: finite_difference",
+            "ddp_trains gradient_as_bucket_view: sum with Lazy",
+            "inside_forward",
+        ),
+    ),
+    Setting(
+        "— an explainer of `ddp` itself",
+        "refused",
+        "each pass through it prepares its averaging anew, which with `static_graph` would stop in "
+        "silence",
+        _each(_REFUSED, "step_with wrapper static_graph", "step_with wrapper hidden"),
+    ),
+    Setting(
+        "— a second backward pass, or none through `ddp`",
+        "refused",
+        "its gradients would not be averaged; the prior's own goes first, under `ddp.no_sync()`",
+        (
+            *_each(_REFUSED, "step_with loss_first ", "step_with past_the_wrapper "),
+            *_each(_TRAINS, "prior_first_under_no_sync"),
+        ),
+    ),
+    Setting(
+        "— batches of uneven size",
+        "works with",
+        "`prior = AcrossProcesses(prior)` and `prior.share(x) * F.cross_entropy(ddp(x), y)`",
+        _each(_TRAINS, "shared_trains each uneven"),
+    ),
+    Setting(
+        "— statistics of the batch (Gini, graph, yours)",
+        "works with",
+        "`AcrossProcesses(prior)`, which gathers them; without a word from you an error",
+        (
+            *_each(_TRAINS, "shared_trains gini uneven", "shared_trains graph uneven"),
+            *_each(_REFUSED, "undecided"),
+        ),
+    ),
+    Setting(
+        "— `no_sync` and micro-batches",
+        "works",
+        "with `static_graph`, torch's first backward pass under `no_sync` fails, prior or not",
+        _each(_TRAINS, "accumulation"),
+    ),
+    Setting(
+        "— `join` with `AcrossProcesses`",
+        "refused",
+        "processes that are through would not answer",
+        _each(_REFUSED, "joined"),
+    ),
+    Setting(
+        "FSDP2 (`fully_shard`), any `reshard_after_forward`",
+        "works",
+        "evaluate the prior after the model's forward pass. `double_backprop` and `recompute` "
+        "gather the parameters once more in the backward pass and keep them to its end",
+        _each(
+            _TRAINS,
+            "fsdp_trains layers reshard: double_backprop",
+            "fsdp_trains layers reshard: recompute",
+            "fsdp_trains layers reshard: finite_difference",
+            "fsdp_accumulation",
+            "fsdp_two_terms",
+            "fsdp_shared_statistic",
+        ),
+    ),
+    Setting(
+        "— `recompute`, `finite_difference` evaluated before the forward pass",
+        "refused",
+        "gradients would come after they are collected",
+        _each(_REFUSED, "fsdp_prior_first recompute", "fsdp_prior_first finite_difference"),
+    ),
+    Setting(
+        "FSDP1 (`FullyShardedDataParallel`)",
+        "refused",
+        "it cannot be differentiated twice; use `fully_shard`",
+        _each(_REFUSED, "fsdp1"),
+    ),
+    Setting(
+        "Tensor parallelism (`parallelize_module`)",
+        "works with",
+        "`finite_difference` and `AcrossProcesses(prior, mesh['data'].get_group())`; others are "
+        "refused, because torch does not differentiate the exchange twice",
+        (
+            *_each(_TRAINS, "tensor_parallel finite_difference"),
+            *_each(_REFUSED, "tensor_parallel double_backprop", "tensor_parallel undecided"),
+        ),
+    ),
+    # Precision
+    Setting(
+        "`torch.autocast` in bfloat16 or float16",
+        "works",
+        "gradients below 6e-8 are lost in float16: evaluate the prior under "
+        "`torch.autocast(device, enabled=False)`",
+        (f"{_HERE}test_autocast", f"{_HERE}test_small_gradients_in_float16"),
+    ),
+    Setting(
+        "`GradScaler`",
+        "works",
+        "scale the sum; the prior does not see the scale",
+        (f"{_HERE}test_grad_scaler", f"{_HERE}test_grad_scaler_skips_a_step_that_overflows"),
+    ),
+    # Models
+    Setting(
+        "`torch.compile`",
+        "works with",
+        "the eager model explained (`compiled._orig_mod`) and the compiled one trained, or "
+        "`finite_difference`",
+        (
+            f"{_HERE}test_compiled_training_with_the_eager_model_explained",
+            f"{_HERE}test_inductor",
+            "tests/engine/test_input_gradients.py::test_compiled_module_under_finite_difference",
+        ),
+    ),
+    Setting(
+        "Fused attention",
+        "works with",
+        "`finite_difference`, or `sdpa_kernel(SDPBackend.MATH)` around the prior",
+        (
+            "tests/engine/test_input_gradients.py::"
+            "test_fused_attention_under_finite_difference_and_the_math_kernel",
+            "tests/engine/test_transformer.py::test_trains",
+        ),
+    ),
+    Setting(
+        "Activation checkpointing, `use_reentrant=False`",
+        "works with",
+        "`recompute` or `finite_difference`; not under `smooth`",
+        (
+            "tests/priors/test_checkpointing.py::"
+            "test_replaying_differentiations_hold_the_model_for_the_second_run_too",
+            "tests/priors/test_checkpointing.py::test_double_backprop_is_refused",
+            "tests/priors/test_checkpointing.py::test_smoothing_refuses_it",
+        ),
+    ),
+    Setting(
+        "— `use_reentrant=True`",
+        "refused",
+        "torch gives it no gradient by inputs",
+        (
+            "tests/engine/test_input_gradients.py::"
+            "test_reentrant_checkpointing_is_refused_and_the_other_works",
+        ),
+    ),
+    Setting(
+        "`nn.RNN`, `nn.LSTM`, `nn.GRU`",
+        "works",
+        "on a GPU with `finite_difference`, or `torch.backends.cudnn.flags(enabled=False)` around "
+        "the prior",
+        (f"{_HERE}test_recurrent", "tests/gpu/test_cuda.py::test_cudnn_recurrent_modules"),
+    ),
+    Setting(
+        "BatchNorm and dropout in train mode",
+        "works",
+        "statistics and masks of training are untouched",
+        (
+            "tests/priors/test_no_trace.py::test_training_with_weight_zero_is_training_without",
+            "tests/priors/test_no_trace.py::test_call_and_backward",
+        ),
+    ),
+    # Optimisation
+    Setting("Gradient clipping", "works", "", (f"{_HERE}test_gradient_clipping",)),
+    Setting(
+        "Gradient accumulation",
+        "works",
+        "a statistic of the batch is one of each micro-batch",
+        (
+            f"{_HERE}test_accumulation",
+            f"{_HERE}test_accumulation_of_a_statement_about_the_batch",
+        ),
+    ),
+    Setting(
+        "EMA (`swa_utils.AveragedModel`)",
+        "works",
+        "explain the trained model",
+        (f"{_HERE}test_exponential_moving_average",),
+    ),
+    # Parameters
+    Setting(
+        "`torch.func.functional_call`",
+        "works",
+        "parameters with a graph of their own with `double_backprop` only",
+        (
+            f"{_HERE}test_functional_call",
+            f"{_HERE}test_parameters_that_training_made",
+        ),
+    ),
+    Setting("Frozen backbones", "works", "", (f"{_HERE}test_frozen_backbone",)),
+    Setting("LoRA-style adapters", "works", "", (f"{_HERE}test_low_rank_adapters",)),
+]
+
+
+def settings_table() -> str:
+    """One row for each setting."""
+    lines = ["| setting | | tests |", "|---|---|---|"]
+    for row in SETTINGS:
+        files = list(dict.fromkeys(test.partition("::")[0] for test in row.tests))
+        shown = ", ".join(f"[{i}]({file})" for i, file in enumerate(files, 1))
+        lines.append(f"| {row.name} | {row.said} | {shown} |")
+    return "\n".join(lines) + "\n"
