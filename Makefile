@@ -4,13 +4,16 @@ VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
 DATA ?= digits
 OUTPUT ?= demo-output
+# Folder with mnist/ and nhanes/ for the benchmarks that read them; the others run without.
+DATA_DIR ?=
+BENCH_OUTPUT ?= bench-output
 # Test processes; each keeps to one thread.
 JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo picture test test-oldest tutorials tutorials-write docs tables lint clean
+.PHONY: demo picture test test-oldest tutorials tutorials-write docs bench tables lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m captum_priors --data $(DATA) --output $(OUTPUT)
@@ -43,6 +46,12 @@ docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 	$(BIN)/python docs/check_links.py docs/_build/html
 
+# Every benchmark, at a size that fits into half an hour; FULL=1 for the size of the figures in
+# benchmarks/results, which BENCH_OUTPUT=benchmarks/results replaces.
+bench: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_all.py --output $(BENCH_OUTPUT) \
+		$(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(if $(FULL),--full)
+
 # The README's tables, from the registries and benchmarks/results.
 tables: $(INSTALLED)
 	$(BIN)/python -m tests.support_table
@@ -59,4 +68,4 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OUTPUT) docs/_build docs/api docs/tutorials build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OUTPUT) $(BENCH_OUTPUT) docs/_build docs/api docs/tutorials build dist .mypy_cache .pytest_cache .ruff_cache

@@ -4,6 +4,7 @@ import argparse
 import gzip
 import json
 import platform
+import random
 import statistics
 import time
 import warnings
@@ -45,13 +46,26 @@ def interleaved(
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each run; the runs take turns, so that load on the machine hits all."""
+    return {name: statistics.median(each) for name, each in in_turns(runs, rounds, clock).items()}
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of each run in each round, whose order changes from round to round."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    shuffled = random.Random(0)
     for _ in range(rounds):
-        for name, run in runs.items():
+        for name in shuffled.sample([*runs], len(runs)):
             start = clock()
-            run()
+            runs[name]()
             seconds[name].append(clock() - start)
-    return {name: statistics.median(each) for name, each in seconds.items()}
+    return seconds
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

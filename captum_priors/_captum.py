@@ -28,7 +28,7 @@ from captum.attr._utils.lrp_rules import (
     PropagationRule,
 )
 from captum.log import log_usage
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_priors._errors import TargetError, expected_found
 from captum_priors._rows import tile
@@ -103,7 +103,13 @@ def run_forward(
     forward_func: Any, inputs: tuple[Any, ...], target: Any, args: tuple[Any, ...]
 ) -> Tensor:
     """Run the model and select the target outputs, exactly as Captum does."""
-    output = _run_forward(forward_func, inputs, None, args or None)
+    output: Any
+    if isinstance(forward_func, nn.Module):
+        # Captum looks up the signature, for functions of nothing; no module is one, and the look-up
+        # takes as long as a layer of a small model.
+        output = forward_func(*inputs, *args)
+    else:
+        output = _run_forward(forward_func, inputs, None, args or None)
     if not isinstance(output, Tensor):
         raise select_error(output, target)
     return output if target is None else selected(output, target)

@@ -1,12 +1,13 @@
-"""The README's tables of classes and settings, made from registries and measurements.
+"""The README's tables of classes, settings and benchmarks, from registries and measurements.
 
-``python -m tests.support_table`` writes it.
+``python -m tests.support_table`` writes them, and the summary of the benchmarks.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _summary
 from captum_priors.adapters._shap._registry import ROWS as SHAP_ROWS
 from captum_priors.adapters._table import ADAPTERS, REFUSED, held_fixed
 from tests.integrations.settings import settings_table
@@ -66,6 +67,7 @@ TABLES = {
     "support table": captum_table,
     "shap table": shap_table,
     "settings table": settings_table,
+    "benchmark table": _summary.table,
 }
 
 
@@ -100,7 +102,8 @@ def _results(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the tables into the README."""
+    """Write the tables into the README, and the summary beside the benchmarks' figures."""
+    _summary.write()
     readme = ROOT / "README.md"
     readme.write_text(in_place(readme.read_text(encoding="utf-8")), encoding="utf-8")
 

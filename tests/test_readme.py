@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import _summary
 from captum_priors.adapters._shap._registry import ROWS as SHAP_ROWS
 from captum_priors.adapters._table import ADAPTERS
 from tests.support_table import in_place
@@ -33,6 +34,14 @@ def test_first_example_is_ten_lines() -> None:
 def test_tables_are_those_of_the_registries_and_the_measurements() -> None:
     """``python -m tests.support_table`` writes them."""
     assert in_place(README) == README
+
+
+def test_summary_of_the_benchmarks_is_that_of_their_figures() -> None:
+    """``python -m tests.support_table`` writes it."""
+    written = (_summary.RESULTS / "summary.md").read_text(encoding="utf-8")
+    assert written == _summary.table()
+    scripts = {path.stem for path in _summary.RESULTS.parent.glob("[a-z]*.py")}
+    assert {path.stem for path in _summary.RESULTS.glob("*.json")} <= scripts
 
 
 def test_what_was_measured_is_within_what_is_promised() -> None:

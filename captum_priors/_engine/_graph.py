@@ -18,23 +18,45 @@ _DEAD_ENDS = _PLACEHOLDERS | {
 }
 
 
+# Nodes whose second source gets a gradient of zeros: the slope of a piecewise linear function does
+# not change with its argument (torch's derivatives.yaml, `self: zeros_like`).
+_FLAT = {
+    "AdaptiveAvgPool2DBackwardBackward0",
+    "AdaptiveAvgPool3DBackwardBackward0",
+    "AdaptiveMaxPool2DBackwardBackward0",
+    "AdaptiveMaxPool3DBackwardBackward0",
+    "AvgPool2DBackwardBackward0",
+    "AvgPool3DBackwardBackward0",
+    "HardshrinkBackwardBackward0",
+    "HardtanhBackwardBackward0",
+    "LeakyReluBackwardBackward0",
+    "MaxPool2DWithIndicesBackwardBackward0",
+    "MaxPool3DWithIndicesBackwardBackward0",
+    "SoftshrinkBackwardBackward0",
+    "ThresholdBackwardBackward0",
+}
+
+
 def nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
     """Walk the graph behind the tensors, each node once."""
-    seen: set[Any] = set()
-    stack = [tensor.grad_fn for tensor in tensors]
+    stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen: set[Any] = set(stack)
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
         yield node
-        stack.extend(following for following, _ in node.next_functions)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+
+
+_LEAF = torch.zeros((), device="cpu", requires_grad=True)
 
 
 def now() -> int:
     """Mark this moment: nodes made from now on have numbers at least as large in this thread."""
     with torch.enable_grad():
-        node: Any = torch.zeros((), requires_grad=True).view(()).grad_fn
+        node: Any = _LEAF.view(()).grad_fn
     return int(node._sequence_nr())
 
 
@@ -70,11 +92,27 @@ CLOSED_OVER = (
 )
 
 
-def refuse_dead_ends(gradients: tuple[Tensor, ...]) -> None:
-    """Raise while the attribution is computed, not when the training loss is differentiated."""
+def refuse_dead_ends(gradients: tuple[Tensor, ...], *, skip_zeros: bool) -> None:
+    """Raise while the attribution is computed, not when the training loss is differentiated.
+
+    With ``skip_zeros`` the second backward pass does not carry zeros through the forward pass of a
+    piecewise linear network, which is half of its work; what only they would have reached (hidden
+    biases) then gets None instead of zeros.
+    """
     for node in nodes(gradients):
-        if node.name() in _DEAD_ENDS:
+        name = node.name()
+        if name in _DEAD_ENDS:
             raise NotDifferentiableError(no_second_derivative(_culprit(node, gradients)))
+        if skip_zeros and name in _FLAT and not node.metadata.setdefault(_SKIPS, False):
+            node.metadata[_SKIPS] = True
+            node.register_hook(_without_zeros)
+
+
+_SKIPS = "captum_priors skips zeros"
+
+
+def _without_zeros(found: tuple[Tensor | None, ...], given: Any) -> tuple[Tensor | None, ...]:
+    return (found[0], None)
 
 
 def _culprit(node: Any, gradients: tuple[Tensor, ...]) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 # Deeper nesting, or longer containers, are data rather than a way of holding a model.
 _MAX_DEPTH = 6
 _MAX_ITEMS = 64
+# Their functions are followed into closures and defaults only: they have no user's model as global.
+_LIBRARIES = frozenset({"captum", "captum_priors", "inspect", "numpy", "torch", "typing"})
 
 
 @functools.lru_cache(maxsize=1024)
@@ -38,6 +40,9 @@ def _of_function(function: types.FunctionType) -> Iterator[Any]:
         except ValueError:  # a name of the enclosing function that is not bound yet
             continue
     yield from function.__defaults__ or ()
+    yield getattr(function, "__wrapped__", None)
+    if str(function.__module__).partition(".")[0] in _LIBRARIES:
+        return
     loaded, looked_up = _names(function.__code__)
     for name in loaded & function.__globals__.keys():
         value = function.__globals__[name]
@@ -46,7 +51,6 @@ def _of_function(function: types.FunctionType) -> Iterator[Any]:
             yield from (v for v in found if isinstance(v, nn.Module))
         else:
             yield value
-    yield getattr(function, "__wrapped__", None)
 
 
 def _children(holder: Any) -> Iterator[Any]:
@@ -64,10 +68,18 @@ def _children(holder: Any) -> Iterator[Any]:
         attributes = getattr(holder, "__dict__", None)
         if isinstance(attributes, dict):  # some objects of C extensions answer anything
             yield from attributes.values()
-        for cls in type(holder).__mro__:
-            slots = cls.__dict__.get("__slots__", ())
-            for name in (slots,) if isinstance(slots, str) else slots:
-                yield getattr(holder, name, None)
+        kind: Any = type(holder)
+        for name in _slots(kind):
+            yield getattr(holder, name, None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots(cls: type) -> tuple[str, ...]:
+    found: list[str] = []
+    for each in cls.__mro__:
+        slots = each.__dict__.get("__slots__", ())
+        found.extend((slots,) if isinstance(slots, str) else slots)
+    return tuple(found)
 
 
 def modules_of(*holders: Any) -> tuple[nn.Module, ...]:
@@ -89,5 +101,11 @@ def modules_of(*holders: Any) -> tuple[nn.Module, ...]:
 
 def submodules_of(*holders: Any) -> tuple[nn.Module, ...]:
     """Every module below the roots, each once."""
-    modules = {id(module): module for root in modules_of(*holders) for module in root.modules()}
-    return tuple(modules.values())
+    found: dict[int, nn.Module] = {}
+    stack = list(reversed(modules_of(*holders)))
+    while stack:  # as root.modules() goes, without the names that it puts together on the way
+        module = stack.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            stack.extend(m for m in reversed(module._modules.values()) if m is not None)
+    return tuple(found.values())

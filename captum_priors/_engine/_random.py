@@ -1,6 +1,5 @@
 """Random streams: what a prior draws must not move the streams that training draws from."""
 
-import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captum_priors._engine._numpy_state import NumPyState
+
 # The default generators belong to the process, so two priors in two threads take turns.
 _turn = threading.RLock()
 
@@ -23,23 +24,21 @@ class GlobalRandomState:
 
     cpu: Tensor
     cuda: tuple[Tensor, ...]
-    numpy: dict[str, Any]
+    numpy: NumPyState
     python: Any
 
     @classmethod
     def now(cls) -> "GlobalRandomState":
         """Read the generators without moving them."""
         cuda = torch.cuda.get_rng_state_all() if _cuda_is_in_use() else []
-        return cls(
-            torch.get_rng_state(), tuple(cuda), np.random.get_state(legacy=False), random.getstate()
-        )
+        return cls(torch.get_rng_state(), tuple(cuda), NumPyState.now(), random.getstate())
 
     def restore(self) -> None:
         """Put the generators back."""
         torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(list(self.cuda))
-        np.random.set_state(self.numpy)
+        self.numpy.restore()
         random.setstate(self.python)
 
     def moved(self) -> bool:
@@ -49,7 +48,7 @@ class GlobalRandomState:
         theirs = (now.cpu, *now.cuda)
         return (
             any(not torch.equal(a, b) for a, b in zip(ours, theirs, strict=False))
-            or pickle.dumps(self.numpy) != pickle.dumps(now.numpy)
+            or self.numpy.moved(now.numpy)
             or self.python != now.python
         )
 
@@ -123,7 +122,7 @@ class Counter(nn.Module):
 
     def advance(self) -> None:
         """Count one step."""
-        self.step += 1
+        self.step.add_(1)  # `+=` would also go through nn.Module's search for parameters
 
 
 class RandomStream(Counter):

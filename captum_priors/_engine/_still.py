@@ -38,24 +38,35 @@ class ModuleState:
         cuDNN refuses the backward pass of a recurrent module in evaluation mode, so those keep
         their flag and lose their dropout instead.
         """
-        attributes = {"dropout": 0.0} if isinstance(module, nn.RNNBase) else {"training": False}
-        return cls(attributes, _copies(module))
+        if isinstance(module, nn.RNNBase):
+            return cls({"dropout": 0.0}, {})
+        return (
+            cls({"training": False}, _copies(module)) if _keeps_statistics(module) else _EVALUATED
+        )
 
     def apply(self, module: nn.Module) -> "ModuleState":
         """Put the module into this state; return what it replaces."""
-        before = ModuleState(
-            {name: getattr(module, name) for name in self.attributes},
-            {name: cast("Tensor", module._buffers[name]) for name in self.buffers},
-        )
+        before = ModuleState({name: getattr(module, name) for name in self.attributes}, {})
         # On each module by itself: users override train(), and ours is not to be seen.
         for name, value in self.attributes.items():
-            setattr(module, name, value)
-        module._buffers.update(self.buffers)
+            # Plain attributes past nn.Module's search for parameters; scripted modules have others.
+            assign = object.__setattr__ if name in module.__dict__ else setattr
+            assign(module, name, value)
+        for name, buffer in self.buffers.items():
+            before.buffers[name] = cast("Tensor", module._buffers[name])
+            module._buffers[name] = buffer
         return before
 
 
+_EVALUATED = ModuleState({"training": False}, {})
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase)
+
+
 def _copies(module: nn.Module) -> dict[str, Tensor]:
-    if not isinstance(module, _NormBase):
+    if not _keeps_statistics(module):
         return {}
     statistics = {name: module._buffers.get(name) for name in ("running_mean", "running_var")}
     return {name: value.clone() for name, value in statistics.items() if value is not None}
@@ -83,11 +94,14 @@ class _Claim:
     def make(self, module: nn.Module, state: ModuleState) -> None:
         with _lock:
             replaced = state.apply(module)
-            claims = _table.setdefault(module, _Claims(replaced))
-            for name, value in replaced.attributes.items():
-                claims.original.attributes.setdefault(name, value)
-            for name, buffer in replaced.buffers.items():
-                claims.original.buffers.setdefault(name, buffer)
+            claims = _table.get(module)
+            if claims is None:
+                claims = _table[module] = _Claims(replaced)
+            else:
+                for name, value in replaced.attributes.items():
+                    claims.original.attributes.setdefault(name, value)
+                for name, buffer in replaced.buffers.items():
+                    claims.original.buffers.setdefault(name, buffer)
             claims.states[self] = state
             self.modules.append(module)
 

@@ -42,6 +42,8 @@ class Draws:
 
     def to(self, device: torch.device) -> "Draws":
         """Move what was drawn next to the inputs."""
+        if self.alphas.device == device:
+            return self
         moved = {id(rows): rows.to(device, non_blocking=True) for rows in self.rows}
         return Draws(
             tuple(moved[id(rows)] for rows in self.rows),
@@ -65,6 +67,8 @@ def _reference_rows(
     if n_rows == 1:
         return torch.zeros(n_samples, batch, dtype=torch.long, device=device)
     whole, rest = divmod(n_samples, n_rows)
+    if whole == 0:
+        return _distinct(rest, batch, n_rows, generator, device)
     every = torch.arange(n_rows, device=device).repeat(whole)
     passes = every.unsqueeze(1).expand(-1, batch)
     if rest == 0:

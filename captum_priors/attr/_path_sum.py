@@ -95,13 +95,17 @@ class PathSum:
             centres = self._centres(inputs, baselines)
             for chunk in self._chunks(batch):
                 _, _, weights, gradients = self._terms(inputs, baselines, centres, chunk)
+                share = len(chunk.samples) / self.n_samples
                 term = tuple(
-                    (g if w is None else w * g).sum(0) / self.n_samples
+                    _mean_of_samples(g if w is None else w * g, share)
                     for w, g in zip(weights, gradients, strict=True)
                 )
                 block.append(visit(term, chunk.examples))
                 if chunk.examples.stop == batch:
-                    whole = tuple(torch.cat(parts) for parts in zip(*block, strict=True))
+                    whole = tuple(
+                        torch.cat(parts) if len(parts) > 1 else parts[0]
+                        for parts in zip(*block, strict=True)
+                    )
                     total = _add(total, whole) if total else whole
                     block = []
             return total
@@ -112,16 +116,16 @@ class PathSum:
         self, inputs: Tensors, baselines: Tensors, centres: "_Centres", chunk: "_Chunk"
     ) -> tuple[Tensors, Tensors, tuple[Tensor | None, ...], Tensors]:
         """Path ends, references, weights and gradients of one chunk: (samples, examples, ...)."""
-        samples, examples = slice(chunk.samples.start, chunk.samples.stop), chunk.examples
+        examples = chunk.examples
+        alphas = self._drawn(self.draws.alphas, chunk)
         ends, references, points, noises = [], [], [], []
         for t, (x, table) in enumerate(zip(inputs, baselines, strict=True)):
             end = x[examples].unsqueeze(0)
             noise = self._noise(x, t, chunk) if self.stdevs[t] > 0 else None
             end = end if noise is None else end + noise
             noises.append(noise)
-            reference = table[self.draws.rows[t][samples, examples]]
-            alpha = self.draws.alphas[samples, examples].to(x.dtype)
-            alpha = alpha.reshape(*alpha.shape, *[1] * (x.dim() - 1))
+            reference = table[self._drawn(self.draws.rows[t], chunk)]
+            alpha = alphas.to(x.dtype).reshape(*alphas.shape, *[1] * (x.dim() - 1))
             ends.append(end.expand_as(reference))
             references.append(reference)
             points.append(torch.lerp(reference, ends[t], alpha.expand_as(reference)))
@@ -136,6 +140,13 @@ class PathSum:
             for end, reference, noise, centre in zip(ends, references, noises, centres, strict=True)
         )
         return tuple(ends), tuple(references), weights, gradients
+
+    def _drawn(self, drawn: Tensor, chunk: "_Chunk") -> Tensor:
+        """Of what was drawn for every sample of every example, the chunk's."""
+        n_samples, n_examples = len(chunk.samples), chunk.examples.stop - chunk.examples.start
+        if (n_samples, n_examples) == drawn.shape:
+            return drawn
+        return drawn[chunk.samples.start : chunk.samples.stop, chunk.examples]
 
     def _centres(self, inputs: Tensors, baselines: Tensors) -> "_Centres":
         """Means over all samples that the weights of every chunk refer to, taken once."""
@@ -193,6 +204,12 @@ class _Centre:
 
 
 _Centres = tuple[_Centre | None, ...]
+
+
+def _mean_of_samples(each: Tensor, share: float) -> Tensor:
+    """Sum over the samples of a chunk, divided by the number of all, of which it is a share."""
+    mean = each.squeeze(0) if each.shape[0] == 1 else each.mean(0)
+    return mean if share == 1 else share * mean
 
 
 def _add(a: Tensors, b: Tensors) -> Tensors:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -73,8 +74,11 @@ class ExplainerPrior(LeafPrior):
 
     @property
     def _parameters_of_attribute(self) -> Any:
-        # Looked up each time: signatures cannot be copied or pickled along with a prior.
-        return inspect.signature(self.explainer.attribute).parameters
+        # Not kept on the prior: signatures cannot be copied or pickled along with it.
+        attribute = self.explainer.attribute
+        if isinstance(attribute, types.MethodType):
+            return _parameters_of_method(attribute.__func__)
+        return inspect.signature(attribute).parameters
 
     explainer: Any
     _score_name = "penalty"
@@ -299,6 +303,11 @@ class ExplainerPrior(LeafPrior):
 
 def _each(attributions: Any) -> tuple[Any, ...]:
     return attributions if isinstance(attributions, tuple) else (attributions,)
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters_of_method(function: Any) -> Any:
+    return inspect.signature(types.MethodType(function, object())).parameters
 
 
 def parameters_of(function: Any) -> Any:

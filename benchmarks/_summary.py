@@ -1,0 +1,206 @@
+"""One Markdown table of what the benchmarks found, made from their JSON files.
+
+``python benchmarks/_summary.py [FOLDER]`` writes ``FOLDER/summary.md``.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+Row = tuple[str, str, str]
+"""What was measured, the figure, and what it was meant to be (empty: nothing was)."""
+
+
+def _training_step(results: Any) -> Iterator[Row]:
+    for name, by_k in results.items():
+        for k, found in by_k.items():
+            aim = 1.3 if (name, k) == ("MLP", "8") else 1.0
+            yield (
+                f"step with a prior, {name}, k = {k}: times faster than the published loop",
+                f"{found['published over prior']:.2f}",
+                f"≥ {aim}" if k == "1" or name == "MLP" else "",
+            )
+    for name, by_k in results.items():
+        lazy = by_k["1"]["over plain"]
+        yield (
+            f"the same, {name}, k = 1: times the plain step at every step, and under `Lazy(4)`",
+            f"{lazy['prior']:.2f}, {lazy['prior, Lazy(4)']:.2f}",
+            "second ≤ 1.6",
+        )
+
+
+def _value_only(results: Any) -> Iterator[Row]:
+    aims = {"MLP": {"GradientShap": 1, "GradientExplainer": 5}}
+    for name, by_peer in results.items():
+        for peer, by_count in by_peer.items():
+            ratios = [found["ratio"] for found in by_count.values()]
+            counts = list(by_count)
+            aim = aims.get(name, {}).get(peer.partition(",")[0], 1)
+            yield (
+                f"values, {name}, {counts[0]} to {counts[-1]} samples: times faster than {peer}",
+                f"{min(ratios):.2f} to {max(ratios):.2f}",
+                f"≥ {aim}",
+            )
+
+
+def _estimator_efficiency(results: Any) -> Iterator[Row]:
+    for name, found in results.items():
+        for peer, median in found["median_ratio"].items():
+            counts = list(found["ratios"][peer])
+            yield (
+                f"gradient evaluations of {peer} over ours at equal error, {name}: "
+                f"median for its {counts[0]} to {counts[-1]} samples",
+                f"{median:.1f}",
+                "≥ 4",
+            )
+
+
+def _recompute_memory(results: Any) -> Iterator[Row]:
+    for name, found in results.items():
+        growth = found["growth_recompute"]
+        yield (
+            f"`recompute`, {name}: peak memory at 512 samples over that at 16",
+            f"{max(growth.values()):.2f}",
+            "≤ 1.3",
+        )
+        times = found["relative_time_recompute"]
+        yield (
+            f"`recompute`, {name}: time over double backpropagation, {', '.join(times)} samples",
+            ", ".join(f"{t:.2f}" for t in times.values()),
+            "≤ 1.6",
+        )
+
+
+def _cost_scaling(results: Any) -> Iterator[Row]:
+    exponents = {axis: found["exponents"]["double_backprop"] for axis, found in results.items()}
+    yield (
+        "exponent of the cost of a prior's gradient in " + ", ".join(exponents),
+        ", ".join(f"{e:.2f}" for e in exponents.values()),
+        "",
+    )
+
+
+def _adapter_overhead(results: Any) -> Iterator[Row]:
+    values = sorted(row["values"] for row in results.values())
+    backward = sorted(row["with backward"] for row in results.values())
+    yield (
+        f"Captum's {len(values)} classes through adapters, values: times the stock class, at most",
+        f"{values[-1]:.2f}",
+        "≤ 1.2",
+    )
+    yield (
+        "the same with graph and backward pass: median, at most",
+        f"{backward[len(backward) // 2]:.2f}, {backward[-1]:.2f}",
+        "",
+    )
+
+
+def _adapter_shap(results: Any) -> Iterator[Row]:
+    missed = {
+        name: row["with backward"]
+        for name, row in results.items()
+        if row["with backward"] > (4 if name == "ExactExplainer" else 2)
+    }
+    yield (
+        "SHAP's classes through adapters, values and backward: within 2 (Exact: 4) times stock",
+        f"{len(results) - len(missed)} of {len(results)}; not "
+        + ", ".join(f"`{name}` ({ratio:.1f})" for name, ratio in missed.items()),
+        "all",
+    )
+
+
+def _adapter_support(results: Any) -> Iterator[Row]:
+    yield (
+        "adapters' certificates of the parameter gradient: largest error",
+        f"{max(max(row['certificate'].values()) for row in results.values()):.0e}",
+        "≤ 1e-06",
+    )
+
+
+def _fused_attention(results: Any) -> Iterator[Row]:
+    by_penalty = results["errors"]["gelu"]
+    errors = [e for by_length in by_penalty.values() for each in by_length.values() for e in each]
+    yield (
+        "`finite_difference` on a fused-attention transformer: largest gradient error",
+        f"{max(errors):.1e}",
+        "≤ 1e-02",
+    )
+
+
+def _decoy_mnist(results: Any) -> Iterator[Row]:
+    for name, published in results["published"].items():
+        test = results["found"][name]["test"]
+        yield (
+            f"right for the right reasons on decoy MNIST, {name}: test accuracy",
+            f"{test['mean']:.3f} ± {test['spread']:.3f}",
+            f"published {published}",
+        )
+
+
+def _pixel_prior(results: Any) -> Iterator[Row]:
+    for name, row in results.get("found", {}).items():
+        shown = [
+            f"{row[key]['mean']:.3f} ± {row[key]['spread']:.3f}"
+            for key in ("clean", "gauss 1", "s&p 0.1", "s&p 0.3")
+        ]
+        yield (
+            f"MNIST, {name}: accuracy clean, with Gaussian noise of 1, 10 % and 30 % salt and "
+            "pepper; total variation",
+            "; ".join([*shown, f"{row['TV']['mean']:.0f} ± {row['TV']['spread']:.0f}"]),
+            "",
+        )
+
+
+def _stability_study(results: Any) -> Iterator[Row]:
+    for name, row in results["results"].items():
+        found = row["top-50, attack"]
+        yield (
+            f"top-50 intersection under attack, MNIST, {name}",
+            f"{found['mean']:.3f} ± {found['spread']:.3f}",
+            "",
+        )
+
+
+ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
+    "training_step": _training_step,
+    "value_only": _value_only,
+    "estimator_efficiency": _estimator_efficiency,
+    "recompute_memory": _recompute_memory,
+    "cost_scaling": _cost_scaling,
+    "adapter_overhead": _adapter_overhead,
+    "adapter_shap": _adapter_shap,
+    "adapter_support": _adapter_support,
+    "fused_attention": _fused_attention,
+    "pixel_prior": _pixel_prior,
+    "decoy_mnist": _decoy_mnist,
+    "stability_study": _stability_study,
+}
+"""The rows of each benchmark; one that is not here is named, with a link to its figures."""
+
+
+def table(folder: Path = RESULTS) -> str:
+    """Return the table of what is in the folder."""
+    found = {path.stem: path for path in folder.glob("*.json")}
+    order = [*(n for n in ROWS if n in found), *sorted(found.keys() - ROWS.keys())]
+    lines = ["| benchmark | what | measured | aim |", "|---|---|---|---|"]
+    for name in order:
+        document = json.loads(found[name].read_text(encoding="utf-8"))
+        shown = f"`{name}`" + (" (quick)" if document["settings"].get("quick") else "")
+        rows = ROWS.get(name, lambda _: iter([("see the README of the benchmarks", "", "")]))
+        for what, measured, aim in rows(document["results"]):
+            lines.append(f"| {shown} | {what} | {measured} | {aim} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path = RESULTS) -> Path:
+    """Write the table beside the figures."""
+    path = folder / "summary.md"
+    path.write_text(table(folder), encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    print(write(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS))

@@ -1,0 +1,126 @@
+"""Time of a training step with an expected-gradients prior.
+
+Against the plain step, and against a step with the published loop (Erion et al. 2021) in place of
+the prior: an MLP, a convolutional network and a transformer (on the math attention kernel, without
+which neither runs), k = 1 and 8 samples, exact second derivatives. Same model, batch, background
+and penalty; runs take turns; medians of the processor's time.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _common import in_turns, parser, ratio, save, save_plot, show
+from _networks import Network, cnn, mlp, transformer
+from _published import PublishedLoop
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from captum_priors import AttributionPrior, ExpectedGradients, Lazy
+
+# What to measure on, and how many rounds.
+NETWORKS = {"MLP": (mlp, 60), "CNN": (cnn, 5), "transformer": (transformer, 9)}
+COUNTS = (1, 8)
+EVERY = 4
+WEIGHT = 1e-3
+
+
+def steps_of(network: Network, k: int) -> dict[str, Callable[[], None]]:
+    """``EVERY`` training steps of each kind, each on a model of its own."""
+
+    def steps(penalty_of: Callable[[Any], Callable[[], Tensor | float]]) -> Callable[[], None]:
+        torch.manual_seed(0)
+        model = network.make()
+        optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+        penalty = penalty_of(model)
+
+        def run() -> None:
+            for _ in range(EVERY):
+                with network.context():
+                    loss = F.cross_entropy(model(network.x), network.y) + penalty()
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+
+        return run
+
+    def prior(model: Any, every: int) -> Callable[[], Tensor]:
+        made: Any = AttributionPrior(
+            ExpectedGradients(model), network.penalty, n_samples=k, baselines=network.background
+        )
+        made = WEIGHT * (made if every == 1 else Lazy(made, every))
+        return lambda: made(network.x, target=network.y)
+
+    def published(model: Any) -> Callable[[], Tensor]:
+        loop = PublishedLoop(network.background, len(network.x), k)
+        return lambda: WEIGHT * network.penalty(loop.attribute(model, network.x, network.y)).mean()
+
+    return {
+        "plain": steps(lambda model: lambda: 0.0),
+        "published loop": steps(published),
+        "prior": steps(lambda model: prior(model, 1)),
+        f"prior, Lazy({EVERY})": steps(lambda model: prior(model, EVERY)),
+    }
+
+
+def measure(network: Network, k: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a step of each kind, and the ratios."""
+    runs = steps_of(network, k)
+    for run in runs.values():
+        run()
+    seconds = in_turns(runs, rounds, time.process_time)
+    return {
+        "milliseconds": {n: 1e3 * statistics.median(s) / EVERY for n, s in seconds.items()},
+        "over plain": {n: ratio(s, seconds["plain"]) for n, s in seconds.items() if n != "plain"},
+        "published over prior": ratio(seconds["published loop"], seconds["prior"]),
+    }
+
+
+def main() -> None:
+    """Run and report."""
+    options = parser(__doc__).parse_args()
+    results = {
+        name: {
+            k: measure(make(), k, max(3, rounds // 10) if options.quick else rounds) for k in COUNTS
+        }
+        for name, (make, rounds) in NETWORKS.items()
+    }
+    rows = [
+        [
+            f"{name}, k = {k}",
+            found["milliseconds"]["plain"],
+            *found["over plain"].values(),
+            found["published over prior"],
+        ]
+        for name, by_k in results.items()
+        for k, found in by_k.items()
+    ]
+    over = [f"{kind} / plain" for kind in results["MLP"][COUNTS[0]]["over plain"]]
+    show("Training step", ["model", "plain, ms", *over, "published loop / prior"], rows)
+    save(options.output, "training_step", vars(options) | {"weight": WEIGHT}, results)
+    plot(options.output, results)
+
+
+def plot(output: Path, results: dict[str, Any]) -> None:
+    """Bars of the time over the plain step."""
+    figure = Figure(figsize=(10, 4))
+    axes = figure.subplots()
+    settings = [(name, k) for name, by_k in results.items() for k in by_k]
+    kinds = list(results["MLP"][COUNTS[0]]["over plain"])
+    for i, kind in enumerate(kinds):
+        heights = [results[name][k]["over plain"][kind] for name, k in settings]
+        places = [j + 0.27 * (i - 1) for j in range(len(settings))]
+        axes.bar(places, heights, 0.27, label=kind)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(settings)), [f"{name}, k = {k}" for name, k in settings])
+    axes.set(ylabel="time over the plain step", yscale="log")
+    axes.legend()
+    save_plot(output, "training_step", figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""NumPy's global generator, read and put back at the cost of a copy of its memory.
+
+NumPy's own ``get_state`` and ``set_state`` go through Python numbers, 624 of them, which takes as
+long as a small model's forward pass.
+"""
+
+import ctypes
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# Mersenne Twister: 624 words and a position.
+_SIZE = 624 * 4 + 4
+
+
+@dataclass(frozen=True)
+class NumPyState:
+    """The memory of the Mersenne Twister and the second half of a pair of Gaussians, if kept."""
+
+    memory: bytes
+    gauss: float | None
+    other: Any = None  # the whole state, where the user chose another kind of generator
+
+    @classmethod
+    def now(cls) -> "NumPyState":
+        """Read the generator without moving it."""
+        address = _address()
+        if address is None:
+            return cls(b"", None, np.random.get_state(legacy=False))
+        memory = ctypes.string_at(address, _SIZE)
+        # Gaussians come in pairs. Whether one is waiting shows when it is asked for: only where
+        # none is does the generator move.
+        gauss = float(np.random.standard_normal())
+        waiting = ctypes.string_at(address, _SIZE) == memory
+        state = cls(memory, gauss if waiting else None)
+        state.restore()
+        return state
+
+    def moved(self, later: "NumPyState") -> bool:
+        """Whether the generator has been drawn from between the two."""
+        mine, theirs = ((s.memory, s.gauss, pickle.dumps(s.other)) for s in (self, later))
+        return mine != theirs
+
+    def restore(self) -> None:
+        """Put the generator back."""
+        address = _address()
+        if address is None or self.other is not None:
+            np.random.set_state(self.other)
+            return
+        np.random.seed(0)  # drops a waiting Gaussian
+        ctypes.memmove(address, self.memory, _SIZE)
+        if self.gauss is not None:
+            np.random.set_state(
+                {**np.random.get_state(legacy=False), "has_gauss": 1, "gauss": self.gauss}
+            )
+
+
+def _address() -> int | None:
+    random: Any = np.random  # its stubs lack this function
+    generator = random.get_bit_generator()
+    if not isinstance(generator, np.random.MT19937):
+        return None
+    return int(generator.ctypes.state_address)
