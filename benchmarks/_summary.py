@@ -106,8 +106,8 @@ def _adapter_shap(results: Any) -> Iterator[Row]:
     }
     yield (
         "SHAP's classes through adapters, values and backward: within 2 (Exact: 4) times stock",
-        f"{len(results) - len(missed)} of {len(results)}; not "
-        + ", ".join(f"`{name}` ({ratio:.1f})" for name, ratio in missed.items()),
+        f"{len(results) - len(missed)} of {len(results)}"
+        + "".join(f"; not `{name}` ({ratio:.1f})" for name, ratio in missed.items()),
         "all",
     )
 
@@ -144,12 +144,83 @@ def _pixel_prior(results: Any) -> Iterator[Row]:
     for name, row in results.get("found", {}).items():
         shown = [
             f"{row[key]['mean']:.3f} ± {row[key]['spread']:.3f}"
-            for key in ("clean", "gauss 1", "s&p 0.1", "s&p 0.3")
+            for key in ("clean", "gauss 1", "s&p 0.1")
         ]
+        published = results["published"].get(name.partition(",")[0], {})
         yield (
-            f"MNIST, {name}: accuracy clean, with Gaussian noise of 1, 10 % and 30 % salt and "
-            "pepper; total variation",
-            "; ".join([*shown, f"{row['TV']['mean']:.0f} ± {row['TV']['spread']:.0f}"]),
+            f"MNIST, {name}: accuracy clean, Gaussian noise of 1, 10 % salt and pepper",
+            "; ".join(shown),
+            f"published clean {published['clean']}, 10 % {published['s&p 0.1']}"
+            if published
+            else "",
+        )
+
+
+def _nhanes_sparsity(results: Any) -> Iterator[Row]:
+    for name, row in results["chosen"].items():
+        auc, gini = row["ROC-AUC"], row["Gini"]
+        yield (
+            f"sparsity on NHANES I, 100 rows, {name}: ROC-AUC; Gini of attributions",
+            f"{auc['mean']:.3f} ± {auc['spread']:.3f}; {gini['mean']:.2f} ± {gini['spread']:.2f}",
+            "published {}; {}".format(*results["published"][name]),
+        )
+
+
+def _nhanes_references(results: Any) -> Iterator[Row]:
+    published = results["published"]
+    counts = ("1", "16", "128")
+    for name in ("monte_carlo", "control_variate"):
+        found = [results["found"][f"{name}, k = {k}"]["ROC-AUC"] for k in counts]
+        yield (
+            f"the same with {name}, k = {', '.join(counts)} references: ROC-AUC",
+            "; ".join(f"{f['mean']:.3f} ± {f['spread']:.3f}" for f in found),
+            "published {}; {}; {}".format(*(published["expected gradients"][i] for i in (0, 4, 7))),
+        )
+    found = results["found"]["X-Gradient"]["ROC-AUC"]
+    yield (
+        "the same with the X-Gradient (Hesse et al.): ROC-AUC",
+        f"{found['mean']:.3f} ± {found['spread']:.3f}",
+        f"published {published['X-Gradient']}",
+    )
+
+
+def _graph_prior(results: Any) -> Iterator[Row]:
+    for name, row in results["gain over no graph"].items():
+        if name.endswith("graph") and name != "no graph":
+            yield (
+                f"graph prior, {name}: gain in R²",
+                f"{row['R2']['mean']:+.3f} ± {row['R2']['error']:.3f} (standard error)",
+                "> 0" if name == "true graph" else "≤ 0",
+            )
+
+
+def _correlated_groups(results: Any) -> Iterator[Row]:
+    for kind, row in results["found"].items():
+        better = row["metrics better than integrated gradients"]["expected gradients"]
+        yield (
+            f"keep/remove metrics, {kind}: EG better than IG on",
+            f"{better} of 18",
+            "18" if kind == "correlated groups" else "",
+        )
+
+
+def _convergence(results: Any) -> Iterator[Row]:
+    for name in ("EG, k = 1", "EG, k = 5", "IG, 2 steps", "gradients"):
+        row = results["found"][name]
+        yield (
+            f"two equal features, {name}: epochs until one is unused; its share at the end",
+            f"{row['epochs until gone']['mean']:.0f}; {row['dependence at the end']['mean']:.2f}",
+            "",
+        )
+
+
+def _relu_differentiation(results: Any) -> Iterator[Row]:
+    for data, row in results["at equal penalty"].items():
+        ways = [name for name in row if name != "TV"]
+        yield (
+            f"ReLU networks on {data}, accuracy at equal penalty (middle of three): "
+            + ", ".join(f"`{way}`" for way in ways),
+            ", ".join(f"{row[way][1]:.3f}" for way in ways),
             "",
         )
 
@@ -177,6 +248,12 @@ ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
     "pixel_prior": _pixel_prior,
     "decoy_mnist": _decoy_mnist,
     "stability_study": _stability_study,
+    "relu_differentiation": _relu_differentiation,
+    "nhanes_sparsity": _nhanes_sparsity,
+    "nhanes_references": _nhanes_references,
+    "graph_prior": _graph_prior,
+    "correlated_groups": _correlated_groups,
+    "convergence": _convergence,
 }
 """The rows of each benchmark; one that is not here is named, with a link to its figures."""
 

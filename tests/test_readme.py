@@ -9,7 +9,7 @@ import torch
 from benchmarks import _summary
 from captum_priors.adapters._shap._registry import ROWS as SHAP_ROWS
 from captum_priors.adapters._table import ADAPTERS
-from tests.support_table import in_place
+from tests.support_table import TABLES, in_place
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,6 +33,7 @@ def test_first_example_is_ten_lines() -> None:
 
 def test_tables_are_those_of_the_registries_and_the_measurements() -> None:
     """``python -m tests.support_table`` writes them."""
+    assert all(f"<!-- {name} -->" in README for name in TABLES)
     assert in_place(README) == README
 
 
