@@ -5,7 +5,9 @@ import inspect
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +79,7 @@ class ExplainerPrior(LeafPrior):
         # Not kept on the prior: signatures cannot be copied or pickled along with it.
         attribute = self.explainer.attribute
         if isinstance(attribute, types.MethodType):
-            return _parameters_of_method(attribute.__func__)
+            return dict(islice(_parameters_of_function(attribute.__func__).items(), 1, None))
         return inspect.signature(attribute).parameters
 
     explainer: Any
@@ -305,13 +307,20 @@ def _each(attributions: Any) -> tuple[Any, ...]:
     return attributions if isinstance(attributions, tuple) else (attributions,)
 
 
-@functools.lru_cache(maxsize=256)
-def _parameters_of_method(function: Any) -> Any:
-    return inspect.signature(types.MethodType(function, object())).parameters
+# Signatures take as long as a layer of a small model. Weakly, because closures hold models.
+_known_parameters: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def _parameters_of_function(function: Any) -> Any:
+    if function not in _known_parameters:
+        _known_parameters[function] = inspect.signature(function).parameters
+    return _known_parameters[function]
 
 
 def parameters_of(function: Any) -> Any:
     """Parameters of a function or module; none where a builtin does not tell."""
+    if isinstance(function, types.FunctionType):
+        return _parameters_of_function(function)
     try:
         called = function.forward if isinstance(function, nn.Module) else function
         return inspect.signature(called).parameters
