@@ -124,7 +124,7 @@ def _fused_attention(results: Any) -> Iterator[Row]:
     by_penalty = results["errors"]["gelu"]
     errors = [e for by_length in by_penalty.values() for each in by_length.values() for e in each]
     yield (
-        "`finite_difference` on a fused-attention transformer: largest gradient error",
+        "`finite_difference` on a fused-attention transformer with GELU: largest gradient error",
         f"{max(errors):.1e}",
         "≤ 1e-02",
     )

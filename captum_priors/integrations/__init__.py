@@ -6,11 +6,11 @@ backward pass::
     ddp = DistributedDataParallel(model)  # or fully_shard(model)
     prior = AcrossProcesses(0.1 * AttributionPrior(ExpectedGradients(model), penalty))
     loss = F.cross_entropy(ddp(x), y)
-    (loss + prior(x, target=y)).backward()
+    (loss + prior(x, baselines=x, target=y)).backward()
 
 What a framework needs lives in a module of its own name, which is imported with the framework and
-never without it. :class:`StepGuard` keeps gradients that have gone wrong out of the parameters, in
-each of them.
+never without it. :class:`StepGuard` works with each of them and keeps gradients that are not finite
+out of the parameters.
 """
 
 from captum_priors.integrations._across_processes import AcrossProcesses

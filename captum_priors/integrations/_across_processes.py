@@ -30,8 +30,8 @@ class AcrossProcesses(Prior):
 
     for penalties of each example; a statement about the batch (Gini, graph) is made of the
     attributions of all processes, with its gradient. The loss needs the same weights where the
-    parts are uneven: multiply it by :meth:`share`. Every process draws random numbers of its own
-    for its examples, from streams that start as that of the first process.
+    parts are uneven: multiply it by :meth:`share`. All processes take the seed of the first;
+    each then draws different numbers for its own examples.
 
     Processes exchange numbers in each call while they train: all must make it. Without gradients,
     or after ``eval()``, nothing is exchanged and the value is that of the process's own examples.

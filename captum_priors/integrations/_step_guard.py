@@ -30,7 +30,7 @@ class StepGuard:
     good: give the model, and a skipped step puts those of the last good one back.
 
     In Lightning, guard the optimizer in ``configure_optimizers``; in Hugging Face, in a callback's
-    ``on_train_begin``, which is given it.
+    ``on_train_begin``, which receives the optimizer as an argument.
 
     Args:
         optimizer: The optimizer.

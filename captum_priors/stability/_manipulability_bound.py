@@ -48,8 +48,8 @@ def manipulability_bound(
 
     for spectral norms, and thus for Frobenius norms, which the paper has. It is a guarantee, and
     loose. The *path* form takes the largest Hessian norm at ``n_steps`` points of the straight line
-    between the inputs, the shortest curve there is: tight, but an estimate, as the maximum over
-    a curve that is sampled.
+    between the inputs, the shortest curve there is: much smaller, but an estimate, as the
+    maximum over a curve that is sampled.
 
     The bound is for gradients as they are; a normalised map moves by as much relative to its size.
     The product form is the same for all ``perturbed`` at one distance, hence a bound for the ball.

@@ -197,8 +197,8 @@ SETTINGS = [
     Setting(
         "`nn.RNN`, `nn.LSTM`, `nn.GRU`",
         "works",
-        "on a GPU with `finite_difference`, or `torch.backends.cudnn.flags(enabled=False)` around "
-        "the prior",
+        "on a GPU (not yet run there) with `finite_difference`, or "
+        "`torch.backends.cudnn.flags(enabled=False)` around the prior",
         (f"{_HERE}test_recurrent", "tests/gpu/test_cuda.py::test_cudnn_recurrent_modules"),
     ),
     Setting(
