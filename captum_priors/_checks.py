@@ -24,7 +24,11 @@ def check_tensors(inputs: Any) -> None:
                     name,
                     "a torch.Tensor",
                     type(tensor).__name__,
-                    "Convert it with torch.as_tensor(..., dtype=..., device=...).",
+                    "Pass a tuple of tensors for several inputs."
+                    if isinstance(tensor, list) and any(isinstance(t, Tensor) for t in tensor)
+                    else "Convert it with torch.as_tensor(..., dtype=..., device=...)."
+                    if hasattr(tensor, "__array__") or isinstance(tensor, (list, int, float))
+                    else "Pass the tensor that the model is called with.",
                 )
             )
 
@@ -72,7 +76,8 @@ def check_target(target: Any, n_examples: int) -> None:
                     "`target`",
                     "at most one dimension",
                     f"shape {tuple(target.shape)}",
-                    "Pass class indices of shape (batch,): target.flatten(), or argmax(1).",
+                    "Pass class indices of shape (batch,): target.argmax(1) for one-hot rows, "
+                    "target.flatten() for shape (batch, 1).",
                 )
             )
         length = len(target) if isinstance(target, list) or target.dim() else 1
@@ -80,7 +85,10 @@ def check_target(target: Any, n_examples: int) -> None:
         if not single and length != n_examples:
             raise TargetError(
                 expected_found(
-                    "`target`", f"one for each of the {n_examples} examples", str(length), "Match."
+                    "`target`",
+                    f"one for each of the {n_examples} examples",
+                    str(length),
+                    "Match it to the rows of the inputs.",
                 )
             )
         entries = target if isinstance(target, list) else []
@@ -111,7 +119,7 @@ def check_target(target: Any, n_examples: int) -> None:
             "`target`",
             "an int, a tuple of ints, a tensor or a list of them",
             type(target).__name__,
-            "Convert it with torch.as_tensor(target).",
+            "Pass class indices, torch.as_tensor(target).long().",
         )
     )
 
@@ -167,6 +175,16 @@ def check_distribution(baselines: Sequence[Any], inputs: Sequence[Tensor]) -> tu
     )
 
 
+def _remedy(baseline: Tensor, inputs: Tensor) -> str:
+    if baseline.shape == inputs.shape[1:]:
+        return "Add the first dimension, which counts reference rows, with unsqueeze(0)."
+    if baseline.shape[1:] == inputs.shape:
+        return "The inputs look like one example: add the batch dimension, inputs.unsqueeze(0)."
+    if baseline.shape == inputs.shape[:1] and not baseline.is_floating_point():
+        return "These look like labels: pass them as target=...."
+    return "The first dimension counts reference rows; the others match the inputs."
+
+
 def check_reference(baseline: Any) -> None:
     """Require a tensor of reference rows, or a number."""
     if not isinstance(baseline, (Tensor, int, float)) or isinstance(baseline, bool):
@@ -188,9 +206,9 @@ def _distribution(name: str, baseline: Any, inputs: Tensor) -> Tensor:
         raise ValueError(
             expected_found(
                 name,
-                f"rows of shape {tuple(inputs.shape[1:])} as in the inputs",
+                f"rows of shape {tuple(inputs.shape[1:])} as in the inputs, shape (n_rows, ...)",
                 f"shape {tuple(baseline.shape)}",
-                "The first dimension counts reference rows; the others match the inputs.",
+                _remedy(baseline, inputs),
             )
         )
     if baseline.shape[0] == 0:

@@ -1,5 +1,6 @@
 """Look at a model and an explainer from outside: held still, same draws each time, no trace."""
 
+import difflib
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -46,10 +47,15 @@ def check_options(explainer: Any, options: Iterable[str]) -> None:
                 expected_found(
                     f"`{name}`",
                     f"an option of {type(explainer).__name__}.attribute ({known})",
-                    "something else",
-                    "Check the spelling.",
+                    repr(name),
+                    _did_you_mean(name, parameters),
                 )
             )
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]}?" if close else "Check the spelling."
 
 
 def forward_func_of(explainer: Any) -> Any:

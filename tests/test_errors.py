@@ -523,3 +523,36 @@ def test_a_model_on_several_devices_is_not_refused() -> None:
     assert ExpectedGradients(model).attribute(x(), x(), target=1).shape == (5, 3)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         ExpectedGradients(model).attribute(torch.ones(5, 2), torch.ones(5, 2), target=1)
+
+
+MISTAKES: list[tuple[str, Callable[[Any], Any], str]] = [
+    ("one reference", lambda p: p(x(), x()[0], target=1), "Add the first dimension"),
+    (
+        "one example",
+        lambda p: p(x()[0], x(), target=1),
+        "add the batch dimension, inputs.unsqueeze",
+    ),
+    ("labels second", lambda p: p(x(), torch.zeros(5).long()), "pass them as target="),
+    ("short target", lambda p: p(x(), x(), target=torch.zeros(4).long()), "to the rows of the inp"),
+    ("one-hot", lambda p: p(x(), x(), target=torch.eye(5)), "target.argmax(1) for one-hot rows"),
+    ("a list", lambda p: p([x()], x(), target=1), "Pass a tuple of tensors"),
+    ("a dict", lambda p: p({"x": x()}, x(), target=1), "the tensor that the model is called with"),
+    ("a string", lambda p: p(x(), x(), target="cat"), "class indices"),
+    ("images", lambda p: p(x().to(torch.uint8), x(), target=1), "inputs.float()"),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "remedy"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES]
+)
+def test_the_remedy_is_for_the_mistake(call: Callable[[Any], Any], remedy: str) -> None:
+    prior = AttributionPrior(ExpectedGradients(net()), l1)
+    with pytest.raises((TypeError, ValueError, IndexError)) as found:
+        call(prior)
+    assert remedy in str(found.value)
+
+
+def test_a_model_without_values_is_named() -> None:
+    model = nn.Linear(3, 2, device="meta")
+    with pytest.raises(ValueError, match="The model has no values yet"):
+        AttributionPrior(ExpectedGradients(model), l1)(x(), x(), target=1)

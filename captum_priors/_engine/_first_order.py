@@ -192,7 +192,8 @@ def check_points(points: tuple[Tensor, ...]) -> None:
     for i, point in enumerate(points):
         if not point.is_floating_point():
             raise TypeError(
-                f"`inputs[{i}]`: expected a floating-point tensor, found {point.dtype}. Token ids "
-                "have no gradient: explain their embeddings, with LayerExpectedGradients or by "
-                "passing the embeddings as inputs."
+                f"`inputs[{i}]`: expected a floating-point tensor, found {point.dtype}. Images "
+                "and counts: inputs.float(), scaled as the model expects. Token ids have no "
+                "gradient: explain their embeddings, with LayerExpectedGradients or by passing the "
+                "embeddings as inputs."
             )

@@ -94,12 +94,15 @@ def _of_the_model(error: Exception, holder: Any, tensors: list[Tensor]) -> Excep
     for tensor in tensors:
         if moved and devices and tensor.device not in devices:
             there = ", ".join(sorted(map(str, devices)))
+            remedy = "Move the batch with .to(device), or the model to the batch's device."
+            if devices == {torch.device("meta")}:
+                remedy = "The model has no values yet: load them, after model.to_empty(device=...)."
             return ValueError(
                 expected_found(
                     "`inputs`",
                     f"the device of the model's parameters, {there}",
                     str(tensor.device),
-                    "Move the batch with .to(device), or the model to the batch's device.",
+                    remedy,
                 )
             )
     dtypes = {t.dtype for t in own if t.is_floating_point()}

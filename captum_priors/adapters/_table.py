@@ -29,7 +29,7 @@ ADAPTERS: dict[type, type[CaptumAdapter]] = {
     **WRAPPER_ADAPTERS,
 }
 
-_ABSTRACT = "abstract and explaining nothing by itself. Pass one of its subclasses"
+_ABSTRACT = "an abstract base class that explains nothing by itself. Pass one of its subclasses"
 REFUSED: dict[str, str] = {
     "Attribution": _ABSTRACT,
     "GradientAttribution": _ABSTRACT,

@@ -301,7 +301,7 @@ BAD_PRIORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         lambda: _make(n_sample=3),
         TypeError,
         r"`n_sample`: expected an option of ExpectedGradients\.attribute \(baselines, "
-        r"n_samples, .*\), found something else\. Check the spelling",
+        r"n_samples, .*\), found 'n_sample'\. Did you mean n_samples\?",
     ),
     (
         "target-at-construction",

@@ -237,7 +237,7 @@ BAD: list[tuple[str, Callable[[nn.Module], Any], type[Exception], str]] = [
         "penalty-for-distance",
         lambda m: AttributionPrior(Saliency(m), l2, nonsense=1),
         TypeError,
-        r"`nonsense`: expected an option of .*Saliency\.attribute \(abs\), found something else",
+        r"an option of .*Saliency\.attribute \(abs\), found 'nonsense'\. Check the spelling",
     ),
     (
         "distance-shape",
