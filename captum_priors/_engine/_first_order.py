@@ -126,9 +126,7 @@ def differentiate(
         )
     gradients: Sequence[Tensor | None]
     if create_graph:
-        gradients = with_second_derivative(
-            outputs, points, allow_unused=True, skip_zeros=all(p.is_leaf for p in points)
-        )
+        gradients = with_second_derivative(outputs, points, allow_unused=True)
     else:
         refuse_lost_gradients([outputs], twice=False)
         gradients = _grad(outputs, points, torch.ones_like(outputs), allow_unused=True)
@@ -145,12 +143,7 @@ def differentiate(
 
 
 def with_second_derivative(
-    outputs: Any,
-    inputs: Any,
-    *,
-    cotangents: Any = None,
-    allow_unused: bool = False,
-    skip_zeros: bool = False,
+    outputs: Any, inputs: Any, *, cotangents: Any = None, allow_unused: bool = False
 ) -> tuple[Tensor, ...]:
     """Differentiate with a graph, and refuse operators that have no second derivative."""
     several = isinstance(outputs, (tuple, list))
@@ -161,7 +154,7 @@ def with_second_derivative(
         ones = [torch.ones_like(o, requires_grad=True) for o in (outputs if several else [outputs])]
         cotangents = ones if several else ones[0]
     gradients = _grad(outputs, inputs, cotangents, allow_unused=allow_unused, create_graph=True)
-    refuse_dead_ends(tuple(g for g in gradients if g is not None), skip_zeros=skip_zeros)
+    refuse_dead_ends(tuple(g for g in gradients if g is not None))
     return gradients
 
 

@@ -18,25 +18,6 @@ _DEAD_ENDS = _PLACEHOLDERS | {
 }
 
 
-# Nodes whose second source gets a gradient of zeros: the slope of a piecewise linear function does
-# not change with its argument (torch's derivatives.yaml, `self: zeros_like`).
-_FLAT = {
-    "AdaptiveAvgPool2DBackwardBackward0",
-    "AdaptiveAvgPool3DBackwardBackward0",
-    "AdaptiveMaxPool2DBackwardBackward0",
-    "AdaptiveMaxPool3DBackwardBackward0",
-    "AvgPool2DBackwardBackward0",
-    "AvgPool3DBackwardBackward0",
-    "HardshrinkBackwardBackward0",
-    "HardtanhBackwardBackward0",
-    "LeakyReluBackwardBackward0",
-    "MaxPool2DWithIndicesBackwardBackward0",
-    "MaxPool3DWithIndicesBackwardBackward0",
-    "SoftshrinkBackwardBackward0",
-    "ThresholdBackwardBackward0",
-}
-
-
 def nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
     """Walk the graph behind the tensors, each node once."""
     stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
@@ -92,27 +73,11 @@ CLOSED_OVER = (
 )
 
 
-def refuse_dead_ends(gradients: tuple[Tensor, ...], *, skip_zeros: bool) -> None:
-    """Raise while the attribution is computed, not when the training loss is differentiated.
-
-    With ``skip_zeros`` the second backward pass does not carry zeros through the forward pass of a
-    piecewise linear network, which is half of its work; what only they would have reached (hidden
-    biases) then gets None instead of zeros.
-    """
+def refuse_dead_ends(gradients: tuple[Tensor, ...]) -> None:
+    """Raise while the attribution is computed, not when the training loss is differentiated."""
     for node in nodes(gradients):
-        name = node.name()
-        if name in _DEAD_ENDS:
+        if node.name() in _DEAD_ENDS:
             raise NotDifferentiableError(no_second_derivative(_culprit(node, gradients)))
-        if skip_zeros and name in _FLAT and not node.metadata.setdefault(_SKIPS, False):
-            node.metadata[_SKIPS] = True
-            node.register_hook(_without_zeros)
-
-
-_SKIPS = "captum_priors skips zeros"
-
-
-def _without_zeros(found: tuple[Tensor | None, ...], given: Any) -> tuple[Tensor | None, ...]:
-    return (found[0], None)
 
 
 def _culprit(node: Any, gradients: tuple[Tensor, ...]) -> str:

@@ -21,6 +21,11 @@ T = TypeVar("T")
 _FAILURES = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError)
 
 
+# How torch says that devices or dtypes do not go together.
+_DEVICE_SIGNS = ("same device", "on device", "device type", "meta tensor")
+_DTYPE_SIGNS = ("dtype", "same type", "scalar type", "should be the same", "expected m1 and m2")
+
+
 def names_mismatch(function: Callable[P, T]) -> Callable[P, T]:
     """Word the failures of a function ``(holder of the model, inputs, ...)`` as what causes them.
 
@@ -90,7 +95,7 @@ def _of_the_model(error: Exception, holder: Any, tensors: list[Tensor]) -> Excep
     own = [t for module in modules_of(*holders) for t in (*module.parameters(), *module.buffers())]
     message = str(error)
     devices = {t.device for t in own}
-    moved = "device" in message or "meta tensor" in message
+    moved = any(sign in message for sign in _DEVICE_SIGNS)
     for tensor in tensors:
         if moved and devices and tensor.device not in devices:
             there = ", ".join(sorted(map(str, devices)))
@@ -108,7 +113,7 @@ def _of_the_model(error: Exception, holder: Any, tensors: list[Tensor]) -> Excep
     dtypes = {t.dtype for t in own if t.is_floating_point()}
     for tensor in tensors:
         odd = tensor.is_floating_point() and tensor.dtype not in dtypes
-        if "type" in message and dtypes and odd:
+        if any(sign in message for sign in _DTYPE_SIGNS) and dtypes and odd:
             names = ", ".join(sorted(map(str, dtypes)))
             return TypeError(
                 expected_found(

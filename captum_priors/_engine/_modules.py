@@ -6,6 +6,7 @@ import types
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -73,13 +74,19 @@ def _children(holder: Any) -> Iterator[Any]:
             yield getattr(holder, name, None)
 
 
-@functools.lru_cache(maxsize=1024)
+_known_slots: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
+
+
 def _slots(cls: type) -> tuple[str, ...]:
+    known = _known_slots.get(cls)
+    if known is not None:
+        return known
     found: list[str] = []
     for each in cls.__mro__:
         slots = each.__dict__.get("__slots__", ())
         found.extend((slots,) if isinstance(slots, str) else slots)
-    return tuple(found)
+    _known_slots[cls] = tuple(found)
+    return _known_slots[cls]
 
 
 def modules_of(*holders: Any) -> tuple[nn.Module, ...]:

@@ -133,7 +133,7 @@ class AcrossProcesses(Prior):
 
     def _share(self, counts: Tensor) -> float:
         rank = dist.get_rank(self.process_group)
-        return float(counts[rank] * len(counts) / counts.sum())
+        return int(counts[rank]) * len(counts) / int(counts.sum())
 
     def _all(self, row: Tensor) -> Tensor:
         rows = [torch.empty_like(row) for _ in range(self._size())]

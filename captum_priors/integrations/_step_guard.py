@@ -2,6 +2,7 @@
 
 import logging
 from typing import Any, Literal
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -93,13 +94,28 @@ class StepGuard:
         self._names: dict[Tensor, str] = {}
         if model is not None:
             self._names = {p: name for name, p in model.named_parameters()}
-        self._statistics = [] if model is None else _statistics(model)
-        self._good = [t.clone() for t in self._statistics]
+        self._norms = [] if model is None else _norms(model)
+        self._keep()
+        if model is not None:
+            if model not in _guards_of:
+                _guards_of[model] = WeakSet()
+                model.register_load_state_dict_post_hook(_after_loading)
+            _guards_of[model].add(self)
         self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def _keep(self) -> None:
+        """Take the statistics as they are now for good ones."""
+        # Looked up anew: .to() and load_state_dict(assign=True) put other tensors in their place.
+        self._good = [
+            {name: b.clone() for name, b in norm._buffers.items() if b is not None}
+            for norm in self._norms
+        ]
 
     def remove(self) -> None:
         """Let the optimizer step freely again."""
         self._handle.remove()
+        for guards in _guards_of.values():
+            guards.discard(self)
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         """Check now, or after the closure that will compute the gradients."""
@@ -119,21 +135,25 @@ class StepGuard:
         return then_check
 
     def _check(self, optimizer: Any) -> None:
-        if getattr(optimizer, "found_inf", None) is not None:
-            return  # a fused optimizer under a GradScaler, which skips by itself
+        found = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler
+        if found is not None and any_process(found > 0):
+            return  # it skips by itself
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = _norm(parameters)
+        if found is not None and getattr(optimizer, "grad_scale", None) is not None:
+            norm = norm / optimizer.grad_scale.to(norm.device)
         wrong = ~norm.isfinite()
         if self.max_norm is not None:
             wrong = wrong | (norm > self.max_norm)
         if not any_process(wrong):
             self._in_a_row = 0
-            self._good = [t.clone() for t in self._statistics]
+            self._keep()
             return
         message = self._message(norm, parameters)
         self._in_a_row += 1
-        for statistic, good in zip(self._statistics, self._good, strict=True):
-            statistic.copy_(good)
+        for module, good in zip(self._norms, self._good, strict=True):
+            for name, value in good.items():
+                module._buffers[name].copy_(value)
         if self.on_nonfinite == "raise":
             raise FloatingPointError(message)
         if self._in_a_row >= self.patience:
@@ -159,11 +179,19 @@ class StepGuard:
         )
 
 
-def _statistics(model: nn.Module) -> list[Tensor]:
-    """Running statistics, which a forward pass in train mode changes."""
-    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
-    buffers = [norm._buffers[name] for norm in norms for name in norm._buffers]
-    return [buffer for buffer in buffers if buffer is not None]
+# Not in the hook itself: it is copied and pickled with the model.
+_guards_of: WeakKeyDictionary[nn.Module, WeakSet[StepGuard]] = WeakKeyDictionary()
+
+
+def _after_loading(model: nn.Module, keys: Any) -> None:
+    """Statistics that were loaded are good ones."""
+    for guard in _guards_of.get(model, ()):
+        guard._keep()
+
+
+def _norms(model: nn.Module) -> list[Any]:
+    """Modules with running statistics, which a forward pass in train mode changes."""
+    return [module for module in model.modules() if isinstance(module, _NormBase)]
 
 
 @torch.no_grad()
@@ -172,10 +200,17 @@ def _norm(parameters: list[Tensor]) -> Tensor:
     grads = [p.grad for p in parameters if p.grad is not None]
     dense = [g.coalesce().values() if g.is_sparse else g for g in grads]
     if not dense:
-        return torch.zeros(())
-    if hasattr(nn.utils, "get_total_norm"):  # torch 2.6, in few kernels
-        norm: Any = nn.utils.get_total_norm(dense)
-    else:
-        norm = torch.stack([torch.linalg.vector_norm(g).to(dense[0].device) for g in dense]).norm()
-    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return torch.zeros((), device=parameters[0].device if parameters else None)
+    # Sharded tensors and whole ones do not go into one kernel; half precision overflows in a norm.
+    alike: dict[Any, list[Tensor]] = {}
+    for g in dense:
+        alike.setdefault(getattr(g, "device_mesh", None), []).append(g)
+    found = []
+    for each in alike.values():
+        norms = torch._foreach_norm(
+            each, 2.0, dtype=torch.promote_types(each[0].dtype, torch.float32)
+        )
+        norm = torch.stack([n.to(norms[0].device) for n in norms]).norm()
+        found.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    whole: Tensor = torch.stack([n.to(found[0].device) for n in found]).norm()
     return whole

@@ -114,7 +114,7 @@ class Means:
             reduce: Sums a tensor over processes.
         """
         names = [TOTAL, *terms_of(prior), *([SKIPPED] if _guards(prior) else [])]
-        like = next(iter(self._totals.values()), torch.zeros(2, dtype=torch.float64))
+        like = next(iter(self._totals.values()), torch.zeros(2))
         rows = [self._totals.get(name, torch.zeros_like(like)) for name in names]
         seen = torch.tensor([name in self._totals for name in names], device=like.device)
         table = torch.cat([torch.stack(rows), seen.unsqueeze(1).to(like.dtype)], 1)
@@ -122,6 +122,12 @@ class Means:
         sums, counts, seens = (table if reduce is None else reduce(table)).unbind(1)
         means = (sums / counts).tolist()
         return {n: mean for n, mean, s in zip(names, means, seens.tolist(), strict=True) if s}
+
+
+def shared_table(table: Tensor, device: torch.device) -> Tensor:
+    """Put a table where processes sum it, in the dtype that all of them use."""
+    # MPS has no float64.
+    return table.to(torch.float32 if device.type == "mps" else torch.float64).to(device)
 
 
 def check_explains(prior: Prior, model: nn.Module) -> None:

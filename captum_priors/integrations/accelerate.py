@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from captum_priors._errors import expected_found
-from captum_priors.integrations._terms import Means, evaluate
+from captum_priors.integrations._terms import Means, evaluate, shared_table
 from captum_priors.priors._base import Prior, check_prior
 
 __all__ = ["AcceleratedPrior"]
@@ -70,6 +70,15 @@ class AcceleratedPrior(Prior):
     def forward(self, *data: Any, **named: Any) -> Tensor:
         """Return the value of the prior, and keep it for :meth:`log`."""
         names = ("inputs", "baselines", "target", "additional_forward_args")
+        if len(data) > len(names):
+            raise TypeError(
+                expected_found(
+                    "positional arguments",
+                    f"at most {len(names)}: {', '.join(names)}",
+                    str(len(data)),
+                    "Pass annotations by their names.",
+                )
+            )
         value, values = evaluate(self.prior, {**dict(zip(names, data, strict=False)), **named})
         (self._training_means if self.training_step() else self._looks).add(values)
         return value
@@ -92,7 +101,9 @@ class AcceleratedPrior(Prior):
         return means
 
     def _sum_over_processes(self, table: Tensor) -> Tensor:
-        summed: Tensor = self.accelerator.reduce(table.to(self.accelerator.device), reduction="sum")
+        summed: Tensor = self.accelerator.reduce(
+            shared_table(table, self.accelerator.device), reduction="sum"
+        )
         return summed
 
     def takes(self, name: str) -> bool:

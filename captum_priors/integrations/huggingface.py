@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from captum_priors._errors import expected_found
 from captum_priors._extras import extra
-from captum_priors.integrations._terms import Means, check_explains, evaluate
+from captum_priors.integrations._terms import Means, check_explains, evaluate, shared_table
 from captum_priors.priors._base import Prior, check_prior
 
 __all__ = ["LogitsOf", "PriorTrainerMixin", "classification_arguments"]
@@ -223,7 +223,9 @@ class PriorTrainerMixin:
         return output
 
     def _sum_over_processes(self, table: Tensor) -> Tensor:
-        summed: Tensor = self.accelerator.reduce(table.to(self.args.device), reduction="sum")
+        summed: Tensor = self.accelerator.reduce(
+            shared_table(table, self.args.device), reduction="sum"
+        )
         return summed
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

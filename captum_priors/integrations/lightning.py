@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_priors._captum import as_tuple
 from captum_priors._errors import expected_found
 from captum_priors.integrations._terms import evaluate
 from captum_priors.priors._base import Prior, check_prior
@@ -128,7 +127,8 @@ class PriorMixin:
         self._prior_was_added = torch.is_grad_enabled()  # looking at a value adds nothing
         arguments = self.prior_arguments(batch)
         value, values = evaluate(self.prior, arguments)
-        first = as_tuple(arguments["inputs"])[0]
+        inputs = arguments["inputs"]
+        first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
         options = {"batch_size": len(first) if isinstance(first, Tensor) else None, **log_options}
         named = {prefix + name: number for name, number in values.items()}
         self.log_dict(named, **options)  # type: ignore[attr-defined]

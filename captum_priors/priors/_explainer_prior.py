@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._engine._mismatch import names_mismatch
 from captum_priors._engine._modules import submodules_of
 from captum_priors._engine._processes import current_processes
-from captum_priors._engine._random import GeneratorState, swapped_in
+from captum_priors._engine._random import GeneratorState, seed_global, swapped_in
 from captum_priors._engine._smooth import relu_as_softplus
 from captum_priors._engine._still import held
 from captum_priors._errors import NotDifferentiableError, expected_found
@@ -160,7 +161,10 @@ class ExplainerPrior(LeafPrior):
             return scores
         n = len(_each(maps[0])[0])
         whole = {k: for_each(processes.whole, v, n) for k, v in annotations.items()}
-        return self.score(*(for_each(processes.whole, m, n) for m in maps), **whole)
+        joined = [for_each(processes.whole, m, n) for m in maps]
+        # One statistic: what the score draws is to be the same everywhere.
+        seed_global(self.stream.peek(advance=True, rank=processes.size))
+        return self.score(*joined, **whole)
 
     @contextmanager
     def model_held(self) -> Iterator[None]:
@@ -207,8 +211,8 @@ class ExplainerPrior(LeafPrior):
     def _check_graph(self, attributions: Any, scores: Any) -> None:
         """Refuse a score that leaves nothing to train on of attributions that can be trained on."""
         tensors = [t for t in _each(attributions) if isinstance(t, Tensor)]
-        if not isinstance(scores, Tensor) or scores.requires_grad:
-            return
+        if not isinstance(scores, Tensor) or scores.requires_grad or not scores.any():
+            return  # zeros: nothing in this batch that the penalty speaks of
         fits = tuple(scores.shape) in {(), *(tuple(t.shape[:1]) for t in tensors)}
         if fits and any(t.requires_grad for t in tensors):
             raise NotDifferentiableError(
@@ -313,7 +317,16 @@ _known_parameters: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 def _parameters_of_function(function: Any) -> Any:
     if function not in _known_parameters:
-        _known_parameters[function] = inspect.signature(function).parameters
+        # Without the values: a default may hold the model that holds the prior and this function,
+        # and weak keys do not help against that.
+        _known_parameters[function] = types.MappingProxyType(
+            {
+                name: p.replace(
+                    annotation=p.empty, default=p.empty if p.default is p.empty else None
+                )
+                for name, p in inspect.signature(function).parameters.items()
+            }
+        )
     return _known_parameters[function]
 
 
@@ -334,9 +347,16 @@ def _is_open(parameters: Any) -> bool:
 
 def _name(thing: Any) -> str:
     if isinstance(thing, functools.partial):
-        options = [f"{k}={v!r}" for k, v in thing.keywords.items() if not isinstance(v, Tensor)]
+        options = [
+            f"{k}={_shown(v)}" for k, v in thing.keywords.items() if not isinstance(v, Tensor)
+        ]
         return f"{_name(thing.func)}({', '.join(options)})" if options else _name(thing.func)
     if isinstance(thing, nn.Module):
         return repr(thing)
     name = getattr(thing, "__name__", type(thing).__name__)
     return str(name).removeprefix("Differentiable")
+
+
+def _shown(value: Any) -> str:
+    """Value as it would be written, without addresses: another process has others."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

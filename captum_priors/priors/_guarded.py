@@ -6,7 +6,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from captum_priors._captum import as_tuple
 from captum_priors._engine._processes import any_process
 from captum_priors._engine._random import Counter
 from captum_priors._errors import expected_found, one_of
@@ -99,7 +98,8 @@ class Guarded(Prior):
 
 
 def _are_finite(inputs: Any) -> bool:
-    return all(t.isfinite().all() for t in as_tuple(inputs) if isinstance(t, Tensor))
+    each = inputs if isinstance(inputs, tuple) else (inputs,)
+    return all(t.isfinite().all() for t in each if isinstance(t, Tensor))
 
 
 def check_limit(name: str, limit: Any) -> None:

@@ -52,12 +52,14 @@ class Lazy(Prior):
         if not self.training_step():
             value: Tensor = self.prior(inputs, *data, **named)
             return value
-        check_inputs(inputs)
+        tensors = isinstance(inputs, (Tensor, tuple))  # some explainers take prompts
+        if tensors:
+            check_inputs(inputs)
         due = int(self.counter) % self.every == 0
         if due:
             value = self.every * self.prior(inputs, *data, **named)
         else:
-            like = as_tuple(inputs)[0]
+            like = as_tuple(inputs)[0] if tensors else torch.zeros(())
             dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
             value = torch.zeros((), dtype=dtype, device=like.device)
         self.counter.advance()
