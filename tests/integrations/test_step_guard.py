@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,49 @@ def test_scaler_keeps_the_steps_that_it_skips() -> None:
     scaler.update()
     assert torch.equal(model[0].weight, before)
     assert (guard.skipped, scaler.get_scale()) == (0, 2.0)
+
+
+def test_limit_holds_under_a_scaler_too() -> None:
+    """Gradients are still scaled when a fused optimizer steps."""
+    for fused in (False, True):
+        model = net()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
+        guard = StepGuard(optimizer, "skip", max_norm=1e3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        before = copy.deepcopy(model[0].weight)
+        for size, skipped in ((1e6, 1), (1.0, 1)):
+            optimizer.zero_grad()
+            scaler.scale(size * model(batches()[0][0]).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            assert guard.skipped == skipped
+            assert torch.equal(model[0].weight, before) == (size > 1)
+
+
+def test_statistics_are_those_of_a_model_that_was_loaded_or_moved() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = StepGuard(optimizer, "skip", model=model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["1.running_mean"] += 5
+    model.load_state_dict(state)
+    x, y = with_nan(batches()[0])
+    train(model, optimizer, [(x, y)])
+    assert torch.equal(model[1].running_mean, state["1.running_mean"])
+    model.float()  # other tensors in their place
+    train(model, optimizer, [(x.float(), y)])
+    assert guard.skipped == 2
+    assert model[1].running_mean.isfinite().all()
+    pickle.dumps(model)
+
+
+def test_half_precision_does_not_overflow_in_the_norm() -> None:
+    weight = nn.Parameter(torch.zeros(300, 300, dtype=torch.float16))
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
+    guard = StepGuard(optimizer, "skip")
+    weight.grad = torch.full_like(weight, 300.0)
+    optimizer.step()
+    assert guard.skipped == 0
 
 
 class Guarding(LightningModule):
