@@ -225,8 +225,9 @@ class ShapAdapter:
             return _beside(explanation, worker._rows)
         values, base = worker._whole
         self._compare(values, base, explanation.values)
-        base = base.expand(len(values), *base.shape)
-        return with_tensors(explanation, values.reshape(explanation.values.shape), base)
+        if values.shape != explanation.values.shape:
+            values = values.reshape(explanation.values.shape)
+        return with_tensors(explanation, values, base.expand(len(values), *base.shape))
 
     def _worker(self, args: tuple[Any, ...]) -> Any:
         """Return what runs SHAP's code in one call: with ``_whole``, or remembering its rows."""
@@ -267,9 +268,11 @@ class ShapAdapter:
 
     def _compare(self, values: Tensor, base: Tensor, stock: Any) -> None:
         ours = values.detach().double().cpu().numpy()
-        theirs = np.asarray(stock, dtype=float)
-        scale = max(float(np.abs(theirs).max(initial=0)), float(base.detach().abs().max()), 1e-30)
-        difference = float(np.abs(ours - theirs.reshape(ours.shape)).max(initial=0))
+        theirs = np.asarray(stock, dtype=float).reshape(ours.shape)
+        difference = float(np.abs(ours - theirs).max(initial=0))
+        scale = float(np.abs(theirs).max(initial=1e-30))
+        if difference > _REPLAYS * scale:
+            scale = max(scale, float(base.detach().abs().max()))
         if difference > _REPLAYS * scale:
             raise NotDifferentiableError(
                 expected_found(

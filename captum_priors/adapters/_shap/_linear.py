@@ -62,7 +62,9 @@ class LinearFamily(ShapAdapter):
         if self._now is not None:
             return self._now
         points, differences = _unit_steps(len(self._original_mean()))
-        outputs = self._model()(points).double()
+        outputs = self._model()(
+            points.clone()
+        ).double()  # of its own, should the model work in place
         return differences.to(outputs) @ outputs, outputs[0]
 
     def _original_mean(self) -> np.ndarray:
@@ -106,10 +108,9 @@ class LinearFamily(ShapAdapter):
 
     def _phi(self, rows: Any, coef: Tensor) -> Tensor:
         """Attributions ``(batch, features[, outputs])``."""
-        x = torch.as_tensor(np.asarray(rows, dtype=float)).to(coef)
-        mean = torch.as_tensor(np.asarray(self.mean, dtype=float)).to(coef)
+        mean: Any = np.asarray(self.mean, dtype=float)
         if self.feature_perturbation == "interventional":
-            centred = x - mean
+            centred = torch.as_tensor(np.asarray(rows, dtype=float) - mean).to(coef)
             return centred * coef if coef.dim() == 1 else centred.unsqueeze(-1) * coef
         if coef.dim() > 1:
             raise NotDifferentiableError(
@@ -120,6 +121,7 @@ class LinearFamily(ShapAdapter):
                     "SHAP has no such values; explain one output at a time.",
                 )
             )
+        x, mean = (torch.as_tensor(np.asarray(a, dtype=float)).to(coef) for a in (rows, mean))
         projection = torch.as_tensor(self.avg_proj).to(coef)
         transform = self._transform(coef)
         reduced = (x[:, torch.as_tensor(self.valid_inds)] @ projection.T) @ transform.T
@@ -187,10 +189,10 @@ class LinearFamily(ShapAdapter):
 
 
 @functools.lru_cache(maxsize=8)
-def _unit_steps(n: int) -> tuple[np.ndarray, Tensor]:
+def _unit_steps(n: int) -> tuple[Tensor, Tensor]:
     """Return zero and the unit vectors, and what takes outputs there to their differences."""
     differences = torch.cat([-torch.ones(n, 1), torch.eye(n)], 1).double()
-    return np.eye(n + 1, n, -1), differences
+    return torch.eye(n + 1, n).roll(1, 0).double(), differences
 
 
 def transform_slopes(covariance: np.ndarray, n_orders: int) -> Tensor:
