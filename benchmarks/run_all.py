@@ -1,11 +1,12 @@
-"""Run every benchmark of this folder, one after the other, and put their figures into one table.
+"""Run every benchmark of this folder, two at a time, and put their figures into one table.
 
     python benchmarks/run_all.py --data-dir DIR
 
 ``DIR`` has a folder for each data set that a script takes as ``--data NAME=...`` (``DIR/mnist``,
 ``DIR/nhanes``). Scripts whose data are not there are skipped, and the summary says so; a script
 that fails does not keep the others from running. Heavy scripts run at a reduced size unless
-``--full`` is given. The table is ``summary.md`` in the output folder.
+``--full`` is given. The table is ``summary.md`` in the output folder. Times are of the processor,
+and runs take turns within a script, so that a neighbour moves ratios little; ``--jobs 1`` for none.
 """
 
 import argparse
@@ -14,13 +15,16 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from _summary import write
 
 HERE = Path(__file__).parent
 # What fits the whole into half an hour on two cores.
-REDUCED = {"stability_study": ["--quick"], "relu_differentiation": ["--quick"]}
+REDUCED = {
+    name: ["--quick"] for name in ("fused_attention", "relu_differentiation", "stability_study")
+}
 
 
 def data_sets(script: Path) -> list[str]:
@@ -31,6 +35,8 @@ def data_sets(script: Path) -> list[str]:
 def command(script: Path, data_dir: Path | None, options: list[str]) -> list[str] | None:
     """Return the command that runs a script, or None where its data are missing."""
     found = [sys.executable, str(script), *options]
+    if re.search(r"(args|options)\.jobs", script.read_text(encoding="utf-8")):
+        found += ["--jobs", "1"]
     for name in data_sets(script):
         if data_dir is None or not (data_dir / name).is_dir():
             return None
@@ -48,32 +54,41 @@ def main() -> int:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="every script at its own size")
     size.add_argument("--quick", action="store_true", help="fewer settings and repeats everywhere")
+    parser.add_argument("--jobs", type=int, default=2, help="scripts at a time")
     parser.add_argument("--only", nargs="*", default=None, help="names of scripts")
     options = parser.parse_args()
     passed_on = ["--output", str(options.output), *(["--quick"] if options.quick else [])]
-    outcomes: dict[str, str] = {}
     scripts = [s for s in sorted(HERE.glob("[a-z]*.py")) if s != Path(__file__)]
-    for script in scripts:
-        if options.only is not None and script.stem not in options.only:
-            continue
+    if options.only is not None:
+        scripts = [script for script in scripts if script.stem in options.only]
+
+    def outcome(script: Path) -> str:
         reduced = [] if options.full or options.quick else REDUCED.get(script.stem, [])
         run = command(script, options.data_dir, [*passed_on, *reduced])
         if run is None:
-            outcomes[script.stem] = "skipped: needs " + ", ".join(
-                f"DIR/{name}" for name in data_sets(script)
-            )
-            continue
-        print(f"\n{script.stem}", flush=True)
+            return "skipped: needs " + ", ".join(f"DIR/{name}" for name in data_sets(script))
         start = time.perf_counter()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        status = subprocess.run(run, check=False, env=environment).returncode
+        done = subprocess.run(
+            run,
+            check=False,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         seconds = time.perf_counter() - start
-        outcomes[script.stem] = f"{'done' if status == 0 else 'FAILED'}, {seconds:.0f} s"
+        found = f"{'done' if done.returncode == 0 else 'FAILED'}, {seconds:.0f} s"
+        print(f"\n{script.stem}: {found}\n{done.stdout}", flush=True)
+        return found
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        outcomes = dict(zip((s.stem for s in scripts), pool.map(outcome, scripts), strict=True))
     options.output.mkdir(parents=True, exist_ok=True)
     print(f"\n{write(options.output)}")
-    for name, outcome in outcomes.items():
-        print(f"{name:24} {outcome}")
-    return int(any(outcome.startswith("FAILED") for outcome in outcomes.values()))
+    for name, found in outcomes.items():
+        print(f"{name:24} {found}")
+    return int(any(found.startswith("FAILED") for found in outcomes.values()))
 
 
 if __name__ == "__main__":
