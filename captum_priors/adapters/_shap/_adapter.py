@@ -77,7 +77,6 @@ class ShapAdapter:
     _unchecked = False
     _rows: list[tuple[Tensor, Tensor]] | None = None
     _whole: tuple[Tensor, Tensor] | None = None
-    _base_of_call: Any = None
     _inputs: tuple[Any, ...] = ()
     _is_still = False
 
@@ -199,8 +198,6 @@ class ShapAdapter:
     @property
     def expected_value(self) -> Any:
         """The base value, of the model as it is now and in the units of the link."""
-        if self._base_of_call is not None:
-            return self._base_of_call
         if self._torch_model() is not None:
             with self._still(), torch.no_grad():
                 base = self._base()
@@ -233,9 +230,12 @@ class ShapAdapter:
         """Return what runs SHAP's code in one call: with ``_whole``, or remembering its rows."""
         worker = copy.copy(self)
         worker._rows, worker._whole, worker._inputs, worker._is_still = [], None, args, True
+        self._check_constants(args)
+        return worker
+
+    def _check_constants(self, args: tuple[Any, ...]) -> None:
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self._check_input_graph()
-        return worker
 
     def _as_stock(self) -> Any:
         """Return SHAP's own explainer with the attributes of this one."""

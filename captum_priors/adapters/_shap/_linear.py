@@ -6,7 +6,6 @@ its explainer is made. That estimate is kept as it is, and what later changes of
 add to it is estimated from as many orders of our own.
 """
 
-import copy
 import functools
 from typing import Any
 
@@ -34,7 +33,6 @@ class LinearFamily(ShapAdapter):
     mean_transformed: np.ndarray
     _slopes: Tensor | None = None
     _now: tuple[Tensor, Tensor] | None = None
-    _base_now: Tensor | None = None
     _mean_of_all: np.ndarray | None = None
 
     def _held(self) -> Any:
@@ -84,11 +82,10 @@ class LinearFamily(ShapAdapter):
         return self._mean_of_all
 
     def _base(self) -> Tensor:
-        if self._base_now is not None:
-            return self._base_now
-        coef, intercept = self._coefficients()
-        mean = torch.as_tensor(self._original_mean()).to(coef)
-        return mean @ coef + intercept
+        return self._base_of(*self._coefficients())
+
+    def _base_of(self, coef: Tensor, intercept: Tensor) -> Tensor:
+        return torch.as_tensor(self._original_mean()).to(coef) @ coef + intercept
 
     def _transform(self, coef: Tensor) -> Tensor:
         """SHAP's matrix for imputed features, at these coefficients."""
@@ -130,41 +127,40 @@ class LinearFamily(ShapAdapter):
         return x.new_zeros(len(x), self.M).index_copy(1, places, reduced)
 
     def _worker(self, args: tuple[Any, ...]) -> Any:
-        worker = super()._worker(args)
-        worker._now = worker._coefficients()
-        worker._base_now = worker._base()
         table = table_of(args)
         if table is None:
+            worker = super()._worker(args)
+            worker._now = worker._coefficients()
             worker._fresh = worker._refreshed()
             return worker
         # All rows in a few operations: by themselves they would be many.
-        worker._whole = worker._phi(table, worker._now[0]), worker._base_now
-        worker._refresh()
-        worker.mean = np.asarray(self.mean, dtype=float)  # SHAP would subtract in single precision
-        twin = worker._as_stock()
-        twin.expected_value = worker._base_of_call
+        self._check_constants(args)
+        coef, intercept = self._coefficients()
+        base = self._base_of(coef, intercept)
+        twin = self._stock_with(coef, base)
+        twin._whole = self._phi(table, coef), base
         return twin
 
     _fresh: Any = None
 
     def _refreshed(self) -> Any:
-        """Return a copy for SHAP's own code, with the coefficients of now."""
+        """Return SHAP's own explainer, of the module as it is now."""
         if self._fresh is not None:
             return self._fresh
-        inner = copy.copy(self)
-        inner._refresh()
-        return inner
+        coef, intercept = self._coefficients()
+        return self._stock_with(coef, self._base_of(coef, intercept))
 
-    def _refresh(self) -> None:
-        """Put the coefficients of now where SHAP's code looks for them."""
-        with torch.no_grad():
-            coef, _ = self._now = self._coefficients()
-            if self.feature_perturbation == "interventional":
-                self.coef = coef.cpu().numpy().T
-            else:
-                self.x_transform = self._transform(coef).cpu().numpy()
-                self.mean_transformed = self.x_transform @ self.mean
-            self._base_of_call = number_of(self._base())  # SHAP's code reads it for each row
+    def _stock_with(self, coef: Tensor, base: Tensor) -> Any:
+        twin = self._as_stock()
+        slopes = coef.detach()
+        if self.feature_perturbation == "interventional":
+            twin.coef = slopes.cpu().numpy().T
+        else:
+            twin.x_transform = self._transform(slopes).cpu().numpy()
+            twin.mean_transformed = twin.x_transform @ self.mean
+        twin.mean = np.asarray(self.mean, dtype=float)  # SHAP would subtract in single precision
+        twin.expected_value = number_of(base)
+        return twin
 
     @leaves_inference_mode
     def shap_values(self, X: Any) -> Any:  # noqa: N803  # SHAP's name
@@ -179,7 +175,7 @@ class LinearFamily(ShapAdapter):
         if self._torch_model() is None:
             found: dict[str, Any] = self._stock.explain_row(self, *row_args, **options)
             return found
-        row = as_array(row_args[0]).astype(float)  # SHAP would subtract in single precision
+        row = as_array(row_args[0]).astype(float)
         with self._still():
             result: dict[str, Any] = self._stock.explain_row(self._refreshed(), row, **options)
             coef, _ = self._coefficients()
