@@ -100,7 +100,7 @@ def run(job: tuple[str, str, float, int], source: str, epochs: float) -> dict[st
 def at_equal_penalty(curves: dict[str, list[tuple[float, float]]]) -> dict[str, list[float]]:
     """Accuracies on the line through each method's points, at penalties that all of them reach."""
     low = max(min(tv for tv, _ in points) for points in curves.values())
-    high = max(max(tv for tv, _ in points) for points in curves.values())
+    high = min(max(tv for tv, _ in points) for points in curves.values())
     levels = [low + share * (high - low) for share in (0.0, 0.25, 0.5)]
     found: dict[str, list[float]] = {"TV": levels}
     for method, points in curves.items():

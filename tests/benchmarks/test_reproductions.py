@@ -115,6 +115,8 @@ def test_interpolation_on_a_curve() -> None:
     found = module.at_equal_penalty(curves)
     assert found["TV"] == [2.0, 2.5, 3.0]
     assert found["a"] == found["b"] == [0.5, 0.625, 0.75]
+    beyond = module.at_equal_penalty({**curves, "c": [(1.0, 0.5), (9.0, 0.5)]})
+    assert beyond == {**found, "c": [0.5, 0.5, 0.5]}
 
 
 def test_convergence_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
