@@ -108,7 +108,7 @@ def gradient_explainer(model: nn.Module) -> Explain:
         for output in target.unique().tolist():
             rows = target == output
             explainer = shap.GradientExplainer(OneOutput(single, output), references.float())
-            seed = np.random.randint(2**31)  # noqa: NPY002
+            seed = np.random.randint(2**31)  # noqa: NPY002  # the same generator
             values = explainer.shap_values(x[rows].float(), nsamples=n, rseed=seed)
             found[rows] = torch.as_tensor(values).reshape(found[rows].shape).to(x)
         return found

@@ -12,9 +12,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
-import _api  # noqa: E402
+import _api  # noqa: E402  # after the path
 
-import captum_priors  # noqa: E402
+import captum_priors  # noqa: E402  # after the path
 
 project = "captum_priors"
 author = "captum_priors contributors"

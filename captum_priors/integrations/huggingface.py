@@ -179,7 +179,7 @@ class PriorTrainerMixin:
         """Return the loss with the prior where it is trained on, and without it elsewhere."""
         training = torch.is_grad_enabled()
         arguments = self.prior_arguments(inputs)  # label smoothing takes the labels out
-        loss, outputs = super().compute_loss(  # type: ignore[misc]
+        loss, outputs = super().compute_loss(  # type: ignore[misc]  # the framework's
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if training:
@@ -210,12 +210,12 @@ class PriorTrainerMixin:
         """Log the prior with the training loss."""
         if "loss" in logs:
             logs.update(self._training_means.take(self.prior, self._sum_over_processes))
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]  # the framework's
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Report the prior as a metric."""
         self._evaluation_means = Means()
-        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]  # the framework's
         # Positional arguments: dataloader, description, prediction_loss_only, ignore_keys, prefix.
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         means = self._evaluation_means.take(self.prior, self._sum_over_processes)
@@ -230,7 +230,7 @@ class PriorTrainerMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and in a checkpoint the state of the prior."""
-        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]  # the framework's
         if output_dir is not None and Path(output_dir).name.startswith("checkpoint-"):
             folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -243,7 +243,7 @@ class PriorTrainerMixin:
             resume_from_checkpoint = utils.get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, (str, Path)):
             self._prior_checkpoint = Path(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]  # the framework's
 
     def _continue_from_checkpoint(self) -> None:
         """Load the state at the first step: ``model_init`` makes model and prior anew."""

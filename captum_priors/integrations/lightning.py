@@ -131,14 +131,14 @@ class PriorMixin:
         first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
         options = {"batch_size": len(first) if isinstance(first, Tensor) else None, **log_options}
         named = {prefix + name: number for name, number in values.items()}
-        self.log_dict(named, **options)  # type: ignore[attr-defined]
+        self.log_dict(named, **options)  # type: ignore[attr-defined]  # the framework's
         return value
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what the step of the module returns, with the prior added to its loss."""
         self._prior_was_added = False
-        output = super().training_step(batch, *args, **kwargs)  # type: ignore[misc]
-        automatic = self.automatic_optimization  # type: ignore[attr-defined]
+        output = super().training_step(batch, *args, **kwargs)  # type: ignore[misc]  # the framework's
+        automatic = self.automatic_optimization  # type: ignore[attr-defined]  # the framework's
         if self._prior_was_added or output is None or not automatic:
             return output
         if not torch.is_grad_enabled():  # called from a validation_step
@@ -149,26 +149,26 @@ class PriorMixin:
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Refuse a step that goes without the prior."""
-        if self.automatic_optimization:  # type: ignore[attr-defined]
+        if self.automatic_optimization:  # type: ignore[attr-defined]  # the framework's
             self._check_step()
-        super().on_before_backward(loss)  # type: ignore[misc]
+        super().on_before_backward(loss)  # type: ignore[misc]  # the framework's
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a manual step that went without the prior."""
-        if not self.automatic_optimization:  # type: ignore[attr-defined]
+        if not self.automatic_optimization:  # type: ignore[attr-defined]  # the framework's
             self._check_step()
         self._prior_was_added = False
-        super().on_train_batch_end(*args, **kwargs)  # type: ignore[misc]
+        super().on_train_batch_end(*args, **kwargs)  # type: ignore[misc]  # the framework's
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         """Log the prior on a batch of the validation set."""
         self.prior_loss(batch, "val_", sync_dist=True)
-        super().on_validation_batch_end(outputs, batch, *args, **kwargs)  # type: ignore[misc]
+        super().on_validation_batch_end(outputs, batch, *args, **kwargs)  # type: ignore[misc]  # the framework's
 
     def on_test_batch_end(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         """Log the prior on a batch of the test set."""
         self.prior_loss(batch, "test_", sync_dist=True)
-        super().on_test_batch_end(outputs, batch, *args, **kwargs)  # type: ignore[misc]
+        super().on_test_batch_end(outputs, batch, *args, **kwargs)  # type: ignore[misc]  # the framework's
 
     def _check_step(self) -> None:
         if not self._prior_was_added:

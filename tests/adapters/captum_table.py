@@ -415,9 +415,9 @@ def in_double(*, needed: bool) -> Iterator[None]:
         yield
         return
     single = torch.FloatTensor  # what LIME makes its coefficients with
-    torch.FloatTensor = torch.DoubleTensor  # type: ignore[misc]
+    torch.FloatTensor = torch.DoubleTensor  # type: ignore[misc]  # Captum's dtype
     try:
         with _InDouble():
             yield
     finally:
-        torch.FloatTensor = single  # type: ignore[misc]
+        torch.FloatTensor = single  # type: ignore[misc]  # Captum's dtype

@@ -609,5 +609,5 @@ def test_bad_input_gives_one_clear_error(
 
 def test_base_classes_are_abstract() -> None:
     with pytest.raises(TypeError, match="abstract"):
-        AttributionAttack(Saliency(M), radius=1)  # type: ignore[abstract]
+        AttributionAttack(Saliency(M), radius=1)  # type: ignore[abstract]  # on purpose
     assert issubclass(AttributionAttack, BoundedPerturbation)

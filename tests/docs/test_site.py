@@ -11,8 +11,8 @@ import captum_priors
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
 
-import _api  # noqa: E402
-from check_links import broken_links  # noqa: E402
+import _api  # noqa: E402  # after the path
+from check_links import broken_links  # noqa: E402  # after the path
 
 
 def test_reference_has_a_page_and_an_entry_for_every_public_name(tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def test_batches_of_another_form() -> None:
     text = r"batch: expected a pair of inputs and targets, found 3 entries\. Define prior_arguments"
     with pytest.raises(TypeError, match=text):
         module.prior_arguments([1, 2, 3])
-    module.prior_arguments = lambda batch: batch[0]  # type: ignore[method-assign]
+    module.prior_arguments = lambda batch: batch[0]  # type: ignore[method-assign]  # on purpose
     text = r"`prior_arguments`: expected a dict of .* with 'inputs' in it, found Tensor\. Return"
     with pytest.raises(TypeError, match=text):
         module.prior_loss(next(iter(loader())))

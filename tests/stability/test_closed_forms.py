@@ -151,7 +151,7 @@ def test_smooth_surface_of_a_piecewise_linear_network_is_the_whole_hessian(x: Te
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     expected = []
     for row in x:
-        loss = lambda z: nn.functional.cross_entropy(model(z[None]), torch.tensor([1]))  # noqa: E731
+        loss = lambda z: nn.functional.cross_entropy(model(z[None]), torch.tensor([1]))  # noqa: E731  # a formula
         hessian = torch.autograd.functional.hessian(loss, row)
         expected.append(float(torch.linalg.eigvalsh(hessian)[-1]))
     assert_mean(SmoothSurface(model)(x), expected, 1e-9)
