@@ -233,7 +233,8 @@ def test_what_shap_picks() -> None:
     model = mlp(1)
     for masker in (table(7, 0), torch.as_tensor(table(7, 0))):
         adapter = differentiable(shap.Explainer(model, masker))
-        assert adapter.attribute(torch.as_tensor(table(2, 1))).requires_grad
+        inputs = torch.as_tensor(table(2, 1))
+        check_differentiable(adapter, inputs, parameters=list(model.named_parameters()))
     by_function = shap.Explainer(lambda x: model(torch.as_tensor(x))[:, 0], table(7, 0))
     assert isinstance(differentiable(by_function), shap.ExactExplainer)
 
@@ -248,7 +249,11 @@ def test_classes_and_saving() -> None:
     stream.seek(0)
     again = cls.load(stream)
     assert isinstance(again, cls)
-    assert again(table(2, 1)).tensor.requires_grad
+    found = again(table(2, 1))
+    expected = seeded(lambda: adapter(table(2, 1)).values)
+    assert np.abs(seeded(lambda: again(table(2, 1)).values) - expected).max() < 1e-10
+    assert np.abs(found.values - found.tensor.detach().numpy()).max() < 1e-10
+    assert found.tensor.requires_grad
     # As SHAP where there is no torch model; Captum's call is refused.
     plain = differentiable(shap.KernelExplainer)(lambda x: x.sum(1), table(7, 0))
     assert plain.shap_values(table(2, 1)).shape == (2, 5)
@@ -383,7 +388,12 @@ def test_several_inputs(cls: Any) -> None:
     check_differentiable(adapter, inputs, target=1)
     prior = AttributionPrior(adapter, l2)
     with leaves_no_trace(model, tensors=inputs):
-        assert prior(inputs, target=torch.tensor([0, 1, 1])).requires_grad
+        value = prior(inputs, target=torch.tensor([0, 1, 1]))
+    each = [torch.as_tensor(e) for e in expected]
+    chosen = [torch.stack([e[i, ..., t] for i, t in enumerate([0, 1, 1])]) for e in each]
+    if cls is shap.DeepExplainer:  # without draws
+        assert torch.allclose(value, l2(tuple(c.to(inputs[0]) for c in chosen)).mean())
+    assert value.requires_grad
 
 
 def test_variances_and_smoothing() -> None:

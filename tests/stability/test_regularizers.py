@@ -188,7 +188,7 @@ def test_frozen_parameters(row: RegularizerRow) -> None:
     prior = made(row, case)
     prior(case.inputs, **labelled(case)).backward()
     assert case.model[0].weight.grad is None
-    assert case.model[2].weight.grad is not None
+    assert case.model[2].weight.grad.abs().max() > 0
 
 
 @every_regularizer
