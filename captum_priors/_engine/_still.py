@@ -3,9 +3,8 @@
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -14,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from captum_priors._engine._wrappers import refuse_wrapper
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ModuleState:
     """Attributes and buffers that decide how a module's forward pass behaves."""
 
@@ -46,12 +45,15 @@ class ModuleState:
 
     def apply(self, module: nn.Module) -> "ModuleState":
         """Put the module into this state; return what it replaces."""
-        before = ModuleState({name: getattr(module, name) for name in self.attributes}, {})
+        before = ModuleState({}, {})
+        own = module.__dict__
         # On each module by itself: users override train(), and ours is not to be seen.
         for name, value in self.attributes.items():
-            # Plain attributes past nn.Module's search for parameters; scripted modules have others.
-            assign = object.__setattr__ if name in module.__dict__ else setattr
-            assign(module, name, value)
+            if name in own:  # past nn.Module's search for parameters; scripted modules have none
+                before.attributes[name], own[name] = own[name], value
+            else:
+                before.attributes[name] = getattr(module, name)
+                setattr(module, name, value)
         for name, buffer in self.buffers.items():
             before.buffers[name] = cast("Tensor", module._buffers[name])
             module._buffers[name] = buffer
@@ -72,16 +74,16 @@ def _copies(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in statistics.items() if value is not None}
 
 
-@dataclass
+@dataclass(slots=True)
 class _Claims:
     """Who wants a module in which state; the latest claim rules, the original comes last."""
 
     original: ModuleState
-    states: dict[object, ModuleState] = field(default_factory=dict)
+    states: dict[object, ModuleState]
 
 
 _lock = threading.Lock()
-_table: "WeakKeyDictionary[nn.Module, _Claims]" = WeakKeyDictionary()
+_table: dict[nn.Module, _Claims] = {}
 _thread = threading.local()
 
 
@@ -96,13 +98,13 @@ class _Claim:
             replaced = state.apply(module)
             claims = _table.get(module)
             if claims is None:
-                claims = _table[module] = _Claims(replaced)
+                _table[module] = _Claims(replaced, {self: state})
             else:
                 for name, value in replaced.attributes.items():
                     claims.original.attributes.setdefault(name, value)
                 for name, buffer in replaced.buffers.items():
                     claims.original.buffers.setdefault(name, buffer)
-            claims.states[self] = state
+                claims.states[self] = state
             self.modules.append(module)
 
     def give_up(self) -> None:
@@ -174,4 +176,4 @@ def held_modules() -> tuple[nn.Module, ...]:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
