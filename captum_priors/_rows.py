@@ -9,6 +9,8 @@ from torch import Tensor
 
 def take(value: Any, rows: slice | Tensor, n_examples: int) -> Any:
     """Select examples of a value that has one entry for each, return anything else unchanged."""
+    if isinstance(rows, slice) and rows == slice(0, n_examples):
+        return value
     if isinstance(value, Tensor):
         return value[rows] if value.dim() > 0 and value.shape[0] == n_examples else value
     if isinstance(value, list) and len(value) == n_examples:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from captum_priors._engine import Program, Visit, input_gradients, keep_graph, recompute
+from captum_priors._rows import take
 from captum_priors._types import Differentiation
 from captum_priors.attr._draws import Draws, covariance_factor
 
@@ -61,7 +62,10 @@ class PathSum:
             field = self.field_of(chunk.examples)
             start, end = (
                 field(tuple(p.flatten(0, 1) for p in points)).reshape(explained.shape)
-                for points in (references, ends)
+                for points in (
+                    references,
+                    tuple(e.expand_as(r) for e, r in zip(ends, references, strict=True)),
+                )
             )
             if chunk.examples.start == 0:
                 deltas.append([])
@@ -115,20 +119,25 @@ class PathSum:
     def _terms(
         self, inputs: Tensors, baselines: Tensors, centres: "_Centres", chunk: "_Chunk"
     ) -> tuple[Tensors, Tensors, tuple[Tensor | None, ...], Tensors]:
-        """Path ends, references, weights and gradients of one chunk: (samples, examples, ...)."""
+        """Path ends, references, weights and gradients of one chunk: (samples, examples, ...).
+
+        Ends have one sample for all where no noise tells them apart.
+        """
         examples = chunk.examples
         alphas = self._drawn(self.draws.alphas, chunk)
         ends, references, points, noises = [], [], [], []
         for t, (x, table) in enumerate(zip(inputs, baselines, strict=True)):
-            end = x[examples].unsqueeze(0)
+            end = take(x, examples, x.shape[0]).unsqueeze(0)
             noise = self._noise(x, t, chunk) if self.stdevs[t] > 0 else None
             end = end if noise is None else end + noise
             noises.append(noise)
-            reference = table[self._drawn(self.draws.rows[t], chunk)]
+            rows = self._drawn(self.draws.rows[t], chunk)
+            # Whole rows: three times as fast on a CPU as indexing by (samples, examples).
+            reference = table.index_select(0, rows.reshape(-1)).view(*rows.shape, *x.shape[1:])
             alpha = alphas.to(x.dtype).reshape(*alphas.shape, *[1] * (x.dim() - 1))
-            ends.append(end.expand_as(reference))
+            ends.append(end)
             references.append(reference)
-            points.append(torch.lerp(reference, ends[t], alpha.expand_as(reference)))
+            points.append(torch.lerp(reference, end, alpha))
         flat = input_gradients(
             self.field_of(examples),
             tuple(p.flatten(0, 1) for p in points),
