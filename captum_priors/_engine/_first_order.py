@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from captum_priors._engine._graph import leaves, no_second_derivative, now, refuse_dead_ends
+from captum_priors._engine._piecewise_linear import constant_slopes
 from captum_priors._engine._wrappers import refuse_lost_gradients
 from captum_priors._errors import NotDifferentiableError, TargetError
 
@@ -153,7 +154,10 @@ def with_second_derivative(
         # differentiable only once where its cotangent does, and drops its graph silently elsewhere.
         ones = [torch.ones_like(o, requires_grad=True) for o in (outputs if several else [outputs])]
         cotangents = ones if several else ones[0]
-    gradients = _grad(outputs, inputs, cotangents, allow_unused=allow_unused, create_graph=True)
+    with constant_slopes(
+        outputs if several else [outputs], inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    ):
+        gradients = _grad(outputs, inputs, cotangents, allow_unused=allow_unused, create_graph=True)
     refuse_dead_ends(tuple(g for g in gradients if g is not None))
     return gradients
 

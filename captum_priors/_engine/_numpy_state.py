@@ -30,13 +30,11 @@ class NumPyState:
         if address is None:
             return cls(b"", None, np.random.get_state(legacy=False))
         memory = ctypes.string_at(address, _SIZE)
-        # Gaussians come in pairs. Whether one is waiting shows when it is asked for: only where
-        # none is does the generator move.
-        gauss = float(np.random.standard_normal())
-        waiting = ctypes.string_at(address, _SIZE) == memory
-        state = cls(memory, gauss if waiting else None)
-        state.restore()
-        return state
+        waiting = _drop_waiting(address)
+        ctypes.memmove(address, memory, _SIZE)
+        if waiting is not None:
+            _wait_with(waiting)
+        return cls(memory, waiting)
 
     def moved(self, later: "NumPyState") -> bool:
         """Whether the generator has been drawn from between the two."""
@@ -49,12 +47,28 @@ class NumPyState:
         if address is None or self.other is not None:
             np.random.set_state(self.other)
             return
-        np.random.seed(0)  # drops a waiting Gaussian
+        _drop_waiting(address)
         ctypes.memmove(address, self.memory, _SIZE)
         if self.gauss is not None:
-            np.random.set_state(
-                {**np.random.get_state(legacy=False), "has_gauss": 1, "gauss": self.gauss}
-            )
+            _wait_with(self.gauss)
+
+
+def _drop_waiting(address: int) -> float | None:
+    """Take out the second half of a pair of Gaussians, if it waits, and leave none.
+
+    Whether one waits shows when it is asked for: only where none does the generator move.
+    """
+    position = ctypes.c_int.from_address(address + _SIZE - 4)
+    before = position.value
+    gauss = np.random.standard_normal()
+    if position.value == before:
+        return float(gauss)
+    np.random.standard_normal()  # the twin of the one that was just made
+    return None
+
+
+def _wait_with(gauss: float) -> None:
+    np.random.set_state({**np.random.get_state(legacy=False), "has_gauss": 1, "gauss": gauss})
 
 
 def _address() -> int | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from captum_priors._engine._wrappers import refuse_wrapper
+from captum_priors._engine._wrappers import refuse_wrapper, wrapper_classes
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class ModuleState:
         if isinstance(module, nn.RNNBase):
             return cls({"dropout": 0.0}, {})
         return (
-            cls({"training": False}, _copies(module)) if _keeps_statistics(module) else _EVALUATED
+            cls({"training": False}, _copies(module)) if isinstance(module, _NormBase) else _EVALUATED
         )
 
     def apply(self, module: nn.Module) -> "ModuleState":
@@ -60,15 +60,16 @@ class ModuleState:
         return before
 
 
-_EVALUATED = ModuleState({"training": False}, {})
+# Shared, and therefore never changed.
+_EVALUATED, _TRAINED = ModuleState({"training": False}, {}), ModuleState({"training": True}, {})
 
 
-def _keeps_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase)
+# Modules that another state than evaluation mode alone keeps still.
+_OTHERS = (nn.RNNBase, _NormBase)
 
 
 def _copies(module: nn.Module) -> dict[str, Tensor]:
-    if not _keeps_statistics(module):
+    if not isinstance(module, _NormBase):
         return {}
     statistics = {name: module._buffers.get(name) for name in ("running_mean", "running_var")}
     return {name: value.clone() for name, value in statistics.items() if value is not None}
@@ -93,23 +94,40 @@ class _Claim:
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
 
-    def make(self, module: nn.Module, state: ModuleState) -> None:
+    def hold(self, modules: Iterable[nn.Module]) -> None:
+        """Claim that modules be still; in one go, as there can be hundreds at every step."""
         with _lock:
-            replaced = state.apply(module)
-            claims = _table.get(module)
-            if claims is None:
-                _table[module] = _Claims(replaced, {self: state})
-            else:
-                for name, value in replaced.attributes.items():
-                    claims.original.attributes.setdefault(name, value)
-                for name, buffer in replaced.buffers.items():
-                    claims.original.buffers.setdefault(name, buffer)
-                claims.states[self] = state
-            self.modules.append(module)
+            for module in modules:
+                own = module.__dict__
+                training = own.get("training")
+                if type(training) is not bool or module in _table or isinstance(module, _OTHERS):
+                    self._make(module, ModuleState.still(module))
+                    continue
+                _table[module] = _Claims(_TRAINED if training else _EVALUATED, {self: _EVALUATED})
+                own["training"] = False
+                self.modules.append(module)
+
+    def make(self, module: nn.Module, state: ModuleState) -> None:
+        """Claim that a module be in a state."""
+        with _lock:
+            self._make(module, state)
+
+    def _make(self, module: nn.Module, state: ModuleState) -> None:
+        replaced = state.apply(module)
+        claims = _table.get(module)
+        if claims is None:
+            _table[module] = _Claims(replaced, {self: state})
+        else:
+            claims.original = ModuleState(
+                {**replaced.attributes, **claims.original.attributes},
+                {**replaced.buffers, **claims.original.buffers},
+            )
+            claims.states[self] = state
+        self.modules.append(module)
 
     def give_up(self) -> None:
-        for module in self.modules:
-            with _lock:
+        with _lock:
+            for module in self.modules:
                 claims = _table[module]
                 del claims.states[self]
                 claims.original.apply(module)
@@ -139,23 +157,21 @@ def held(modules: Iterable[nn.Module]) -> Iterator[None]:
     """
     claim, owner = _Claim(), threading.get_ident()
     outer: set[nn.Module] = getattr(_thread, "held", set())
-    known = set(outer)
-
-    def hold(module: nn.Module) -> None:
-        known.add(module)
-        claim.make(module, ModuleState.still(module))
+    wrappers = wrapper_classes()
 
     def on_call(module: nn.Module, args: Any) -> None:
-        refuse_wrapper(module)
-        if threading.get_ident() == owner and module not in known:
-            hold(module)
+        if isinstance(module, wrappers):
+            refuse_wrapper(module)
+        if module not in known and threading.get_ident() == owner:
+            known.add(module)
+            claim.hold([module])
 
+    new = [module for module in dict.fromkeys(modules) if module not in outer]
+    known = outer.union(new)
     try:
         _thread.held = known
-        for module in modules:
-            if module not in known:
-                hold(module)
-        if any(_is_compiled(module) for module in known):
+        claim.hold(new)
+        if any(map(_is_compiled, known)):
             for module in known:
                 refuse_wrapper(module)
             yield  # a hook on all modules would have them compiled anew

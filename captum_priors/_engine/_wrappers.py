@@ -29,6 +29,13 @@ _TRAIN = (
 )
 
 
+def wrapper_classes() -> tuple[type[nn.Module], ...]:
+    """Classes of which ``refuse_wrapper`` refuses the modules."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    found = getattr(fsdp, "FullyShardedDataParallel", None)
+    return (DistributedDataParallel,) if found is None else (DistributedDataParallel, found)
+
+
 def refuse_wrapper(module: nn.Module) -> None:
     """Refuse to run a model through its data-parallel wrapper while it is explained."""
     if isinstance(module, DistributedDataParallel):
@@ -42,7 +49,7 @@ def refuse_wrapper(module: nn.Module) -> None:
                 f"{_TRAIN}.",
             )
         )
-    if _is_fsdp1(module):
+    if isinstance(module, wrapper_classes()):
         raise NotDifferentiableError(
             expected_found(
                 "`forward_func`",
@@ -319,7 +326,3 @@ def _sharded_groups(module: nn.Module) -> list[Any]:
     groups = getattr(state, "_fsdp_param_groups", None)
     return list(groups) if groups is not None else [g for g in [state._fsdp_param_group] if g]
 
-
-def _is_fsdp1(module: nn.Module) -> bool:
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
