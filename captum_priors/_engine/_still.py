@@ -40,7 +40,9 @@ class ModuleState:
         if isinstance(module, nn.RNNBase):
             return cls({"dropout": 0.0}, {})
         return (
-            cls({"training": False}, _copies(module)) if isinstance(module, _NormBase) else _EVALUATED
+            cls({"training": False}, _copies(module))
+            if isinstance(module, _NormBase)
+            else _EVALUATED
         )
 
     def apply(self, module: nn.Module) -> "ModuleState":

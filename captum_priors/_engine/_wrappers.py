@@ -325,4 +325,3 @@ def _sharded_groups(module: nn.Module) -> list[Any]:
     state: Any = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     return list(groups) if groups is not None else [g for g in [state._fsdp_param_group] if g]
-

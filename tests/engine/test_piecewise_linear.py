@@ -1,0 +1,101 @@
+"""Without a graph through zero derivatives: the same numbers, hooks respected, less kept."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_priors._engine._first_order import with_second_derivative
+from captum_priors._engine._graph import nodes
+
+X = torch.randn(5, 2, 9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def network(*, inplace: bool = False) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        *(nn.Conv2d(2, 3, 3), nn.ReLU(inplace), nn.MaxPool2d(3, stride=2, padding=1)),
+        *(nn.Conv2d(3, 3, 2), nn.Tanh(), nn.MaxPool2d(2, dilation=2, ceil_mode=True)),
+        *(nn.Flatten(), nn.LazyLinear(4), nn.ReLU(inplace), nn.Linear(4, 1)),
+    )
+
+
+def penalised(model: nn.Module, grad: Callable[..., tuple[Tensor, ...]]) -> list[Tensor | None]:
+    points = X.clone().requires_grad_()
+    (gradient,) = grad(model(points).sum(), (points,))
+    return [
+        *torch.autograd.grad(
+            gradient.square().sum(), [*model.parameters(), points], allow_unused=True
+        )
+    ]
+
+
+def by_torch(output: Tensor, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(output, points, create_graph=True)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_same_numbers(inplace: bool) -> None:
+    model = network(inplace=inplace)
+    model(X)  # makes the lazy layer
+    expected = penalised(model, by_torch)
+    found = penalised(model, with_second_derivative)
+    assert expected[0] is not None
+    assert expected[0].any()
+    for ours, theirs in zip(found, expected, strict=True):
+        if ours is None:
+            assert theirs is None or not theirs.any()
+        else:
+            assert torch.equal(ours, theirs)
+
+
+def behind(function: Callable[[Tensor], Tensor]) -> set[str]:
+    points = X.clone().requires_grad_()
+    (gradient,) = with_second_derivative(function(points * 1).sum(), (points,))
+    return {node.name() for node in nodes([gradient])}
+
+
+@pytest.mark.parametrize(
+    ("operator", "node"),
+    [
+        (F.relu, "ReluBackward0"),
+        (lambda x: F.max_pool2d(x, 2), "MaxPool2DWithIndicesBackward0"),
+        (lambda x: F.max_pool1d(x.flatten(2), 2), "MaxPool2DWithIndicesBackward0"),
+    ],
+)
+def test_the_forward_pass_is_not_behind_the_slopes(
+    operator: Callable[[Tensor], Tensor], node: str
+) -> None:
+    assert node not in behind(operator)
+    assert "TanhBackward0" in behind(torch.tanh)
+
+
+def test_hooks_of_the_user_are_obeyed() -> None:
+    for on_node in (True, False):
+        points = X.clone().requires_grad_()
+        output = F.relu(points)
+        if on_node:
+            node = output.grad_fn
+            assert node is not None
+            node.register_hook(lambda gradients, _: (3 * gradients[0],))
+        else:
+            output.register_hook(lambda gradient: 3 * gradient)
+        (gradient,) = with_second_derivative(output.sum(), (points,))
+        assert torch.equal(gradient, 3.0 * (X > 0))
+
+
+def test_no_hook_of_ours_stays() -> None:
+    points = X.clone().requires_grad_()
+    output = F.relu(points).sum()
+    with_second_derivative(output, (points,))
+    (gradient,) = torch.autograd.grad(output, points, create_graph=True)
+    assert "ReluBackward0" in {node.name() for node in nodes([gradient])}
+
+
+def test_the_graph_of_the_inputs_is_not_entered() -> None:
+    below = F.relu(X.clone().requires_grad_())
+    points = below.view_as(below)
+    walked = nodes([F.relu(points)], without=[points.grad_fn])
+    assert [node.name() for node in walked] == ["ReluBackward0"]
