@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -116,9 +116,12 @@ def marks_start(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def differentiate(
-    outputs: Tensor, points: tuple[Tensor, ...], *, create_graph: bool
+    outputs: Tensor, points: tuple[Tensor, ...], *, create_graph: bool, zeros: bool = True
 ) -> tuple[Tensor, ...]:
-    """Differentiate the summed outputs, with errors that say what to do."""
+    """Differentiate the summed outputs, with errors that say what to do.
+
+    Without ``zeros``, as in ``with_second_derivative``.
+    """
     _check_outputs(outputs, points[0].shape[0])
     if not outputs.requires_grad:
         raise NotDifferentiableError(
@@ -127,7 +130,7 @@ def differentiate(
         )
     gradients: Sequence[Tensor | None]
     if create_graph:
-        gradients = with_second_derivative(outputs, points, allow_unused=True)
+        gradients = with_second_derivative(outputs, points, allow_unused=True, zeros=zeros)
     else:
         refuse_lost_gradients([outputs], twice=False)
         gradients = _grad(outputs, points, torch.ones_like(outputs), allow_unused=True)
@@ -144,9 +147,18 @@ def differentiate(
 
 
 def with_second_derivative(
-    outputs: Any, inputs: Any, *, cotangents: Any = None, allow_unused: bool = False
+    outputs: Any,
+    inputs: Any,
+    *,
+    cotangents: Any = None,
+    allow_unused: bool = False,
+    zeros: bool = True,
 ) -> tuple[Tensor, ...]:
-    """Differentiate with a graph, and refuse operators that have no second derivative."""
+    """Differentiate with a graph, and refuse operators that have no second derivative.
+
+    Without ``zeros`` the graph leaves out derivatives that are zero everywhere: who asks for the
+    gradient by something that only they lead to gets none, and an error where torch insists on one.
+    """
     several = isinstance(outputs, (tuple, list))
     refuse_lost_gradients(outputs if several else [outputs], twice=True)
     if cotangents is None:
@@ -154,9 +166,7 @@ def with_second_derivative(
         # differentiable only once where its cotangent does, and drops its graph silently elsewhere.
         ones = [torch.ones_like(o, requires_grad=True) for o in (outputs if several else [outputs])]
         cotangents = ones if several else ones[0]
-    with constant_slopes(
-        outputs if several else [outputs], inputs if isinstance(inputs, (tuple, list)) else [inputs]
-    ):
+    with nullcontext() if zeros else constant_slopes(outputs if several else [outputs], inputs):
         gradients = _grad(outputs, inputs, cotangents, allow_unused=allow_unused, create_graph=True)
     refuse_dead_ends(tuple(g for g in gradients if g is not None))
     return gradients

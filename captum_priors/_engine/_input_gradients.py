@@ -28,7 +28,9 @@ def input_gradients(
         return values(field, points)
     if differentiation == "finite_difference":
         return finite_difference(field, points)
+    # Nobody asks for the gradient by points that are made here.
+    zeros = any(p.requires_grad for p in points)
     # An alias of what has a graph: the field may also use the user's own tensor, and only the
     # argument counts.
     points = tuple(p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in points)
-    return differentiate(evaluate(field, points), points, create_graph=True)
+    return differentiate(evaluate(field, points), points, create_graph=True, zeros=zeros)

@@ -1,5 +1,6 @@
 """Without a graph through zero derivatives: the same numbers, hooks respected, less kept."""
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_priors import ExpectedGradients
 from captum_priors._engine._first_order import with_second_derivative
 from captum_priors._engine._graph import nodes
 
@@ -32,6 +34,9 @@ def penalised(model: nn.Module, grad: Callable[..., tuple[Tensor, ...]]) -> list
     ]
 
 
+without_zeros = functools.partial(with_second_derivative, zeros=False)
+
+
 def by_torch(output: Tensor, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(output, points, create_graph=True)
 
@@ -41,7 +46,7 @@ def test_the_same_numbers(inplace: bool) -> None:
     model = network(inplace=inplace)
     model(X)  # makes the lazy layer
     expected = penalised(model, by_torch)
-    found = penalised(model, with_second_derivative)
+    found = penalised(model, without_zeros)
     assert expected[0] is not None
     assert expected[0].any()
     for ours, theirs in zip(found, expected, strict=True):
@@ -53,7 +58,7 @@ def test_the_same_numbers(inplace: bool) -> None:
 
 def behind(function: Callable[[Tensor], Tensor]) -> set[str]:
     points = X.clone().requires_grad_()
-    (gradient,) = with_second_derivative(function(points * 1).sum(), (points,))
+    (gradient,) = without_zeros(function(points * 1).sum(), (points,))
     return {node.name() for node in nodes([gradient])}
 
 
@@ -82,14 +87,14 @@ def test_hooks_of_the_user_are_obeyed() -> None:
             node.register_hook(lambda gradients, _: (3 * gradients[0],))
         else:
             output.register_hook(lambda gradient: 3 * gradient)
-        (gradient,) = with_second_derivative(output.sum(), (points,))
+        (gradient,) = without_zeros(output.sum(), (points,))
         assert torch.equal(gradient, 3.0 * (X > 0))
 
 
 def test_no_hook_of_ours_stays() -> None:
     points = X.clone().requires_grad_()
     output = F.relu(points).sum()
-    with_second_derivative(output, (points,))
+    without_zeros(output, (points,))
     (gradient,) = torch.autograd.grad(output, points, create_graph=True)
     assert "ReluBackward0" in {node.name() for node in nodes([gradient])}
 
@@ -99,3 +104,14 @@ def test_the_graph_of_the_inputs_is_not_entered() -> None:
     points = below.view_as(below)
     walked = nodes([F.relu(points)], without=[points.grad_fn])
     assert [node.name() for node in walked] == ["ReluBackward0"]
+
+
+def test_who_asks_for_the_gradient_by_the_inputs_gets_it() -> None:
+    model, inputs = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)), torch.randn(5, 3)
+    for asked in (False, True):
+        points = inputs.clone().requires_grad_(asked)
+        explainer = ExpectedGradients(model, multiply_by_inputs=False)
+        total = explainer.attribute(points, inputs).square().sum()
+        assert ("AddmmBackward0" in {node.name() for node in nodes([total])}) is asked
+    (gradient,) = torch.autograd.grad(total, points)
+    assert not gradient.any()
