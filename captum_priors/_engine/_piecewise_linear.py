@@ -1,4 +1,4 @@
-"""ReLU and max pooling: their slopes are constant between kinks, and their second derivatives zero.
+"""ReLU, pooling and the like: their slopes are constant between kinks, their second derivatives zero.
 
 Torch keeps a graph from the slope to what it was taken at all the same, and a second backward pass
 carries its zeros through the whole forward pass of the model. Without that graph the gradients
@@ -18,18 +18,30 @@ from captum_priors._engine._graph import nodes
 _aten = torch.ops.aten
 
 
-def _relu(node: Any, made: Any, gradient: Tensor, like: Tensor) -> Tensor:
-    found: Tensor = _aten.threshold_backward(
-        gradient, made._saved_self.detach(), made._saved_threshold
+# What the second derivative's node of each keeps, taken as a constant, and of tensors that are read
+# for their shape alone any other of that shape.
+
+
+def _relu(node: Any, made: Any, gradient: Tensor, like: Tensor) -> Any:
+    return _aten.threshold_backward(gradient, made._saved_self.detach(), made._saved_threshold)
+
+
+def _leaky_relu(node: Any, made: Any, gradient: Tensor, like: Tensor) -> Any:
+    return _aten.leaky_relu_backward(
+        gradient, made._saved_self.detach(), made._saved_negative_slope, False
     )
-    return found
 
 
-def _max_pool(node: Any, made: Any, gradient: Tensor, like: Tensor) -> Tensor:
-    # Of the input it reads the shape; which entries were the largest is in the indices.
-    found: Tensor = _aten.max_pool2d_with_indices_backward(
+def _hardtanh(node: Any, made: Any, gradient: Tensor, like: Tensor) -> Any:
+    return _aten.hardtanh_backward(
+        gradient, made._saved_self.detach(), made._saved_min_val, made._saved_max_val
+    )
+
+
+def _max_pool(node: Any, made: Any, gradient: Tensor, like: Tensor) -> Any:
+    return _aten.max_pool2d_with_indices_backward(
         gradient,
-        like.detach(),
+        like,
         node._saved_kernel_size,
         node._saved_stride,
         node._saved_padding,
@@ -37,13 +49,36 @@ def _max_pool(node: Any, made: Any, gradient: Tensor, like: Tensor) -> Tensor:
         node._saved_ceil_mode,
         made._saved_indices,
     )
-    return found
 
 
-# The operator's derivative, what a second derivative of it is called, and the same at a constant.
-_RULES: dict[str, tuple[str, Callable[[Any, Any, Tensor, Tensor], Tensor]]] = {
-    "ReluBackward0": ("ThresholdBackwardBackward0", _relu),
-    "MaxPool2DWithIndicesBackward0": ("MaxPool2DWithIndicesBackwardBackward0", _max_pool),
+def _avg_pool(node: Any, made: Any, gradient: Tensor, like: Tensor) -> Any:
+    return _aten.avg_pool2d_backward(
+        gradient,
+        like,
+        made._saved_kernel_size,
+        made._saved_stride,
+        made._saved_padding,
+        made._saved_ceil_mode,
+        made._saved_count_include_pad,
+        made._saved_divisor_override,
+    )
+
+
+def _adaptive_avg_pool(node: Any, made: Any, gradient: Tensor, like: Tensor) -> Any:
+    return _aten._adaptive_avg_pool2d_backward(gradient, like)
+
+
+_RULES: dict[str, Callable[[Any, Any, Tensor, Tensor], Any]] = {
+    "ReluBackward0": _relu,
+    "LeakyReluBackward0": _leaky_relu,
+    "HardtanhBackward0": _hardtanh,
+    "MaxPool2DWithIndicesBackward0": _max_pool,
+    "AvgPool2DBackward0": _avg_pool,
+    "AdaptiveAvgPool2DBackward0": _adaptive_avg_pool,
+}
+# What torch calls the node that differentiates such a derivative.
+_SECOND = {name: f"{name[:-1]}Backward0" for name in _RULES} | {
+    "ReluBackward0": "ThresholdBackwardBackward0"
 }
 
 
@@ -52,7 +87,7 @@ def constant_slopes(outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iter
     """Take gradients of the outputs by the inputs without a graph through zero derivatives."""
     beyond = {tensor.grad_fn for tensor in inputs}
     handles = [
-        node.register_hook(_hook(node, *_RULES[name]))
+        node.register_hook(_hook(node, name))
         for node in nodes(outputs, without=beyond)
         if (name := node.name()) in _RULES
     ]
@@ -63,14 +98,14 @@ def constant_slopes(outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iter
             handle.remove()
 
 
-def _hook(node: Any, second: str, rule: Callable[..., Tensor]) -> Callable[..., Any]:
+def _hook(node: Any, name: str) -> Callable[..., Any]:
     def hook(gradients: tuple[Tensor | None], arriving: tuple[Tensor | None]) -> Any:
         (gradient,), (given,) = gradients, arriving
         if gradient is None or given is None:
             return None
         made: Any = gradient.grad_fn
-        if made is None or made.name() != second:  # another hook was here before
+        if made is None or made.name() != _SECOND[name]:  # another hook was here before
             return None
-        return (rule(node, made, given, gradient),)
+        return (_RULES[name](node, made, given, gradient.detach()),)
 
     return hook

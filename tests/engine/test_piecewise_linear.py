@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from captum_priors import ExpectedGradients
 from captum_priors._engine._first_order import with_second_derivative
 from captum_priors._engine._graph import nodes
+from captum_priors._engine._piecewise_linear import _SECOND
 
 X = torch.randn(5, 2, 9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -62,19 +63,35 @@ def behind(function: Callable[[Tensor], Tensor]) -> set[str]:
     return {node.name() for node in nodes([gradient])}
 
 
-@pytest.mark.parametrize(
-    ("operator", "node"),
-    [
-        (F.relu, "ReluBackward0"),
-        (lambda x: F.max_pool2d(x, 2), "MaxPool2DWithIndicesBackward0"),
-        (lambda x: F.max_pool1d(x.flatten(2), 2), "MaxPool2DWithIndicesBackward0"),
-    ],
-)
-def test_the_forward_pass_is_not_behind_the_slopes(
-    operator: Callable[[Tensor], Tensor], node: str
-) -> None:
-    assert node not in behind(operator)
-    assert "TanhBackward0" in behind(torch.tanh)
+OPERATORS = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.1),
+    "max_pool2d": lambda x: F.max_pool2d(x, 3, stride=2, padding=1, dilation=1, ceil_mode=True),
+    "max_pool1d": lambda x: F.max_pool1d(x.flatten(2), 2),
+    "avg_pool2d": lambda x: F.avg_pool2d(x, 3, 2, 1, True, False),
+    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, 4),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_forward_pass_is_not_behind_the_slopes(name: str) -> None:
+    """And the value and its derivative by what arrives are torch's to the last bit."""
+    found = []
+    for grad in (without_zeros, by_torch):
+        points = X.clone().requires_grad_()
+        output = OPERATORS[name](points)
+        scale = torch.linspace(1, 2, output[0].numel()).reshape(output[0].shape).requires_grad_()
+        (gradient,) = grad((scale * output).sum(), (points,))
+        (second,) = (n for n in nodes([gradient]) if n.name() in _SECOND.values())
+        (by_scale,) = torch.autograd.grad(gradient.square().sum(), scale)
+        found.append((gradient, by_scale, second.next_functions[1][0]))
+    (ours, ours_by_scale, nothing), (theirs, theirs_by_scale, forward_pass) = found
+    assert torch.equal(ours, theirs)
+    assert torch.equal(ours_by_scale, theirs_by_scale)
+    assert by_scale.any()
+    assert forward_pass is not None
+    assert nothing is None
 
 
 def test_hooks_of_the_user_are_obeyed() -> None:
