@@ -1,4 +1,4 @@
-"""ReLU, pooling and the like: their slopes are constant between kinks, their second derivatives zero.
+"""ReLU, pooling and the like: slopes constant between kinks, hence second derivatives of zero.
 
 Torch keeps a graph from the slope to what it was taken at all the same, and a second backward pass
 carries its zeros through the whole forward pass of the model. Without that graph the gradients
