@@ -1,16 +1,10 @@
 """Frameworks on two processes train as one process does with the whole batches."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
-ROOT = Path(__file__).parents[2]
+from tests.integrations.launch import results_of
 
 # The same sums in another order, in float64.
 ROUNDING = 1e-12
@@ -27,24 +21,8 @@ CASES = [
 @pytest.fixture(scope="session")
 def found(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, Any]:
     """Results of all frameworks, computed once for all test processes."""
-    folder = tmp_path_factory.getbasetemp()
-    path = (folder if worker_id == "master" else folder.parent) / "frameworks.json"
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = "tests.integrations.frameworks_in_two_processes"
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            done = subprocess.run(
-                [sys.executable, "-m", *launch, "-m", script, str(path)],
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-                timeout=600,
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr[-4000:]
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return results
+    found: dict[str, Any] = results_of("frameworks_in_two_processes", tmp_path_factory, worker_id)
+    return found
 
 
 @pytest.mark.slow

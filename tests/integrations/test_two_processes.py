@@ -1,18 +1,12 @@
 """Two processes train as one does, or are told why they would not."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
+from tests.integrations.launch import results_of
 from tests.integrations.two_processes import CASES
-
-ROOT = Path(__file__).parents[2]
 
 # The same sums in another order, in float64, with attributions by finite differences among them.
 ROUNDING = 1e-12
@@ -59,28 +53,8 @@ TRAIN = [name for name in CASES if "trains" in name and refusal(name) is None] +
 @pytest.fixture(scope="session")
 def found(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[dict[str, Any]]:
     """Results of all cases on both processes, computed once for all test processes."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder if worker_id == "master" else folder.parent
-    path = folder / "two_processes.json"
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            _run(path)
-    results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return results
-
-
-def _run(path: Path) -> None:
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, "-m", "tests.integrations.two_processes", str(path)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    found: list[dict[str, Any]] = results_of("two_processes", tmp_path_factory, worker_id)
+    return found
 
 
 @pytest.mark.slow

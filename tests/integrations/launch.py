@@ -1,0 +1,33 @@
+"""Run a script on two processes, once for all test processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).parents[2]
+
+
+def results_of(script: str, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Any:
+    """Return what the script wrote as JSON to the path that it was given."""
+    folder = tmp_path_factory.getbasetemp()
+    path = (folder if worker_id == "master" else folder.parent) / f"{script}.json"
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            done = subprocess.run(
+                [sys.executable, "-m", *launch, "-m", f"tests.integrations.{script}", str(path)],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                timeout=600,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(path.read_text(encoding="utf-8"))
