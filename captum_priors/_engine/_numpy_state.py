@@ -22,6 +22,7 @@ class NumPyState:
     memory: bytes
     gauss: float | None
     other: Any = None  # the whole state, where the user chose another kind of generator
+    seeded: bytes | None = None  # the memory that seeding has left in place of this one
 
     @classmethod
     def now(cls) -> "NumPyState":
@@ -33,8 +34,21 @@ class NumPyState:
         waiting = _drop_waiting(address)
         ctypes.memmove(address, memory, _SIZE)
         if waiting is not None:
-            _wait_with(waiting)
+            cls(memory, waiting).restore()
         return cls(memory, waiting)
+
+    @classmethod
+    def before_seeding(cls, seed: int) -> "NumPyState":
+        """Read the generator and seed it, which drops any Gaussian that waits."""
+        address = _address()
+        if address is None:
+            state = cls.now()
+            np.random.seed(seed)
+            return state
+        memory = ctypes.string_at(address, _SIZE)
+        waiting = _take_waiting(address)
+        np.random.seed(seed)
+        return cls(memory, waiting, seeded=ctypes.string_at(address, _SIZE))
 
     def moved(self, later: "NumPyState") -> bool:
         """Whether the generator has been drawn from between the two."""
@@ -47,28 +61,32 @@ class NumPyState:
         if address is None or self.other is not None:
             np.random.set_state(self.other)
             return
-        _drop_waiting(address)
+        if self.seeded is None or ctypes.string_at(address, _SIZE) != self.seeded:
+            _drop_waiting(address)  # where nothing was drawn since, nothing waits
         ctypes.memmove(address, self.memory, _SIZE)
         if self.gauss is not None:
-            _wait_with(self.gauss)
+            np.random.set_state(
+                {**np.random.get_state(legacy=False), "has_gauss": 1, "gauss": self.gauss}
+            )
 
 
-def _drop_waiting(address: int) -> float | None:
-    """Take out the second half of a pair of Gaussians, if it waits, and leave none.
+def _take_waiting(address: int) -> float | None:
+    """Take out the second half of a pair of Gaussians if it waits; else one is made that does.
 
     Whether one waits shows when it is asked for: only where none does the generator move.
     """
     position = ctypes.c_int.from_address(address + _SIZE - 4)
     before = position.value
     gauss = np.random.standard_normal()
-    if position.value == before:
-        return float(gauss)
-    np.random.standard_normal()  # the twin of the one that was just made
-    return None
+    return float(gauss) if position.value == before else None
 
 
-def _wait_with(gauss: float) -> None:
-    np.random.set_state({**np.random.get_state(legacy=False), "has_gauss": 1, "gauss": gauss})
+def _drop_waiting(address: int) -> float | None:
+    """Take out the second half of a pair of Gaussians, if it waits, and leave none."""
+    waiting = _take_waiting(address)
+    if waiting is None:
+        np.random.standard_normal()  # the twin of the one that was just made
+    return waiting
 
 
 def _address() -> int | None:

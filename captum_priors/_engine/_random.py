@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors._engine._numpy_state import NumPyState
+from captum_priors._engine._python_state import PythonState
 
+# NumPy's seeds have 32 bits.
+_WORD = 0xFFFFFFFF
 # The default generators belong to the process, so two priors in two threads take turns.
 _turn = threading.RLock()
 
@@ -25,13 +28,20 @@ class GlobalRandomState:
     cpu: Tensor
     cuda: tuple[Tensor, ...]
     numpy: NumPyState
-    python: Any
+    python: PythonState
 
     @classmethod
     def now(cls) -> "GlobalRandomState":
         """Read the generators without moving them."""
-        cuda = torch.cuda.get_rng_state_all() if _cuda_is_in_use() else []
-        return cls(torch.get_rng_state(), tuple(cuda), NumPyState.now(), random.getstate())
+        return cls(*_of_torch(), NumPyState.now(), PythonState.now())
+
+    @classmethod
+    def before_seeding(cls, seed: int) -> "GlobalRandomState":
+        """Read the generators and seed them."""
+        state = cls(*_of_torch(), NumPyState.before_seeding(seed & _WORD), PythonState.now())
+        _seed_torch(seed)
+        random.seed(seed)
+        return state
 
     def restore(self) -> None:
         """Put the generators back."""
@@ -39,7 +49,7 @@ class GlobalRandomState:
         if self.cuda:
             torch.cuda.set_rng_state_all(list(self.cuda))
         self.numpy.restore()
-        random.setstate(self.python)
+        self.python.restore()
 
     def moved(self) -> bool:
         """Whether any generator has been drawn from since."""
@@ -58,25 +68,31 @@ def _cuda_is_in_use() -> bool:
     return in_use()
 
 
-def seed_global(seed: int) -> None:
-    """Seed every global generator; torch's own ``manual_seed`` also queues work for idle GPUs."""
+def _of_torch() -> tuple[Tensor, tuple[Tensor, ...]]:
+    cuda = torch.cuda.get_rng_state_all() if _cuda_is_in_use() else []
+    return torch.get_rng_state(), tuple(cuda)
+
+
+def _seed_torch(seed: int) -> None:
+    """Seed torch's generators; its own ``manual_seed`` also queues work for idle GPUs."""
     torch.default_generator.manual_seed(seed)
     if _cuda_is_in_use():
         torch.cuda.manual_seed_all(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
+
+
+def seed_global(seed: int) -> None:
+    """Seed every global generator."""
+    _seed_torch(seed)
+    np.random.seed(seed & _WORD)
     random.seed(seed)
 
 
 @contextmanager
-def swapped_in(state: GlobalRandomState | int) -> Iterator[None]:
-    """Draw from the given state or seed for the duration; the global streams are left in place."""
+def swapped_in(seed: int) -> Iterator[None]:
+    """Draw from the given seed for the duration; the global streams are left in place."""
     with _turn:
-        before = GlobalRandomState.now()
+        before = GlobalRandomState.before_seeding(seed)
         try:
-            if isinstance(state, int):
-                seed_global(state)
-            else:
-                state.restore()
             yield
         finally:
             before.restore()

@@ -49,3 +49,32 @@ def test_a_waiting_gaussian_that_is_used_counts_as_moved() -> None:
     state = NumPyState.now()
     np.random.standard_normal()
     assert state.moved(NumPyState.now())
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda: None,
+        lambda: np.random.standard_normal(),
+        lambda: np.random.standard_normal(2),
+        lambda: np.random.random(312),  # all words, so that the position is as before
+        lambda: np.random.seed(3),
+    ],
+)
+def test_seeded_for_a_while(waits: bool, inside: Callable[[], object]) -> None:
+    np.random.seed(1)
+    if waits:
+        np.random.standard_normal()
+    unread = np.random.get_state(legacy=False)
+    expected = draws()
+    np.random.seed(2)
+    seeded = draws()
+    np.random.set_state(unread)
+    state = NumPyState.before_seeding(2)
+    assert draws() == seeded
+    np.random.set_state(unread)
+    state = NumPyState.before_seeding(2)
+    inside()
+    state.restore()
+    assert draws() == expected
