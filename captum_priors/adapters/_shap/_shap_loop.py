@@ -29,39 +29,42 @@ _one_at_a_time = threading.Lock()
 class _Row:
     """A multiple of an example, of a background row, or the sum of both."""
 
-    __slots__ = ("loop", "noise", "number", "other", "shape", "share")
+    __slots__ = ("example", "loop", "noise", "number", "other", "shape", "share")
 
     def __init__(
-        self, loop: "_Loop", shape: Any, share: float, other: float, number: int, noise: Any
+        self,
+        loop: "_Loop",
+        shape: Any,
+        share: float,
+        example: int | None,
+        other: float,
+        number: int | None,
+        noise: Any,
     ) -> None:
         self.loop, self.shape, self.noise = loop, shape, noise
-        self.share, self.other, self.number = share, other, number
+        self.share, self.example, self.other, self.number = share, example, other, number
 
     def clone(self) -> "_Row":
         return self
 
     detach = cpu = numpy = clone
 
-    def __rmul__(self, factor: float) -> "_Row":
-        return _Row(
-            self.loop, self.shape, factor * self.share, factor * self.other, self.number, self.noise
-        )
+    def __rmul__(self, by: float) -> "_Row":
+        share, other = by * self.share, by * self.other
+        return _Row(self.loop, self.shape, share, self.example, other, self.number, self.noise)
 
     __mul__ = __rmul__
 
     def __add__(self, added: Any) -> "_Row":
-        if isinstance(added, Tensor) and (self.share, self.other, self.noise) == (1.0, 0.0, None):
-            return _Row(self.loop, self.shape, 1.0, 0.0, -1, added)
-        if not isinstance(added, _Row) or (self.number >= 0 and added.number >= 0):
+        share, other = self.share, self.other
+        if isinstance(added, Tensor) and (share, other, self.noise) == (1.0, 0.0, None):
+            return _Row(self.loop, self.shape, share, self.example, other, self.number, added)
+        if not isinstance(added, _Row):
             return NotImplemented
-        return _Row(
-            self.loop,
-            self.shape,
-            self.share + added.share,
-            self.other + added.other,
-            max(self.number, added.number),
-            self.noise if added.noise is None else added.noise,
-        )
+        example = _either(self.example, added.example)
+        number, noise = _either(self.number, added.number), _either(self.noise, added.noise)
+        share, other = share + added.share, other + added.other
+        return _Row(self.loop, self.shape, share, example, other, number, noise)
 
     def __sub__(self, taken: "_Row") -> "_Row":
         return self + -1.0 * taken
@@ -78,20 +81,27 @@ class _Row:
         return None
 
 
+def _either(mine: Any, theirs: Any) -> Any:
+    if mine is None or theirs is None:
+        return theirs if mine is None else mine
+    raise TypeError("two of a kind in one sum")
+
+
 class _Rows:
     """Examples, or background rows, of one input."""
 
     def __init__(self, loop: "_Loop", rows: Tensor, *, background: bool) -> None:
         self.shape, self.device = (len(rows),), rows.device
-        self._loop, self._row_shape, self._background = loop, rows.shape[1:], background
+        self._loop, self._shape, self._background = loop, rows.shape[1:], background
         self._made: dict[int, _Row] = {}  # few, asked for often
 
     def __getitem__(self, number: Any) -> _Row:
-        place = int(number) if self._background else -1
+        place = int(number)
         row = self._made.get(place)
-        if row is None:
-            share, other = (0.0, 1.0) if self._background else (1.0, 0.0)
-            row = self._made[place] = _Row(self._loop, self._row_shape, share, other, place, None)
+        if row is None and self._background:
+            row = self._made[place] = _Row(self._loop, self._shape, 0.0, None, 1.0, place, None)
+        elif row is None:
+            row = self._made[place] = _Row(self._loop, self._shape, 1.0, place, 0.0, None, None)
         return row
 
 
@@ -168,8 +178,8 @@ class Drawn:
 class _Loop:
     """What one run of the loop asks for."""
 
-    def __init__(self, n_inputs: int) -> None:
-        self._n_inputs = n_inputs
+    def __init__(self, n_inputs: int, n_examples: int) -> None:
+        self._n_inputs, self._n_examples, self._example = n_inputs, n_examples, 0
         self._kept: dict[int, dict[int, _Row]] = {}
         self._numbered: list[_Row] = []
         self.points: list[list[Sums]] = []  # example by example, input by input
@@ -184,15 +194,21 @@ class _Loop:
 
     def gradient(self, output: Any, inputs: Sequence[Tensor]) -> list[_Gradient]:
         """Stand in for SHAP's method of this name: it gets all samples of an example."""
+        self._example = len(self.points) % self._n_examples
         samples = range(len(inputs[0]))
-        self.points.append([Sums.of([kept[k] for k in samples]) for kept in self._kept.values()])
+        self.points.append([self._sums([kept[k] for k in samples]) for kept in self._kept.values()])
         self.factors.append([])
         return [_Gradient(self)] * self._n_inputs
 
     def multiply(self, factors: np.ndarray) -> None:
-        self.factors[-1].append(Sums.of([self._numbered[int(place)] for place in factors]))
+        self.factors[-1].append(self._sums([self._numbered[int(place)] for place in factors]))
         if len(self.factors[-1]) == self._n_inputs:
             self._numbered.clear()
+
+    def _sums(self, rows: Sequence[_Row]) -> Sums:
+        if any(row.example not in (None, self._example) for row in rows):
+            raise TypeError("rows of another example")
+        return Sums.of(rows)
 
     def drawn(self, examples: slice) -> Drawn:
         points, factors = (
@@ -217,7 +233,8 @@ def draw(
     drawn anew, so that without it one run stands for all.
     """
     runs = n_outputs if explainer.local_smoothing > 0 else 1
-    loop, twin = _Loop(len(inputs)), copy.copy(explainer)
+    n = len(inputs[0])
+    loop, twin = _Loop(len(inputs), n), copy.copy(explainer)
     twin.data = twin.model_inputs = [_Rows(loop, b, background=True) for b in background]
     twin.gradients, twin.batch_size = [None] * runs, n_samples
     twin.interim, twin.layer, twin.input_handle = False, None, None
@@ -227,7 +244,8 @@ def draw(
         state = NumPyState.now()
         try:
             twin.shap_values(rows if twin.multi_input else rows[0], n_samples, rseed=seed)
-        except (AttributeError, KeyError, TypeError) as error:
+            each = [loop.drawn(slice(i * n, (i + 1) * n)) for i in range(runs)]
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise NotDifferentiableError(
                 expected_found(
                     "GradientExplainer",
@@ -238,6 +256,4 @@ def draw(
             ) from error
         finally:
             state.restore()
-    n = len(inputs[0])
-    each = [loop.drawn(slice(i * n, (i + 1) * n)) for i in range(runs)]
     return each * (n_outputs // runs)
