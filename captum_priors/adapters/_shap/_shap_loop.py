@@ -55,19 +55,21 @@ class _Row:
 
     __mul__ = __rmul__
 
-    def __add__(self, added: Any) -> "_Row":
-        share, other = self.share, self.other
-        if isinstance(added, Tensor) and (share, other, self.noise) == (1.0, 0.0, None):
-            return _Row(self.loop, self.shape, share, self.example, other, self.number, added)
-        if not isinstance(added, _Row):
-            return NotImplemented
-        example = _either(self.example, added.example)
-        number, noise = _either(self.number, added.number), _either(self.noise, added.noise)
-        share, other = share + added.share, other + added.other
-        return _Row(self.loop, self.shape, share, example, other, number, noise)
+    def __add__(self, added: Any) -> Any:
+        if isinstance(added, Tensor) and (self.share, self.other, self.noise) == (1.0, 0.0, None):
+            return _Row(self.loop, self.shape, 1.0, self.example, 0.0, self.number, added)
+        return self._plus(added, 1.0)
 
-    def __sub__(self, taken: "_Row") -> "_Row":
-        return self + -1.0 * taken
+    def __sub__(self, taken: Any) -> Any:
+        return self._plus(taken, -1.0)
+
+    def _plus(self, row: Any, sign: float) -> Any:
+        if not isinstance(row, _Row):
+            return NotImplemented
+        example, number = _either(self.example, row.example), _either(self.number, row.number)
+        share, other = self.share + sign * row.share, self.other + sign * row.other
+        noise = _either(self.noise, row.noise)
+        return _Row(self.loop, self.shape, share, example, other, number, noise)
 
     def __float__(self) -> float:  # on its way into an array
         return self.loop.number_of(self)
@@ -82,8 +84,10 @@ class _Row:
 
 
 def _either(mine: Any, theirs: Any) -> Any:
-    if mine is None or theirs is None:
-        return theirs if mine is None else mine
+    if mine is None:
+        return theirs
+    if theirs is None:
+        return mine
     raise TypeError("two of a kind in one sum")
 
 
