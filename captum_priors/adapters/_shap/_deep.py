@@ -8,7 +8,7 @@ modules by a function of the same value whose derivative is the multiplier
 
 so that one ordinary gradient yields what SHAP's backward hooks do, and keeps its graph: the
 multipliers are functions of the parameters, too. Where :math:`x = x_b` the module's own derivative
-takes the quotient's place, as in SHAP.
+takes the quotient's place, as in SHAP. The first call holds one row against SHAP's hooks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from captum_priors._engine._first_order import with_second_derivative
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors.adapters._shap._door import shap_module
+from captum_priors.adapters._shap._shap_check import in_precision
 from captum_priors.adapters._shap._torch_family import TorchFamily
 
 # As SHAP: differences of inputs below which its quotient is not taken.
@@ -47,9 +48,7 @@ class DeepFamily(TorchFamily):
 
     def _prepare_check(self, twin: Any, inputs: list[Tensor]) -> list[Tensor] | None:
         """Compare in double precision, which quotients of small differences need."""
-        twin.model.double()
-        twin.data = [_double(b) for b in twin.data]
-        rows = [_double(x) for x in inputs]
+        rows = in_precision(torch.float64, twin, inputs)
         return None if _differs_by_design(twin.model, rows) else rows
 
     @leaves_inference_mode
@@ -151,10 +150,6 @@ class DeepFamily(TorchFamily):
 
 # SHAP's tolerance.
 _ADDITIVE = 1e-2
-
-
-def _double(rows: Tensor) -> Tensor:
-    return rows.double() if rows.is_floating_point() else rows
 
 
 def _nonlinear_leaves(module: nn.Module) -> list[tuple[nn.Module, str]]:

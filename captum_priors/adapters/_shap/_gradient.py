@@ -19,6 +19,7 @@ from captum_priors._engine._first_order import with_second_derivative
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._rows import take
+from captum_priors.adapters._shap._shap_check import in_precision
 from captum_priors.adapters._shap._shap_loop import Drawn, draw
 from captum_priors.adapters._shap._torch_family import TorchFamily
 
@@ -31,6 +32,10 @@ class GradientFamily(TorchFamily):
 
     differentiations = ("double_backprop", "recompute", "finite_difference")
     _check_options: ClassVar[dict[str, Any]] = {"nsamples": 4, "rseed": 0}
+
+    def _prepare_check(self, twin: Any, inputs: list[Tensor]) -> list[Tensor] | None:
+        """Compare in torch's default precision, the only one that SHAP's loop computes in."""
+        return in_precision(torch.get_default_dtype(), twin, inputs)
 
     @leaves_inference_mode
     def shap_values(

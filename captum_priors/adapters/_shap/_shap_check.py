@@ -29,6 +29,19 @@ def private_copy(explainer: Any) -> Any:
     return copy.deepcopy(few, dict(_with_graph(few.model)))
 
 
+def in_precision(dtype: torch.dtype, twin: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Put a private copy into another precision; return the inputs in it."""
+
+    def cast(rows: Tensor) -> Tensor:
+        return rows.to(dtype) if rows.is_floating_point() else rows
+
+    twin.model.to(dtype)
+    for name in ("data", "model_inputs"):
+        if hasattr(twin, name):
+            setattr(twin, name, [cast(rows) for rows in getattr(twin, name)])
+    return [cast(x) for x in inputs]
+
+
 def _with_graph(model: nn.Module) -> Iterator[tuple[int, Tensor]]:
     """Tensors that modules keep from an earlier pass, which torch refuses to copy."""
     for module in model.modules():
@@ -66,9 +79,9 @@ def check_against_shap(
         try:
             twin = private_copy(explainer)
             rows = prepare(twin, [x[:1].detach().clone() for x in inputs])
-        except Exception:  # whatever a user's module raises on being copied
-            return
-        if rows is None:
+            if rows is None or _is_random(twin.model, rows):
+                return
+        except Exception:  # whatever a user's module raises on being copied, or in double precision
             return
         with _streams_kept(inputs), torch.no_grad():
             found, base = ours(twin, rows)
@@ -79,6 +92,12 @@ def check_against_shap(
         except Exception:  # SHAP's own failures
             return
     _compare(name, found, base, theirs if isinstance(theirs, list) else [theirs])
+
+
+@torch.no_grad()
+def _is_random(model: nn.Module, rows: Sequence[Tensor]) -> bool:
+    """Whether a second pass differs: then SHAP's numbers are others at each call, too."""
+    return not torch.allclose(model(*rows), model(*rows), equal_nan=True)
 
 
 def _compare(name: str, ours: list[Tensor], base: Tensor, theirs: list[Any]) -> None:

@@ -147,7 +147,7 @@ class TorchFamily(ShapAdapter):
 
     def _prepare_check(self, twin: Any, inputs: list[Tensor]) -> list[Tensor] | None:
         """Ready a private copy of SHAP's explainer, or say that its numbers are not kept."""
-        return inputs
+        raise NotImplementedError
 
     def _ours(self, twin: Any, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         own = copy.copy(self)
