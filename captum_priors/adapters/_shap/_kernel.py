@@ -73,13 +73,14 @@ class KernelFamily(ShapAdapter):
         found = super()._explain(args, kwargs)
         if found.tensor is None:
             return found
-        names = found.feature_names
+        names, shape = found.feature_names, found.values.shape
+        features = len(shape) - 1 - bool(self.vector_out)  # the first axis of a row by itself
         if names is None:
-            names = [f"Feature {i}" for i in range(found.values.shape[1])]
-        base = found.tensor_base.reshape(len(found.values), *found.values.shape[2:])
+            names = [f"Feature {i}" for i in range(shape[features])]
+        base = found.tensor_base.reshape((*shape[:features], *shape[features + 1 :]))
         complete = shap().Explanation(
             found.values,
-            base_values=base.detach().cpu().numpy(),
+            base_values=base.detach().cpu().numpy()[()],
             data=found.data,
             feature_names=list(names),
             compute_time=found.compute_time,
@@ -119,7 +120,7 @@ class KernelFamily(ShapAdapter):
         varying = torch.as_tensor(np.asarray(inner.varyingInds, dtype=np.int64))
         found = change.new_zeros(inner.data.groups_size, len(change))
         if inner.M == 0:
-            return found
+            return found + 0 * change  # with its graph, like any other row
         if inner.M == 1:
             return found.index_put((varying,), change.unsqueeze(0))
         n = inner.nsamplesAdded
