@@ -60,6 +60,19 @@ class KernelFamily(ShapAdapter):
         worker._null = worker._mean_output()
         return worker
 
+    @classmethod
+    def load(
+        cls,
+        in_file: Any,
+        model_loader: Any = None,
+        masker_loader: Any = None,
+        instantiate: bool = True,
+    ) -> Any:
+        """Load what ``save`` wrote; SHAP tells by the name of its class what is in the file."""
+        if instantiate:
+            return cls._stock.load.__func__(cls, in_file, model_loader, masker_loader)
+        return cls._stock.load(in_file, model_loader, masker_loader, instantiate=False)
+
     @leaves_inference_mode
     def shap_values(self, X: Any, **kwargs: Any) -> Any:  # noqa: N803  # SHAP's name
         """Return an array, as SHAP."""
