@@ -129,6 +129,36 @@ def test_a_single_row(cls: Any, outputs: int) -> None:
     assert np.abs(total - predictor(model)(table(1, 1))).max() < 1e-6
 
 
+@pytest.mark.parametrize("cls", [shap.KernelExplainer, shap.SamplingExplainer])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_row_without_a_batch_axis(cls: Any, outputs: int) -> None:
+    """These two of SHAP's take a vector, or a row of a table."""
+    plt.switch_backend("Agg")
+    model, row = mlp(outputs), table(1, 1)[0]
+    explainer = cls(predictor(model), pd.DataFrame(table(7, 0)))
+    for X in (row, pd.Series(row)):
+        expected = seeded(lambda X=X: explainer(X))
+        found = seeded(lambda X=X: differentiable(explainer, model=model)(X))
+        assert found.values.shape == expected.values.shape == found.tensor.shape
+        assert np.abs(found.values - expected.values).max() < 1e-10  # rounding in float64
+        assert np.abs(found.values - found.tensor.detach().numpy()).max() < 1e-10
+        total = found.values.sum(0) + found.base_values
+        # Sampling distributes its error up to one part in 1e6.
+        assert np.abs(total - predictor(model)(row[None])[0]).max() < 1e-6
+        if outputs == 1:
+            shap.plots.waterfall(found, show=False)
+            plt.close("all")
+
+
+@pytest.mark.parametrize("cls", [shap.KernelExplainer, shap.SamplingExplainer])
+def test_rows_in_which_nothing_varies_keep_their_graph(cls: Any) -> None:
+    model, constant = mlp(1), np.ones((2, 5))
+    adapter = differentiable(cls(predictor(model), constant), model=model)
+    loss = adapter.attribute(torch.as_tensor(constant)).sum()
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(float(g.abs().max()) == 0 for g in gradients)
+
+
 def test_what_shap_leaves_to_read() -> None:
     model = mlp(1)
     explainer = shap.PartitionExplainer(
@@ -263,6 +293,22 @@ def test_classes_and_saving() -> None:
     module = mlp(1).train()
     differentiable(shap.DeepExplainer)(module, torch.as_tensor(table(7, 0)))
     assert module.training
+
+
+def test_saving_what_holds_its_data_itself() -> None:
+    """SHAP reads the file of its KernelExplainer otherwise than all others'."""
+    stream = io.BytesIO()
+    cls = differentiable(shap.KernelExplainer)
+    cls(_first_two, table(7, 0)).save(stream)
+    stream.seek(0)
+    again = cls.load(stream)
+    assert isinstance(again, cls)
+    found, expected = again(table(2, 1)), shap.KernelExplainer(_first_two, table(7, 0))(table(2, 1))
+    assert np.abs(found.values - expected.values).max() < 1e-10  # rounding in float64
+
+
+def _first_two(x: Any) -> Any:
+    return x[:, 0] * x[:, 1]
 
 
 def test_refusals() -> None:

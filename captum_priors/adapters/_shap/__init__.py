@@ -2,7 +2,8 @@
 
 SHAP's own code runs, on a copy of the explainer; what it asks of the model is answered by torch
 with its graph, and the arithmetic that it does on the answers is done again on tensors and held
-against its own numbers at every call. ``shap`` is imported when the first explainer is adapted.
+against its own numbers: at every call, and for GradientExplainer and DeepExplainer at the first.
+``shap`` is imported when the first explainer is adapted.
 """
 
 from captum_priors.adapters._shap._adapter import ShapAdapter

@@ -333,6 +333,8 @@ def _beside(explanations: Any, rows: list[tuple[Tensor, Tensor]] | None) -> Any:
     """Put the rows' tensors beside one Explanation, or each of one for each argument."""
     if not rows:
         return with_tensors(explanations, None, None)
+    if not isinstance(explanations, list) and np.shape(explanations.values) == rows[0][0].shape:
+        return with_tensors(explanations, *rows[0])  # a row without a batch axis
     each = explanations if isinstance(explanations, list) else [explanations]
     places = [0] * len(rows)
     for explanation in each:

@@ -8,12 +8,12 @@ modules by a function of the same value whose derivative is the multiplier
 
 so that one ordinary gradient yields what SHAP's backward hooks do, and keeps its graph: the
 multipliers are functions of the parameters, too. Where :math:`x = x_b` the module's own derivative
-takes the quotient's place, as in SHAP.
+takes the quotient's place, as in SHAP. The first call holds one row against SHAP's hooks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from captum_priors._engine._first_order import with_second_derivative
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors.adapters._shap._door import shap_module
+from captum_priors.adapters._shap._shap_check import in_precision
 from captum_priors.adapters._shap._torch_family import TorchFamily
 
 # As SHAP: differences of inputs below which its quotient is not taken.
@@ -43,6 +44,12 @@ class DeepFamily(TorchFamily):
     _only_way = (
         "Its multipliers are quotients of activations, and not input gradients of the model."
     )
+    _check_options: ClassVar[dict[str, Any]] = {"check_additivity": False}
+
+    def _prepare_check(self, twin: Any, inputs: list[Tensor]) -> list[Tensor] | None:
+        """Compare in double precision, which quotients of small differences need."""
+        rows = in_precision(torch.float64, twin, inputs)
+        return None if _differs_by_design(twin.model, rows) else rows
 
     @leaves_inference_mode
     def shap_values(
@@ -59,6 +66,7 @@ class DeepFamily(TorchFamily):
             )
         inputs = [x.detach() for x in self._as_inputs(X)]
         with self._still(), torch.no_grad():
+            self._check_once(inputs)
             outputs, ranks = self._ranked(inputs, ranked_outputs, output_rank_order)
             phi = self._phi(inputs, outputs, {"check_additivity": check_additivity})
         arrays = [p.cpu().numpy() for p in phi]
@@ -144,17 +152,43 @@ class DeepFamily(TorchFamily):
 _ADDITIVE = 1e-2
 
 
+def _nonlinear_leaves(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    handlers = shap_module("explainers._deep.deep_pytorch").op_handler
+    kinds = {name: handler.__name__ for name, handler in handlers.items()}
+    return [
+        (m, kinds[type(m).__name__])
+        for m in module.modules()
+        if not list(m.children()) and kinds.get(type(m).__name__) in ("nonlinear_1d", "maxpool")
+    ]
+
+
+def _differs_by_design(module: nn.Module, inputs: list[Tensor]) -> bool:
+    """Find modules that run twice, and pooling windows that overlap: SHAP mixes up their parts."""
+    leaves = _nonlinear_leaves(module)
+    runs: list[nn.Module] = []
+    handles = [leaf.register_forward_hook(lambda m, *_: runs.append(m)) for leaf, _ in leaves]
+    try:
+        with torch.no_grad():
+            module(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return len(runs) > len(set(runs)) or any(
+        _overlaps(leaf) for leaf, kind in leaves if kind == "maxpool"
+    )
+
+
+def _overlaps(pool: Any) -> bool:
+    sizes = (pool.kernel_size, pool.stride, pool.dilation)
+    each = [s if isinstance(s, tuple) else (s,) * leaf_dims(pool) for s in sizes]
+    return any(d * (k - 1) >= s for k, s, d in zip(*each, strict=True))
+
+
 class _Record:
     """Inputs and outputs of the nonlinear modules, call by call."""
 
     def __init__(self, module: nn.Module, layer: nn.Module | None) -> None:
-        handlers = shap_module("explainers._deep.deep_pytorch").op_handler
-        kinds = {name: handler.__name__ for name, handler in handlers.items()}
-        self._leaves = [
-            (m, kinds[type(m).__name__])
-            for m in module.modules()
-            if not list(m.children()) and kinds.get(type(m).__name__) in ("nonlinear_1d", "maxpool")
-        ]
+        self._leaves = _nonlinear_leaves(module)
         self._layer = layer
         self._seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self._layer_inputs: list[tuple[Tensor, ...]] = []

@@ -2,12 +2,12 @@ r"""GradientExplainer: expected gradients, drawn as SHAP draws them and taken in
 
 .. math:: \phi = \frac1K \sum_k (x - b_k) \odot \nabla f\big(t_k x + (1 - t_k) b_k\big)
 
-with the draws :math:`b_k, t_k` that SHAP's loop makes under its seed. At an interim layer SHAP
-multiplies by the layer's input itself instead of a difference, and so does this.
+SHAP's own loop says where the gradients are taken and what multiplies them, under its seed; the
+first call holds one row against SHAP's own numbers. At an interim layer SHAP multiplies by the
+layer's input itself instead of a difference, and so does this.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,29 +19,23 @@ from captum_priors._engine._first_order import with_second_derivative
 from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._rows import take
+from captum_priors.adapters._shap._shap_check import in_precision
+from captum_priors.adapters._shap._shap_loop import Drawn, draw
 from captum_priors.adapters._shap._torch_family import TorchFamily
 
 # Points of one forward pass; SHAP's batch_size bounds its memory, here the graph does.
 _POINTS = 2048
 
 
-class Draws:
-    """What SHAP's loop draws for each example and sample: a background row and a step."""
-
-    def __init__(self, n: int, n_samples: int, n_background: int, seed: int) -> None:
-        random = np.random.RandomState(seed)
-        self.rows = np.empty((n, n_samples), dtype=np.int64)
-        self.steps = np.empty((n, n_samples))
-        for i in range(n):
-            for k in range(n_samples):
-                self.rows[i, k] = random.choice(n_background)
-                self.steps[i, k] = random.uniform()
-
-
 class GradientFamily(TorchFamily):
-    """Replays SHAP's draws; the gradients are the engine's, so every way of taking them works."""
+    """SHAP draws; the gradients are the engine's, so every way of taking them works."""
 
     differentiations = ("double_backprop", "recompute", "finite_difference")
+    _check_options: ClassVar[dict[str, Any]] = {"nsamples": 4, "rseed": 0}
+
+    def _prepare_check(self, twin: Any, inputs: list[Tensor]) -> list[Tensor] | None:
+        """Compare in torch's default precision, the only one that SHAP's loop computes in."""
+        return in_precision(torch.get_default_dtype(), twin, inputs)
 
     @leaves_inference_mode
     def shap_values(
@@ -62,6 +56,7 @@ class GradientFamily(TorchFamily):
         options = {"nsamples": nsamples, "rseed": rseed}
         variances: list[Tensor] = []
         with self._still(), torch.no_grad():
+            self._check_once(inputs)
             outputs, ranks = self._ranked(inputs, ranked_outputs, output_rank_order)
             phi = self._phi(inputs, outputs, options, variances)
         arrays = [p.cpu().numpy() for p in phi]
@@ -81,12 +76,17 @@ class GradientFamily(TorchFamily):
         options: dict[str, Any],
         variances: list[Tensor] | None = None,
     ) -> list[Tensor]:
-        n_samples, seed = int(options.get("nsamples", 200)), options.get("rseed")
+        n, n_samples, seed = len(inputs[0]), int(options.get("nsamples", 200)), options.get("rseed")
         if seed is None:  # SHAP's draw from the global stream, and its only one
             seed = np.random.randint(0, 1e6)  # type: ignore[call-overload]  # as SHAP calls it
-        backgrounds = self._backgrounds()
-        draws = Draws(inputs[0].shape[0], n_samples, len(backgrounds[0]), int(seed))
-        noises = [self._noise(inputs, n_samples) for _ in outputs]
+        drawn = draw(
+            self.explainer,
+            inputs,
+            self._backgrounds(),
+            n_samples=n_samples,
+            n_outputs=len(outputs),
+            seed=int(seed),
+        )
         if self._layer() is not None and self.differentiation != "double_backprop":
             raise NotDifferentiableError(
                 expected_found(
@@ -102,13 +102,11 @@ class GradientFamily(TorchFamily):
 
         def program(arguments: tuple[Tensor, ...], visit: Visit) -> tuple[Tensor, ...]:
             total: list[list[Tensor]] = []
-            for rows in self._chunks(len(draws.rows), n_samples):
+            for rows in self._chunks(n, n_samples):
                 term = self._part(
                     [a[rows] for a in arguments],
-                    draws.rows[rows],
-                    draws.steps[rows],
-                    [take(o, rows, len(draws.rows)) for o in outputs],
-                    [[e[rows] for e in noise] if noise else None for noise in noises],
+                    [d[rows] for d in drawn],
+                    [take(o, rows, n) for o in outputs],
                     total if variances is not None else None,
                 )
                 visited = visit(term, rows)
@@ -132,45 +130,29 @@ class GradientFamily(TorchFamily):
         step = max(1, _POINTS // n_samples)
         return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
-    def _noise(self, inputs: Sequence[Tensor], n_samples: int) -> list[Tensor] | None:
-        """Draw SHAP's smoothing, in its order, from torch's global generator."""
-        scale = self.explainer.local_smoothing
-        if not scale > 0:
-            return None
-        noise = [torch.empty(len(x), n_samples, *x.shape[1:]).to(x) for x in inputs]
-        for i in range(inputs[0].shape[0]):
-            for k in range(n_samples):
-                for each, x in zip(noise, inputs, strict=True):
-                    each[i, k] = torch.empty(x.shape[1:], device=x.device).normal_() * scale
-        return noise
-
     def _part(
         self,
         inputs: list[Tensor],
-        rows: np.ndarray,
-        steps: np.ndarray,
+        drawn: list[Drawn],
         outputs: list[Any],
-        noises: list[list[Tensor] | None],
         variances: list[list[Tensor]] | None,
     ) -> tuple[Tensor, ...]:
         """Attributions of some examples, one tensor for each explained one."""
-        n, n_samples = rows.shape
+        n, n_samples = drawn[0].points[0].share.shape
+        backgrounds = self._backgrounds()
         each: list[list[Tensor]] = []
         spread: list[list[Tensor]] = []
-        for output, noise in zip(outputs, noises, strict=True):
-            points, deltas = [], []
-            for a, (x, background) in enumerate(zip(inputs, self._backgrounds(), strict=True)):
-                b = background[torch.as_tensor(rows, device=background.device)]
-                moved = x.unsqueeze(1).expand_as(b)
-                if noise is not None:
-                    moved = moved + noise[a]
-                t = torch.as_tensor(steps).to(x).reshape(n, n_samples, *[1] * (x.dim() - 1))
-                points.append((t * moved + (1 - t) * b).flatten(0, 1))
-                deltas.append(moved - b)
+        for output, draws in zip(outputs, drawn, strict=True):
+            points, deltas = (
+                [s.at(x, b) for s, x, b in zip(sums, inputs, backgrounds, strict=True)]
+                for sums in (draws.points, draws.factors)
+            )
             target = output
             if isinstance(output, Tensor):
                 target = output.to(inputs[0].device).repeat_interleave(n_samples)
-            gradients, factors = self._gradients(tuple(points), target, deltas)
+            gradients, factors = self._gradients(
+                tuple(p.flatten(0, 1) for p in points), target, deltas
+            )
             samples = [
                 g.reshape(n, n_samples, *g.shape[1:]).double() * f.double()
                 for g, f in zip(gradients, factors, strict=True)

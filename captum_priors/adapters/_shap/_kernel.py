@@ -60,6 +60,19 @@ class KernelFamily(ShapAdapter):
         worker._null = worker._mean_output()
         return worker
 
+    @classmethod
+    def load(
+        cls,
+        in_file: Any,
+        model_loader: Any = None,
+        masker_loader: Any = None,
+        instantiate: bool = True,
+    ) -> Any:
+        """Load what ``save`` wrote; SHAP tells by the name of its class what is in the file."""
+        if instantiate:
+            return cls._stock.load.__func__(cls, in_file, model_loader, masker_loader)
+        return cls._stock.load(in_file, model_loader, masker_loader, instantiate=False)
+
     @leaves_inference_mode
     def shap_values(self, X: Any, **kwargs: Any) -> Any:  # noqa: N803  # SHAP's name
         """Return an array, as SHAP."""
@@ -73,13 +86,14 @@ class KernelFamily(ShapAdapter):
         found = super()._explain(args, kwargs)
         if found.tensor is None:
             return found
-        names = found.feature_names
+        names, shape = found.feature_names, found.values.shape
+        features = len(shape) - 1 - bool(self.vector_out)  # the first axis of a row by itself
         if names is None:
-            names = [f"Feature {i}" for i in range(found.values.shape[1])]
-        base = found.tensor_base.reshape(len(found.values), *found.values.shape[2:])
+            names = [f"Feature {i}" for i in range(shape[features])]
+        base = found.tensor_base.reshape((*shape[:features], *shape[features + 1 :]))
         complete = shap().Explanation(
             found.values,
-            base_values=base.detach().cpu().numpy(),
+            base_values=base.detach().cpu().numpy()[()],
             data=found.data,
             feature_names=list(names),
             compute_time=found.compute_time,
@@ -119,7 +133,7 @@ class KernelFamily(ShapAdapter):
         varying = torch.as_tensor(np.asarray(inner.varyingInds, dtype=np.int64))
         found = change.new_zeros(inner.data.groups_size, len(change))
         if inner.M == 0:
-            return found
+            return found + 0 * change  # with its graph, like any other row
         if inner.M == 1:
             return found.index_put((varying,), change.unsqueeze(0))
         n = inner.nsamplesAdded

@@ -54,7 +54,7 @@ ROWS: dict[str, Row] = {
         Row(
             "GradientExplainer",
             GradientFamily,
-            "SHAP's draws, gradients by the engine",
+            "draws of SHAP's loop, gradients by the engine",
             "draws",
             {"nsamples": 200, "rseed": None},
         ),

@@ -45,7 +45,7 @@ class SamplingFamily(KernelFamily):
         found = at_x.new_zeros(inner.P, len(at_x))
         places = torch.as_tensor([int(i) for i in inner.varyingInds], device=found.device)
         if inner.M == 0:
-            return found
+            return found + 0 * at_x  # with its graph, like any other row
         if inner.M == 1:
             return found.index_put((places,), (at_x - null).unsqueeze(0))
         estimates = [inner._estimates[int(i)] for i in inner.varyingInds]

@@ -1,9 +1,11 @@
 """What GradientExplainer and DeepExplainer share: they hold the torch module themselves."""
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,11 @@ from captum_priors._engine._inference import leaves_inference_mode
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors.adapters._shap._adapter import ShapAdapter
 from captum_priors.adapters._shap._explanation import with_tensors
+from captum_priors.adapters._shap._shap_check import check_against_shap
 from captum_priors.adapters._shap._torch_model import TorchModel
+
+# SHAP's explainers, and not adapters: copies of an adapter share it.
+_checked: "WeakSet[Any]" = WeakSet()
 
 
 class TorchFamily(ShapAdapter):
@@ -122,6 +128,33 @@ class TorchFamily(ShapAdapter):
         """Attributions of the explained tensors, each ``(batch, ..., outputs)``."""
         raise NotImplementedError
 
+    # Numbers are SHAP's: seen on one row, once for each of SHAP's explainers.
+
+    _check_options: ClassVar[dict[str, Any]] = {}
+
+    def _check_once(self, inputs: Sequence[Tensor]) -> None:
+        if self.explainer in _checked or not len(inputs[0]):
+            return
+        check_against_shap(
+            self._stock.__name__,
+            self.explainer,
+            inputs,
+            self._prepare_check,
+            self._ours,
+            self._check_options,
+        )
+        _checked.add(self.explainer)
+
+    def _prepare_check(self, twin: Any, inputs: list[Tensor]) -> list[Tensor] | None:
+        """Ready a private copy of SHAP's explainer, or say that its numbers are not kept."""
+        raise NotImplementedError
+
+    def _ours(self, twin: Any, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        own = copy.copy(self)
+        own.explainer, own.differentiation = twin, "double_backprop"
+        outputs: list[Any] = list(range(own._n_outputs()))
+        return own._phi(inputs, outputs, self._check_options), own._module(*own._backgrounds())
+
     def _values(
         self, tensors: tuple[Tensor, ...], target: Any, options: dict[str, Any]
     ) -> tuple[Tensor, ...]:
@@ -139,6 +172,7 @@ class TorchFamily(ShapAdapter):
         inputs = [t.to(b) for t, b in zip(tensors, self._backgrounds(), strict=True)]
         chosen = output_index(target, inputs[0].shape[0], self._n_outputs())
         with self._still():
+            self._check_once(inputs)
             phi = self._phi(inputs, [chosen], options)
         return tuple(p[..., 0] for p in phi)
 
@@ -151,6 +185,7 @@ class TorchFamily(ShapAdapter):
         del given["self"]
         inputs = self._as_inputs(X)
         with self._still():
+            self._check_once(inputs)
             phi = self._phi(inputs, list(range(self._n_outputs())), given)
             base = self._base().expand(inputs[0].shape[0], -1)
         if self._n_outputs() == 1:  # SHAP's plots take no axis of one output
