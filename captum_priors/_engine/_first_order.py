@@ -116,12 +116,13 @@ def marks_start(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def differentiate(
-    outputs: Tensor, points: tuple[Tensor, ...], *, create_graph: bool, zeros: bool = True
+    outputs: Tensor,
+    points: tuple[Tensor, ...],
+    *,
+    create_graph: bool,
+    no_zeros_since: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Differentiate the summed outputs, with errors that say what to do.
-
-    Without ``zeros``, as in ``with_second_derivative``.
-    """
+    """Differentiate the summed outputs, with errors that say what to do."""
     _check_outputs(outputs, points[0].shape[0])
     if not outputs.requires_grad:
         raise NotDifferentiableError(
@@ -130,7 +131,9 @@ def differentiate(
         )
     gradients: Sequence[Tensor | None]
     if create_graph:
-        gradients = with_second_derivative(outputs, points, allow_unused=True, zeros=zeros)
+        gradients = with_second_derivative(
+            outputs, points, allow_unused=True, no_zeros_since=no_zeros_since
+        )
     else:
         refuse_lost_gradients([outputs], twice=False)
         gradients = _grad(outputs, points, torch.ones_like(outputs), allow_unused=True)
@@ -152,12 +155,13 @@ def with_second_derivative(
     *,
     cotangents: Any = None,
     allow_unused: bool = False,
-    zeros: bool = True,
+    no_zeros_since: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Differentiate with a graph, and refuse operators that have no second derivative.
 
-    Without ``zeros`` the graph leaves out derivatives that are zero everywhere: who asks for the
-    gradient by something that only they lead to gets none, and an error where torch insists on one.
+    With a moment given, derivatives of what ran since that are zero everywhere are left out: who
+    asks for the gradient by something that only they lead to gets none, and an error where torch
+    insists on one.
     """
     several = isinstance(outputs, (tuple, list))
     refuse_lost_gradients(outputs if several else [outputs], twice=True)
@@ -166,7 +170,8 @@ def with_second_derivative(
         # differentiable only once where its cotangent does, and drops its graph silently elsewhere.
         ones = [torch.ones_like(o, requires_grad=True) for o in (outputs if several else [outputs])]
         cotangents = ones if several else ones[0]
-    with nullcontext() if zeros else constant_slopes(outputs if several else [outputs], inputs):
+    each = outputs if several else [outputs]
+    with nullcontext() if no_zeros_since is None else constant_slopes(each, no_zeros_since):
         gradients = _grad(outputs, inputs, cotangents, allow_unused=allow_unused, create_graph=True)
     refuse_dead_ends(tuple(g for g in gradients if g is not None))
     return gradients

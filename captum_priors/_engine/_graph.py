@@ -20,9 +20,9 @@ _DEAD_ENDS = _PLACEHOLDERS | {
 _SUSPECTS = {name.rpartition("::")[2] for name in _DEAD_ENDS} | {"CppFunction"}
 
 
-def nodes(tensors: Iterable[Tensor], without: Iterable[Any] = ()) -> Iterator[Any]:
-    """Walk the graph behind the tensors, each node once, up to those that it goes without."""
-    seen: set[Any] = {None, *without}
+def nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Walk the graph behind the tensors, each node once."""
+    seen: set[Any] = {None}
     stack: list[Any] = list({tensor.grad_fn for tensor in tensors} - seen)
     seen.update(stack)
     while stack:

@@ -12,6 +12,7 @@ from captum_priors._engine._first_order import (
     evaluate,
     values,
 )
+from captum_priors._engine._graph import now
 from captum_priors._types import Differentiation
 
 
@@ -29,8 +30,8 @@ def input_gradients(
     if differentiation == "finite_difference":
         return finite_difference(field, points)
     # Nobody asks for the gradient by points that are made here.
-    zeros = any(p.requires_grad for p in points)
+    since = None if any(p.requires_grad for p in points) else now()
     # An alias of what has a graph: the field may also use the user's own tensor, and only the
     # argument counts.
     points = tuple(p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in points)
-    return differentiate(evaluate(field, points), points, create_graph=True, zeros=zeros)
+    return differentiate(evaluate(field, points), points, create_graph=True, no_zeros_since=since)

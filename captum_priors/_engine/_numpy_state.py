@@ -19,6 +19,7 @@ _SIZE = 624 * 4 + 4
 class NumPyState:
     """The memory of the Mersenne Twister and the second half of a pair of Gaussians, if kept."""
 
+    generator: Any
     memory: bytes
     gauss: float | None
     other: Any = None  # the whole state, where the user chose another kind of generator
@@ -27,20 +28,18 @@ class NumPyState:
     @classmethod
     def now(cls) -> "NumPyState":
         """Read the generator without moving it."""
-        address = _address()
+        generator, address = _generator()
         if address is None:
-            return cls(b"", None, np.random.get_state(legacy=False))
+            return cls(generator, b"", None, np.random.get_state(legacy=False))
         memory = ctypes.string_at(address, _SIZE)
-        waiting = _drop_waiting(address)
-        ctypes.memmove(address, memory, _SIZE)
-        if waiting is not None:
-            cls(memory, waiting).restore()
-        return cls(memory, waiting)
+        state = cls(generator, memory, _take_waiting(address))
+        state.restore()
+        return state
 
     @classmethod
     def before_seeding(cls, seed: int) -> "NumPyState":
         """Read the generator and seed it, which drops any Gaussian that waits."""
-        address = _address()
+        generator, address = _generator()
         if address is None:
             state = cls.now()
             np.random.seed(seed)
@@ -48,7 +47,7 @@ class NumPyState:
         memory = ctypes.string_at(address, _SIZE)
         waiting = _take_waiting(address)
         np.random.seed(seed)
-        return cls(memory, waiting, seeded=ctypes.string_at(address, _SIZE))
+        return cls(generator, memory, waiting, seeded=ctypes.string_at(address, _SIZE))
 
     def moved(self, later: "NumPyState") -> bool:
         """Whether the generator has been drawn from between the two."""
@@ -57,12 +56,17 @@ class NumPyState:
 
     def restore(self) -> None:
         """Put the generator back."""
-        address = _address()
-        if address is None or self.other is not None:
+        now, address = _generator()
+        if now is not self.generator:
+            random: Any = np.random  # its stubs lack this function
+            random.set_bit_generator(self.generator)
+            address = _generator()[1]
+        if address is None:
             np.random.set_state(self.other)
             return
-        if self.seeded is None or ctypes.string_at(address, _SIZE) != self.seeded:
-            _drop_waiting(address)  # where nothing was drawn since, nothing waits
+        nothing_drawn = self.seeded is not None and self.seeded == ctypes.string_at(address, _SIZE)
+        if not nothing_drawn and _take_waiting(address) is None:
+            np.random.standard_normal()  # the twin of the one that was just made
         ctypes.memmove(address, self.memory, _SIZE)
         if self.gauss is not None:
             np.random.set_state(
@@ -81,17 +85,10 @@ def _take_waiting(address: int) -> float | None:
     return float(gauss) if position.value == before else None
 
 
-def _drop_waiting(address: int) -> float | None:
-    """Take out the second half of a pair of Gaussians, if it waits, and leave none."""
-    waiting = _take_waiting(address)
-    if waiting is None:
-        np.random.standard_normal()  # the twin of the one that was just made
-    return waiting
-
-
-def _address() -> int | None:
+def _generator() -> tuple[Any, int | None]:
+    """Return the global generator, and the address of its memory if it is a Mersenne Twister."""
     random: Any = np.random  # its stubs lack this function
     generator = random.get_bit_generator()
     if not isinstance(generator, np.random.MT19937):
-        return None
-    return int(generator.ctypes.state_address)
+        return generator, None
+    return generator, int(generator.ctypes.state_address)

@@ -83,14 +83,18 @@ _SECOND = {name: f"{name[:-1]}Backward0" for name in _RULES} | {
 
 
 @contextmanager
-def constant_slopes(outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iterator[None]:
-    """Take gradients of the outputs by the inputs without a graph through zero derivatives."""
-    beyond = {tensor.grad_fn for tensor in inputs}
-    handles = [
-        node.register_hook(_hook(node, name))
-        for node in nodes(outputs, without=beyond)
-        if (name := node.name()) in _RULES
-    ]
+def constant_slopes(outputs: Iterable[Tensor], since: int) -> Iterator[None]:
+    """Take gradients of the outputs without a graph through zero derivatives of operators.
+
+    Of those alone that ran since the given moment: what was made before is somebody else's.
+    """
+    handles = []
+    if not _saves_elsewhere():
+        handles = [
+            node.register_hook(_hook(node, name))
+            for node in nodes(outputs)
+            if (name := node.name()) in _RULES and node._sequence_nr() >= since
+        ]
     try:
         yield
     finally:
@@ -98,14 +102,33 @@ def constant_slopes(outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iter
             handle.remove()
 
 
+def _saves_elsewhere() -> bool:
+    """Whether hooks keep what graphs save (checkpointing does), and count who asks for it."""
+    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
+
+
 def _hook(node: Any, name: str) -> Callable[..., Any]:
-    def hook(gradients: tuple[Tensor | None], arriving: tuple[Tensor | None]) -> Any:
+    def hook(gradients: tuple[Tensor | None, ...], arriving: tuple[Tensor | None, ...]) -> Any:
+        if len(gradients) != 1 or len(arriving) != 1:
+            return None
         (gradient,), (given,) = gradients, arriving
-        if gradient is None or given is None:
+        if gradient is None or given is None or not _as_torch_made(gradient, given, node, name):
             return None
-        made: Any = gradient.grad_fn
-        if made is None or made.name() != _SECOND[name]:  # another hook was here before
-            return None
-        return (_RULES[name](node, made, given, gradient.detach()),)
+        found = _RULES[name](node, gradient.grad_fn, given, gradient.detach())
+        found.data = gradient.detach()  # the same numbers, or what another hook has made of them
+        return (found,)
 
     return hook
+
+
+def _as_torch_made(gradient: Tensor, given: Tensor, node: Any, name: str) -> bool:
+    """Whether the gradient is the operator's own, rather than what another hook returned."""
+    made: Any = gradient.grad_fn
+    if made is None or made.name() != _SECOND[name]:
+        return False
+    (by_given, _), by_self = made.next_functions
+    own = (node, 0) if name == "ReluBackward0" else node.next_functions[0]
+    if given.grad_fn is None:
+        return by_self == own and (by_given is None or by_given.variable is given)
+    return by_self == own and by_given is given.grad_fn

@@ -3,7 +3,7 @@
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -85,6 +85,11 @@ def seed_global(seed: int) -> None:
     _seed_torch(seed)
     np.random.seed(seed & _WORD)
     random.seed(seed)
+
+
+def in_turn() -> AbstractContextManager[Any]:
+    """Lock the global generators against all other code of this package that swaps them."""
+    return _turn
 
 
 @contextmanager

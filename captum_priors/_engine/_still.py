@@ -85,7 +85,7 @@ class _Claims:
     states: dict[object, ModuleState]
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a forgotten hold may be collected, and given up, inside another
 _table: dict[nn.Module, _Claims] = {}
 _thread = threading.local()
 

@@ -78,3 +78,14 @@ def test_seeded_for_a_while(waits: bool, inside: Callable[[], object]) -> None:
     inside()
     state.restore()
     assert draws() == expected
+
+
+def test_another_kind_of_generator_inside_is_taken_out() -> None:
+    np.random.seed(1)
+    expected, generator = draws(), np.random.get_bit_generator()
+    np.random.seed(1)
+    state = NumPyState.before_seeding(2)
+    np.random.set_bit_generator(np.random.PCG64(1))
+    state.restore()
+    assert np.random.get_bit_generator() is generator
+    assert draws() == expected

@@ -2,13 +2,16 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from captum_priors import ExpectedGradients
+from captum_priors._engine import _piecewise_linear
 from captum_priors._engine._first_order import with_second_derivative
 from captum_priors._engine._graph import nodes
 from captum_priors._engine._piecewise_linear import _SECOND
@@ -35,7 +38,7 @@ def penalised(model: nn.Module, grad: Callable[..., tuple[Tensor, ...]]) -> list
     ]
 
 
-without_zeros = functools.partial(with_second_derivative, zeros=False)
+without_zeros = functools.partial(with_second_derivative, no_zeros_since=0)
 
 
 def by_torch(output: Tensor, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -116,11 +119,80 @@ def test_no_hook_of_ours_stays() -> None:
     assert "ReluBackward0" in {node.name() for node in nodes([gradient])}
 
 
-def test_the_graph_of_the_inputs_is_not_entered() -> None:
-    below = F.relu(X.clone().requires_grad_())
-    points = below.view_as(below)
-    walked = nodes([F.relu(points)], without=[points.grad_fn])
-    assert [node.name() for node in walked] == ["ReluBackward0"]
+def doubled_in_place(gradients: Any, _: Any) -> None:
+    gradients[0].data.mul_(2)
+
+
+def clamped_in_place(gradients: Any, _: Any) -> None:
+    gradients[0].detach().clamp_(max=0.5)
+
+
+def of_twice_as_much(_: Any, arriving: Any) -> tuple[Tensor]:
+    return (torch.ops.aten.threshold_backward(2 * arriving[0], torch.ones_like(X), 0.0),)
+
+
+def at_another_point(_: Any, arriving: Any) -> tuple[Tensor]:
+    return (torch.ops.aten.threshold_backward(arriving[0], X - 0.5, 0.0),)
+
+
+@pytest.mark.parametrize(
+    "hook", [doubled_in_place, clamped_in_place, of_twice_as_much, at_another_point]
+)
+def test_what_another_hook_makes_of_a_gradient_stays(hook: Callable[..., Any]) -> None:
+    found = []
+    for grad, hooks in ((without_zeros, [hook]), (by_torch, [hook]), (by_torch, [])):
+        points, scale = X.clone().requires_grad_(), X.square().requires_grad_()
+        output = F.relu(points)
+        node = output.grad_fn
+        assert node is not None
+        for each in hooks:
+            node.register_hook(each)
+        (gradient,) = grad((scale * output).sum(), (points,))
+        found.append((gradient, *torch.autograd.grad(gradient.square().sum(), scale)))
+    ours, theirs, without = found
+    assert all(map(torch.equal, ours, theirs))
+    assert not any(map(torch.equal, ours, without))
+
+
+def test_graphs_made_before_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may be differentiating them."""
+    hooked: list[Any] = []
+    before = F.relu(torch.randn(3, requires_grad=True))
+    during: list[Any] = []
+
+    def forward(x: Tensor) -> Tensor:
+        during.append(F.relu(x * before))
+        return during[-1].sum(1)
+
+    x = torch.randn(5, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(_piecewise_linear, "_hook", _recording(hooked))
+        ExpectedGradients(forward).attribute(x, x)
+    assert hooked == [during[-1].grad_fn]
+
+
+def _recording(hooked: list[Any]) -> Callable[..., Any]:
+    make = _piecewise_linear._hook
+
+    def recorded(node: Any, name: str) -> Callable[..., Any]:
+        hooked.append(node)
+        return make(node, name)
+
+    return recorded
+
+
+def test_inside_checkpointing() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    x = torch.randn(5, 3)
+
+    def score(x: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        maps = ExpectedGradients(model).attribute(x, x.detach(), generator=generator)
+        return maps.square().sum()
+
+    expected = torch.autograd.grad(score(x), model[0].weight)
+    found = torch.autograd.grad(checkpoint(score, x, use_reentrant=False), model[0].weight)
+    assert torch.equal(*expected, *found)
 
 
 def test_who_asks_for_the_gradient_by_the_inputs_gets_it() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captum_priors._engine._numpy_state import NumPyState
+from captum_priors._engine._random import GlobalRandomState, in_turn
 from captum_priors._errors import NotDifferentiableError, expected_found
 
 _BACKGROUND = 4  # rows that suffice for a wrong rule to show
@@ -72,10 +72,13 @@ def check_against_shap(
         ours: Our attributions from a copy, and its base values.
         options: What SHAP's ``shap_values`` gets.
     """
-    if any(hasattr(module, "_orig_mod") for module in explainer.model.modules()):
-        return  # a copy would be compiled anew
+    if any(
+        hasattr(module, "_orig_mod") or _runs_hooks_of_the_user(module)
+        for module in explainer.model.modules()
+    ):
+        return  # a copy would be compiled anew, and share the hooks
     device = inputs[0].device.type
-    with _streams_kept(inputs), torch.autocast(device, enabled=False):
+    with _streams_kept(), torch.autocast(device, enabled=False):
         try:
             twin = private_copy(explainer)
             rows = prepare(twin, [x[:1].detach().clone() for x in inputs])
@@ -83,7 +86,7 @@ def check_against_shap(
                 return
         except Exception:  # whatever a user's module raises on being copied, or in double precision
             return
-        with _streams_kept(inputs), torch.no_grad():
+        with _streams_kept(), torch.no_grad():
             found, base = ours(twin, rows)
         try:
             with torch.enable_grad(), warnings.catch_warnings():
@@ -94,42 +97,58 @@ def check_against_shap(
     _compare(name, found, base, theirs if isinstance(theirs, list) else [theirs])
 
 
+def _runs_hooks_of_the_user(module: nn.Module) -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for name in names for hook in getattr(module, name).values()]
+    origins = (getattr(hook, "__module__", None) or "" for hook in hooks)
+    return any(origin.partition(".")[0] not in ("shap", "torch") for origin in origins)
+
+
 @torch.no_grad()
 def _is_random(model: nn.Module, rows: Sequence[Tensor]) -> bool:
-    """Whether a second pass differs: then SHAP's numbers are others at each call, too."""
-    return not torch.allclose(model(*rows), model(*rows), equal_nan=True)
+    """Whether SHAP's numbers would be others at each call, too."""
+    before = GlobalRandomState.now()
+    first, second = model(*rows), model(*rows)
+    same = (first == second) | (first.isnan() & second.isnan())
+    return before.moved() or not bool(same.all())
 
 
 def _compare(name: str, ours: list[Tensor], base: Tensor, theirs: list[Any]) -> None:
     # Rounding stays far below the root of the precision, and another rule far above.
     tolerance = min(torch.finfo(base.dtype).eps ** 0.5, 0.1)
     numbers = [a.double().cpu().numpy() for a in ours]
-    stock = [
-        np.asarray(b, dtype=float).reshape(a.shape) for a, b in zip(numbers, theirs, strict=True)
-    ]
+    stock = [np.asarray(b, dtype=float) for b in theirs]
+    if [a.size for a in numbers] != [b.size for b in stock]:
+        raise _other_arithmetic(name, f"shapes {[b.shape for b in stock]}")
+    stock = [b.reshape(a.shape) for a, b in zip(numbers, stock, strict=True)]
     scale = max(float(np.abs(b).max(initial=0)) for b in stock)
     scale = max(scale, float(base.abs().max()))
     difference = max(
         float(np.abs(a - b).max(initial=0)) for a, b in zip(numbers, stock, strict=True)
     )
     if np.isfinite(scale) and not difference <= tolerance * scale:
-        raise NotDifferentiableError(
-            expected_found(
-                name,
-                "the arithmetic of the SHAP versions that this adapter is made for",
-                f"values that differ by {difference:.3g} at a scale of {scale:.3g}",
-                "Use a SHAP version that pyproject.toml names.",
-            )
+        raise _other_arithmetic(
+            name, f"values that differ by {difference:.3g} at a scale of {scale:.3g}"
         )
 
 
+def _other_arithmetic(name: str, found: str) -> NotDifferentiableError:
+    return NotDifferentiableError(
+        expected_found(
+            name,
+            "the arithmetic of the SHAP versions that this adapter is made for",
+            found,
+            "Use a SHAP version that pyproject.toml names.",
+        )
+    )
+
+
 @contextmanager
-def _streams_kept(inputs: Sequence[Tensor]) -> Iterator[None]:
-    """Put back torch's and NumPy's global streams."""
-    devices = {x.device.index for x in inputs if x.device.type == "cuda"}
-    state = NumPyState.now()
-    try:
-        with torch.random.fork_rng(sorted(devices)):
+def _streams_kept() -> Iterator[None]:
+    """Put back the global random streams."""
+    with in_turn():
+        state = GlobalRandomState.now()
+        try:
             yield
-    finally:
-        state.restore()
+        finally:
+            state.restore()

@@ -10,7 +10,6 @@ their arithmetic are SHAP's, and the gradients can be taken in batches with thei
 """
 
 import copy
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,8 @@ import torch
 from torch import Tensor
 
 from captum_priors._engine._numpy_state import NumPyState
+from captum_priors._engine._random import in_turn
 from captum_priors._errors import NotDifferentiableError, expected_found
-
-# The loop seeds NumPy's global generator and draws from it.
-_one_at_a_time = threading.Lock()
 
 
 class _Row:
@@ -244,7 +241,7 @@ def draw(
     twin.interim, twin.layer, twin.input_handle = False, None, None
     twin.gradient = loop.gradient
     rows: list[Any] = [_Rows(loop, x, background=False) for x in inputs]
-    with _one_at_a_time:
+    with in_turn():  # the loop seeds NumPy's global generator and draws from it
         state = NumPyState.now()
         try:
             twin.shap_values(rows if twin.multi_input else rows[0], n_samples, rseed=seed)
