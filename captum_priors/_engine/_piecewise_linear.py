@@ -113,7 +113,7 @@ def _hook(node: Any, name: str) -> Callable[..., Any]:
         if len(gradients) != 1 or len(arriving) != 1:
             return None
         (gradient,), (given,) = gradients, arriving
-        if gradient is None or given is None or not _as_torch_made(gradient, given, node, name):
+        if gradient is None or given is None or not _of(gradient, given, _SECOND[name]):
             return None
         found = _RULES[name](node, gradient.grad_fn, given, gradient.detach())
         found.data = gradient.detach()  # the same numbers, or what another hook has made of them
@@ -122,13 +122,12 @@ def _hook(node: Any, name: str) -> Callable[..., Any]:
     return hook
 
 
-def _as_torch_made(gradient: Tensor, given: Tensor, node: Any, name: str) -> bool:
-    """Whether the gradient is the operator's own, rather than what another hook returned."""
+def _of(gradient: Tensor, given: Tensor, second: str) -> bool:
+    """Whether the gradient is what the operator made of the given one, and not another hook."""
     made: Any = gradient.grad_fn
-    if made is None or made.name() != _SECOND[name]:
+    if made is None or made.name() != second:
         return False
-    (by_given, _), by_self = made.next_functions
-    own = (node, 0) if name == "ReluBackward0" else node.next_functions[0]
-    if given.grad_fn is None:
-        return by_self == own and (by_given is None or by_given.variable is given)
-    return by_self == own and by_given is given.grad_fn
+    source: Any = made.next_functions[0][0]
+    if given.grad_fn is None and source is not None:
+        return source.variable is given
+    return source is given.grad_fn

@@ -135,8 +135,13 @@ def at_another_point(_: Any, arriving: Any) -> tuple[Tensor]:
     return (torch.ops.aten.threshold_backward(arriving[0], X - 0.5, 0.0),)
 
 
+def straight_through(_: Any, arriving: Any) -> tuple[Tensor]:
+    return (1.5 * arriving[0],)
+
+
 @pytest.mark.parametrize(
-    "hook", [doubled_in_place, clamped_in_place, of_twice_as_much, at_another_point]
+    "hook",
+    [straight_through, doubled_in_place, clamped_in_place, of_twice_as_much, at_another_point],
 )
 def test_what_another_hook_makes_of_a_gradient_stays(hook: Callable[..., Any]) -> None:
     found = []
