@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from shap.explainers._gradient import _PyTorchGradient
 from torch import Tensor, nn
 
 from captum_priors import NotDifferentiableError, differentiable
+from captum_priors._engine._random import swapped_in
 from tests.adapters.shap_cases import mlp, table
 from tests.asserts import leaves_no_trace
 
@@ -189,3 +192,79 @@ def test_mixed_precision_around_the_first_call(cls: Any) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = differentiable(explainer).attribute(torch.as_tensor(table(3, 1)).float(), target=1)
     assert bool(torch.isfinite(value).all())
+
+
+class DrawsFromPython(nn.Module):
+    """Random in a way that torch does not know of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh() + (random.random() < 0.5)
+
+
+class Noisy(nn.Module):
+    """Differs between passes by less than single precision shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        return torch.tanh(h + 1e-6 * torch.randn_like(h))
+
+
+@both
+@pytest.mark.parametrize("make", [DrawsFromPython, Noisy])
+def test_random_models_are_compared_with_nothing(cls: Any, make: type[nn.Module]) -> None:
+    explainer = cls(make().double(), torch.as_tensor(table(7, 0)))
+    options = {"rseed": 0} if cls is shap.GradientExplainer else {"check_additivity": False}
+    found = []
+    for seed in range(10):  # equal by chance at some
+        torch.manual_seed(seed)
+        random.seed(seed)
+        adapter = differentiable(cls(explainer.explainer.model, torch.as_tensor(table(7, 0))))
+        for _ in range(2):
+            random.seed(0)
+            adapter.shap_values(torch.as_tensor(table(3, 1)), **options)
+            found.append(random.random())
+        assert found[-2] == found[-1]  # the first call draws no more than another
+
+
+@both
+def test_hooks_of_the_user_do_not_run_on_the_copy(cls: Any) -> None:
+    model = mlp(2).double()
+    seen: list[int] = []
+    model.register_forward_hook(lambda module, args, output: seen.append(id(module)))
+    adapter = differentiable(cls(model, torch.as_tensor(table(7, 0))))
+    seen.clear()
+    adapter(torch.as_tensor(table(3, 1)))
+    assert set(seen) == {id(model)}
+
+
+def test_the_loop_waits_for_a_prior_in_another_thread() -> None:
+    """Both seed NumPy's global generator, and put it back."""
+    explainer = shap.GradientExplainer(mlp(1).double(), torch.as_tensor(table(7, 0)))
+    adapter, x = differentiable(explainer), torch.as_tensor(table(3, 1))
+    expected = adapter.shap_values(x, nsamples=20, rseed=1)
+    np.random.seed(5)  # noqa: NPY002  # SHAP's generator
+    inside, found = threading.Event(), []
+
+    def explain() -> None:
+        inside.wait()
+        found.append(adapter.shap_values(x, nsamples=20, rseed=1))
+
+    thread = threading.Thread(target=explain)
+    thread.start()
+    with swapped_in(7):
+        inside.set()
+        thread.join(0.5)
+        assert not found
+    thread.join()
+    after = np.random.uniform()  # noqa: NPY002
+    np.random.seed(5)  # noqa: NPY002
+    assert after == np.random.uniform()  # noqa: NPY002
+    assert np.array_equal(found[0], expected)
