@@ -23,8 +23,11 @@ from _summary import write
 HERE = Path(__file__).parent
 # What fits the whole into half an hour on two cores.
 REDUCED = {
-    name: ["--quick"] for name in ("fused_attention", "relu_differentiation", "stability_study")
+    name: ["--quick"]
+    for name in ("fused_attention", "recompute_memory", "relu_differentiation", "stability_study")
 }
+# Those that take longest go first, so that none of them is left to run alone.
+FIRST = ("pixel_prior", "nhanes_sparsity", "training_step", "stability_study", "decoy_mnist")
 
 
 def data_sets(script: Path) -> list[str]:
@@ -59,6 +62,7 @@ def main() -> int:
     options = parser.parse_args()
     passed_on = ["--output", str(options.output), *(["--quick"] if options.quick else [])]
     scripts = [s for s in sorted(HERE.glob("[a-z]*.py")) if s != Path(__file__)]
+    scripts.sort(key=lambda script: script.stem not in FIRST)
     if options.only is not None:
         scripts = [script for script in scripts if script.stem in options.only]
 

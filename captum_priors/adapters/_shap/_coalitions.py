@@ -52,20 +52,28 @@ class Coalitions:
         self.calls: list[np.ndarray] = []
         self._n = 0
 
-    def foresee(self, masks: np.ndarray) -> None:
-        """Evaluate coalitions together, each once, also if SHAP will ask for them one by one."""
-        keys = [row.tobytes() for row in np.packbits(masks, axis=1)]
-        new = []
-        for i, key in enumerate(keys):
-            if key not in self._places:
-                self._places[key] = len(self._places)
+    def foresee(self, masks: np.ndarray) -> list[int]:
+        """Evaluate coalitions together, each once, also if SHAP will ask for them one by one.
+
+        Return the places of their values.
+        """
+        width = (masks.shape[1] + 7) // 8
+        packed, known = np.packbits(masks, axis=1).tobytes(), self._places
+        places, new = [], []
+        for i in range(len(masks)):
+            key = packed[i * width : (i + 1) * width]
+            place = known.get(key)
+            if place is None:
+                place = known[key] = len(known)
                 new.append(i)
+            places.append(place)
         if new:
-            values = self._evaluate(masks[new])
+            values = self._evaluate(masks if len(new) == len(masks) else masks[new])
             answers = values.detach().cpu().numpy()
-            known = self._answers
+            before = self._answers
             self._values.append(values)
-            self._answers = answers if known is None else np.concatenate([known, answers])
+            self._answers = answers if before is None else np.concatenate([before, answers])
+        return places
 
     def number(self, masks: np.ndarray) -> np.ndarray:
         """Number new coalitions, given as rows of a boolean matrix."""
@@ -79,8 +87,7 @@ class Coalitions:
         assert len(numbers) == len(masks)  # SHAP evaluates what it has masked, in order
         self._asked.clear()
         self.calls.append(masks)
-        self.foresee(masks)
-        taken = [self._places[row.tobytes()] for row in np.packbits(masks, axis=1)]
+        taken = self.foresee(masks)
         self._taken += taken
         assert self._answers is not None
         answers: np.ndarray = self._answers[taken]
