@@ -4,8 +4,8 @@ Against the plain step, and against a step with the published loop (Erion et al.
 the prior: an MLP, a convolutional network and a transformer (on the math attention kernel, without
 which neither runs), k = 1 and 8 samples, exact second derivatives. Same model, batch, background
 and penalty; runs take turns; medians of the processor's time. The background has 1,000 rows, and
-with k = 1 also 10,000: the published loop is given the training set, and shuffles all of it at every
-step.
+with k = 1 also 10,000: the published loop is given the training set, and shuffles all of it at
+every step.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from torch import Tensor
 from captum_priors import AttributionPrior, ExpectedGradients, Lazy
 
 # What to measure on, and how many rounds.
-NETWORKS = {"MLP": (mlp, 60), "CNN": (cnn, 5), "transformer": (transformer, 9)}
+NETWORKS = {"MLP": (mlp, 100), "CNN": (cnn, 7), "transformer": (transformer, 21)}
 SETTINGS = ((1, 10_000), (1, 1_000), (8, 1_000))  # samples, rows of the background
 EVERY = 4
 WEIGHT = 1e-3

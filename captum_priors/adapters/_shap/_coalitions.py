@@ -234,12 +234,18 @@ def full_masks(deltas: np.ndarray, n_features: int) -> np.ndarray:
         [[0, 0], [0, 1], [1, 0]]
     """
     last = deltas >= 0
-    which = np.concatenate([[0], np.cumsum(last)[:-1]])
-    feature = np.where(last, deltas, -deltas - 1)
-    flips = np.zeros((int(last.sum()), n_features), dtype=np.int64)
-    real = feature < n_features
-    np.add.at(flips, (which[real], feature[real]), 1)
-    masks: np.ndarray = np.cumsum(flips, axis=0) % 2 == 1
+    if last.all():  # one flip each, or none
+        flips = np.zeros((len(deltas), n_features), dtype=bool)
+        real = np.flatnonzero(deltas < n_features)
+        flips[real, deltas[real]] = True
+    else:
+        which = np.concatenate([[0], np.cumsum(last)[:-1]])
+        feature = np.where(last, deltas, -deltas - 1)
+        counts = np.zeros((int(last.sum()), n_features), dtype=np.int64)
+        kept = feature < n_features
+        np.add.at(counts, (which[kept], feature[kept]), 1)
+        flips = counts % 2 == 1
+    masks: np.ndarray = np.logical_xor.accumulate(flips, axis=0)
     return masks
 
 
