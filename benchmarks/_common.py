@@ -1,6 +1,7 @@
 """What the benchmarks share: arguments, timing, tables, and results with their versions."""
 
 import argparse
+import gc
 import gzip
 import json
 import platform
@@ -52,14 +53,19 @@ def interleaved(
 def in_turns(
     runs: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each round, whose order changes from round to round."""
+    """Seconds of each run in each round, whose order changes from round to round.
+
+    Python's collector of cycles waits, as in ``timeit``: what it looks through is not the run's.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     shuffled = random.Random(0)
     for _ in range(rounds):
         for name in shuffled.sample([*runs], len(runs)):
+            gc.disable()
             start = clock()
             runs[name]()
             seconds[name].append(clock() - start)
+            gc.enable()
     return seconds
 
 

@@ -270,6 +270,8 @@ class ShapAdapter:
         ours = values.detach().double().cpu().numpy()
         theirs = np.asarray(stock, dtype=float).reshape(ours.shape)
         difference = float(np.abs(ours - theirs).max(initial=0))
+        if not difference:
+            return
         scale = float(np.abs(theirs).max(initial=1e-30))
         if difference > _REPLAYS * scale:
             scale = max(scale, float(base.detach().abs().max()))

@@ -53,16 +53,14 @@ def weigh(matrix: Tensor, values: Tensor) -> Tensor:
 
 def permutation(n_features: int, passes: Sequence[np.ndarray]) -> Weights:
     """Each pass switches features on one by one and off again; each flip is a contribution."""
-    weights, start = Weights(n_features), 0
-    for masks in passes:
-        flips = masks[1:] ^ masks[:-1]
-        feature = flips.argmax(1)
-        places = np.arange(start, start + len(feature))
-        on = np.where(masks[1:][np.arange(len(feature)), feature], 1.0, -1.0)
-        share = on / (2 * len(passes))
-        weights.add(feature, places + 1, share)
-        weights.add(feature, places, -share)
-        start += len(masks)
+    weights = Weights(n_features)
+    masks = np.stack(passes)
+    feature = (masks[:, 1:] ^ masks[:, :-1]).argmax(2)
+    on = np.take_along_axis(masks[:, 1:], feature[..., None], 2)[..., 0]
+    share = np.where(on, 1.0, -1.0) / (2 * len(passes))
+    places = np.arange(masks.shape[0] * masks.shape[1]).reshape(masks.shape[:2])
+    weights.add(feature, places[:, 1:], share)
+    weights.add(feature, places[:, :-1], -share)
     return weights
 
 
