@@ -24,10 +24,13 @@ HERE = Path(__file__).parent
 # What fits the whole into half an hour on two cores.
 REDUCED = {
     name: ["--quick"]
-    for name in ("fused_attention", "recompute_memory", "relu_differentiation", "stability_study")
+    for name in (
+        *("decoy_mnist", "fused_attention", "recompute_memory"),
+        *("relu_differentiation", "stability_study"),
+    )
 }
 # Those that take longest go first, so that none of them is left to run alone.
-FIRST = ("pixel_prior", "nhanes_sparsity", "training_step", "stability_study", "decoy_mnist")
+FIRST = ("pixel_prior", "nhanes_sparsity", "training_step", "stability_study")
 
 
 def data_sets(script: Path) -> list[str]:
