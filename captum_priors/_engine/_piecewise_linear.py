@@ -113,7 +113,7 @@ def _hook(node: Any, name: str) -> Callable[..., Any]:
         if len(gradients) != 1 or len(arriving) != 1:
             return None
         (gradient,), (given,) = gradients, arriving
-        if gradient is None or given is None or not _of(gradient, given, _SECOND[name]):
+        if gradient is None or given is None or not _is_made_of(gradient, given, _SECOND[name]):
             return None
         found = _RULES[name](node, gradient.grad_fn, given, gradient.detach())
         found.data = gradient.detach()  # the same numbers, or what another hook has made of them
@@ -122,7 +122,7 @@ def _hook(node: Any, name: str) -> Callable[..., Any]:
     return hook
 
 
-def _of(gradient: Tensor, given: Tensor, second: str) -> bool:
+def _is_made_of(gradient: Tensor, given: Tensor, second: str) -> bool:
     """Whether the gradient is what the operator made of the given one, and not another hook."""
     made: Any = gradient.grad_fn
     if made is None or made.name() != second:

@@ -151,10 +151,10 @@ def test_the_loop_draws_one_number_from_the_global_stream() -> None:
     adapter = differentiable(explainer)
     np.random.seed(3)  # noqa: NPY002  # SHAP's generator
     adapter.attribute(torch.as_tensor(table(3, 1)))
-    found = np.random.uniform()  # noqa: NPY002
-    np.random.seed(3)  # noqa: NPY002
+    found = np.random.uniform()  # noqa: NPY002  # SHAP's generator
+    np.random.seed(3)  # noqa: NPY002  # SHAP's generator
     np.random.randint(0, 1e6)  # type: ignore[call-overload]  # noqa: NPY002  # as SHAP calls it
-    assert found == np.random.uniform()  # noqa: NPY002
+    assert found == np.random.uniform()  # noqa: NPY002  # SHAP's generator
 
 
 class Twice(nn.Module):
@@ -264,7 +264,7 @@ def test_the_loop_waits_for_a_prior_in_another_thread() -> None:
         thread.join(0.5)
         assert not found
     thread.join()
-    after = np.random.uniform()  # noqa: NPY002
-    np.random.seed(5)  # noqa: NPY002
-    assert after == np.random.uniform()  # noqa: NPY002
+    after = np.random.uniform()  # noqa: NPY002  # SHAP's generator
+    np.random.seed(5)  # noqa: NPY002  # SHAP's generator
+    assert after == np.random.uniform()  # noqa: NPY002  # SHAP's generator
     assert np.array_equal(found[0], expected)

@@ -352,7 +352,7 @@ def _beside(explanations: Any, rows: list[tuple[Tensor, Tensor]] | None) -> Any:
         if np.size(explanation.base_values) == base.numel():
             base = base.reshape(np.shape(explanation.base_values))
         # Ragged ones stay a list, as SHAP's values do.
-        with_tensors(explanation, parts if ragged else torch.stack(parts), base)  # type: ignore[arg-type]
+        with_tensors(explanation, parts if ragged else torch.stack(parts), base)  # type: ignore[arg-type]  # a list where ragged
     return explanations
 
 
