@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_priors._engine._numpy_state import NumPyState
+from captum_priors._engine._random import in_turn
 from captum_priors.adapters._shap import _weights
 from captum_priors.adapters._shap._adapter import ShapAdapter
 from captum_priors.adapters._shap._coalitions import (
@@ -97,7 +99,7 @@ class CoalitionFamily(ShapAdapter):
             linearized=self.linearize_link,
             check=self._check_on,
         )
-        self._look_ahead(game)
+        self._look_ahead(game, row_args, options)
         inner = copy.copy(self)
         inner.masker = MaskerStandIn(self.masker, game, knows_invariants=self._knows_invariants)
         inner.model = self._model_stand_in(game)
@@ -114,7 +116,9 @@ class CoalitionFamily(ShapAdapter):
         self._remember(weigh(matrix, chosen), chosen[0], result["values"])
         return result
 
-    def _look_ahead(self, game: Coalitions) -> None:
+    def _look_ahead(
+        self, game: Coalitions, row_args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
         """Evaluate at once what is known to be asked for."""
 
     def _model_stand_in(self, game: Coalitions) -> ModelStandIn:
@@ -132,11 +136,48 @@ class CoalitionFamily(ShapAdapter):
 class PermutationFamily(CoalitionFamily):
     """Permutations of the features, there and back."""
 
+    def _look_ahead(
+        self, game: Coalitions, row_args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        """Draw the orders that SHAP is about to draw; another one is evaluated when asked for."""
+        if not is_tabular(self.masker) or self.masker.clustering is not None:
+            return
+        features = np.flatnonzero(~self.masker.invariants(*row_args).all(0))
+        n_all, n = self.masker.shape[1], len(features)
+        most = options.get("max_evals", 0)  # SHAP itself says what it lacks
+        most = 20 * n_all if most == "auto" else most
+        orders = []
+        with in_turn():
+            state = NumPyState.now()
+            try:
+                for _ in range(most // (2 * n + 1)):
+                    np.random.shuffle(features)  # noqa: NPY002  # the generator that SHAP draws from
+                    orders.append(features.copy())
+            finally:
+                state.restore()
+        if n and orders:
+            masks = _there_and_back(np.stack(orders), n_all)
+            if options["main_effects"]:  # SHAP's loop sets it itself from the second row on
+                masks = np.concatenate([masks, np.eye(n_all, dtype=bool)[features]])
+            with self._still():
+                game.foresee(masks)
+
     def _weights(self, inner: Any, game: Coalitions, options: dict[str, Any]) -> Weights:
         passes: Sequence[np.ndarray] = game.calls
         if options["main_effects"] and len(passes) > 1:
             passes = passes[:-1]
         return _weights.permutation(game.calls[0].shape[1], passes)
+
+
+def _there_and_back(orders: np.ndarray, n_features: int) -> np.ndarray:
+    """Coalitions that features join one by one and leave again, ``(coalitions, features)``."""
+    n_orders, n = orders.shape
+    flips = np.zeros((n_orders, 2 * n + 1, n_features), dtype=bool)
+    for start in (1, n + 1):
+        steps = np.arange(start, start + n)
+        flips[np.arange(n_orders)[:, None], steps, orders] = True
+    masks: np.ndarray = np.logical_xor.accumulate(flips, axis=1).reshape(-1, n_features)
+    return masks
 
 
 class ExactFamily(CoalitionFamily):
@@ -220,7 +261,9 @@ class WinterFamily(CoalitionFamily):
             self._known = key, _weights.winter(names, numbers, inner.mask_permutations), masks
         return self._known[1]
 
-    def _look_ahead(self, game: Coalitions) -> None:
+    def _look_ahead(
+        self, game: Coalitions, row_args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
         if self._known is not None:
             with self._still():
                 game.foresee(self._known[2])

@@ -19,10 +19,7 @@ from torch import Tensor
 
 from captum_priors.adapters._shap._door import shap_module
 from captum_priors.adapters._shap._links import Link, identity, linearising_weights
-from captum_priors.adapters._shap._torch_model import TorchModel
-
-# Masked rows that go through the model at once.
-_ROWS = 1 << 16
+from captum_priors.adapters._shap._torch_model import TorchModel, rows_at_once
 
 
 class Coalitions:
@@ -132,7 +129,7 @@ class Coalitions:
         keep = torch.as_tensor(masks, device=background.device)
         n_background = len(background)
         values = []
-        for part in keep.split(max(1, _ROWS // n_background)):
+        for part in keep.split(max(1, rows_at_once(background.device) // n_background)):
             rows = torch.where(part.unsqueeze(1), row, background)
             rows = rows.reshape(-1, background.shape[1])
             if self._model.converts:

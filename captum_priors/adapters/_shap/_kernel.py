@@ -183,7 +183,7 @@ def _recording(stock: Any, model: TorchModel, seen: list[Tensor]) -> Any:
     """Stand in for SHAP's model: the torch model's answers as arrays, remembered as tensors."""
 
     def function(rows: Any) -> np.ndarray:
-        seen.append(model(rows).double())
+        seen.append(model.on_rows(rows).double())
         answers: np.ndarray = seen[-1].detach().cpu().numpy()
         return answers
 
