@@ -6,7 +6,6 @@ its explainer is made. That estimate is kept as it is, and what later changes of
 add to it is estimated from as many orders of our own.
 """
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ class LinearFamily(ShapAdapter):
     mean_transformed: np.ndarray
     _slopes: Tensor | None = None
     _now: tuple[Tensor, Tensor] | None = None
-    _mean_of_all: np.ndarray | None = None
+    _steps: tuple[Tensor, Tensor] | None = None
 
     def _held(self) -> Any:
         return self._predict
@@ -56,19 +55,19 @@ class LinearFamily(ShapAdapter):
         return super()._torch_model()
 
     def _coefficients(self) -> tuple[Tensor, Tensor]:
-        """Coefficients ``(features[, outputs])`` and intercept of the module."""
+        """Coefficients ``(features[, outputs])`` of the module, and its base value."""
         if self._now is not None:
             return self._now
-        points, differences = _unit_steps(len(self._original_mean()))
-        outputs = self._model()(
-            points.clone()
-        ).double()  # of its own, should the model work in place
-        return differences.to(outputs) @ outputs, outputs[0]
+        if self._steps is None:
+            self._steps = unit_steps(self._original_mean())
+        points, reads = self._steps
+        # A copy, should the model work in place.
+        outputs = self._model()(points.clone()).double()
+        found = reads.to(outputs) @ outputs
+        return found[:-1], found[-1]
 
     def _original_mean(self) -> np.ndarray:
         """Mean of all features; SHAP's own attribute loses some of them."""
-        if self._mean_of_all is not None:
-            return self._mean_of_all
         mean = getattr(self.masker, "mean", None)
         if mean is None:
             data = self.masker.data
@@ -78,14 +77,10 @@ class LinearFamily(ShapAdapter):
                 mean = data[0]
             else:
                 mean = data.mean(0)
-        self._mean_of_all = np.asarray(mean, dtype=float).reshape(-1)
-        return self._mean_of_all
+        return np.asarray(mean, dtype=float).reshape(-1)
 
     def _base(self) -> Tensor:
-        return self._base_of(*self._coefficients())
-
-    def _base_of(self, coef: Tensor, intercept: Tensor) -> Tensor:
-        return torch.as_tensor(self._original_mean()).to(coef) @ coef + intercept
+        return self._coefficients()[1]
 
     def _transform(self, coef: Tensor) -> Tensor:
         """SHAP's matrix for imputed features, at these coefficients."""
@@ -135,8 +130,7 @@ class LinearFamily(ShapAdapter):
             return worker
         # All rows in a few operations: by themselves they would be many.
         self._check_constants(args)
-        coef, intercept = self._coefficients()
-        base = self._base_of(coef, intercept)
+        coef, base = self._coefficients()
         twin = self._stock_with(coef, base)
         twin._whole = self._phi(table, coef), base
         return twin
@@ -147,8 +141,7 @@ class LinearFamily(ShapAdapter):
         """Return SHAP's own explainer, of the module as it is now."""
         if self._fresh is not None:
             return self._fresh
-        coef, intercept = self._coefficients()
-        return self._stock_with(coef, self._base_of(coef, intercept))
+        return self._stock_with(*self._coefficients())
 
     def _stock_with(self, coef: Tensor, base: Tensor) -> Any:
         twin = self._as_stock()
@@ -178,17 +171,29 @@ class LinearFamily(ShapAdapter):
         row = as_array(row_args[0]).astype(float)
         with self._still():
             result: dict[str, Any] = self._stock.explain_row(self._refreshed(), row, **options)
-            coef, _ = self._coefficients()
+            coef, base = self._coefficients()
             values = self._phi(row.reshape(1, -1), coef)[0]
-            self._remember(values, self._base(), result["values"])
+            self._remember(values, base, result["values"])
         return result
 
 
-@functools.lru_cache(maxsize=8)
-def _unit_steps(n: int) -> tuple[Tensor, Tensor]:
-    """Return zero and the unit vectors, and what takes outputs there to their differences."""
+def unit_steps(mean: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return zero and the unit vectors, and what reads an affine function off its values there.
+
+    The second are rows, one for each coefficient and a last one for the value at the mean.
+
+    Example:
+        >>> import numpy as np
+        >>> from captum_priors.adapters._shap._linear import unit_steps
+        >>> points, reads = unit_steps(np.array([1.0, 2.0]))
+        >>> (reads @ (3 * points[:, 0] + 4 * points[:, 1] + 5)).tolist()
+        [3.0, 4.0, 16.0]
+    """
+    n = len(mean)
     differences = torch.cat([-torch.ones(n, 1), torch.eye(n)], 1).double()
-    return torch.eye(n + 1, n).roll(1, 0).double(), differences
+    at_mean = torch.as_tensor(mean) @ differences
+    at_mean[0] += 1
+    return torch.eye(n + 1, n).roll(1, 0).double(), torch.cat([differences, at_mean[None]])
 
 
 def transform_slopes(covariance: np.ndarray, n_orders: int) -> Tensor:
