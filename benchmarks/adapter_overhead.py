@@ -5,6 +5,7 @@ backward pass to the parameters. Runs take turns; medians of the time that the p
 them, which other work on the machine does not lengthen.
 """
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' table of classe
 
 import captum.attr as ca
 import torch
-from _common import interleaved, parser, save, show
+from _common import in_turns, parser, ratio, save, show
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -131,12 +132,13 @@ def main() -> None:
         adapter = differentiable(stock)
         parameters = [p for p in model.parameters() if p.requires_grad]
         runs = _runs(stock, adapter, subject, call, parameters)
-        once = interleaved(runs, 2, time.process_time)["stock"]
+        once = statistics.median(in_turns(runs, 2, time.process_time)["stock"])
         rounds = 5 if options.quick else min(150, max(15, int(0.6 / once)))
-        seconds = interleaved(runs, rounds, time.process_time)
-        ratios = {k: s / seconds["stock"] for k, s in seconds.items() if k != "stock"}
-        results[name] = {"stock_seconds": seconds["stock"], **ratios}
-        rows.append([name, seconds["stock"] * 1e3, *ratios.values()])
+        seconds = in_turns(runs, rounds, time.process_time)
+        stock_seconds = seconds.pop("stock")
+        ratios = {k: ratio(s, stock_seconds) for k, s in seconds.items()}
+        results[name] = {"stock_seconds": statistics.median(stock_seconds), **ratios}
+        rows.append([name, results[name]["stock_seconds"] * 1e3, *ratios.values()])
     show(
         "Time over stock Captum",
         ["class", "stock, ms", "values", "with graph", "with backward"],

@@ -8,6 +8,7 @@ medians.
 """
 
 import io
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import shap
 import torch
-from _common import interleaved, parser, save, show
+from _common import in_turns, parser, ratio, save, show
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -125,7 +126,7 @@ def measure(name: str, rounds: int) -> dict[str, float]:
     seconds_each = time.process_time() - start
     rounds = max(1, min(max(rounds, int(1 / seconds_each)), MANY, int(SECONDS / seconds_each)))
     ours = values(adapter)
-    seconds = interleaved(
+    seconds = in_turns(
         {
             "stock": lambda: silent(lambda: explainer(data)),
             "with graph": lambda: silent(lambda: adapter(data)),
@@ -135,9 +136,9 @@ def measure(name: str, rounds: int) -> dict[str, float]:
         time.process_time,
     )
     return {
-        "stock_seconds": seconds["stock"],
-        "with graph": seconds["with graph"] / seconds["stock"],
-        "with backward": seconds["with backward"] / seconds["stock"],
+        "stock_seconds": statistics.median(seconds["stock"]),
+        "with graph": ratio(seconds["with graph"], seconds["stock"]),
+        "with backward": ratio(seconds["with backward"], seconds["stock"]),
         "value_error": float(np.abs(theirs.reshape(ours.shape) - ours).max()),
         "certificate": certificate(name),
     }
