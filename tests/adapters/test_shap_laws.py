@@ -194,6 +194,22 @@ def test_single_precision_single_row_and_no_gradient(name: str) -> None:
 
 
 @every_row
+def test_nothing_is_kept_from_inference_mode(name: str) -> None:
+    model = model_for(name, 1)
+    explainer, x = stock(name, model), table(2, 1)
+    subject = torch.as_tensor(x) if name in ("GradientExplainer", "DeepExplainer") else x
+    with torch.inference_mode():
+        adapter = adapted(name, explainer, model)
+        before = adapter.expected_value
+        seeded(lambda: adapter(subject))
+    found = seeded(lambda: adapter(subject)).tensor
+    assert all(
+        bool(torch.isfinite(g).all()) for g in parameter_gradients(found, [*model.parameters()])
+    )
+    assert np.allclose(before if before is not None else 0, adapter.expected_value or 0)
+
+
+@every_row
 def test_refused_calls(name: str) -> None:
     model, _, adapter, x = set_up(name)
     x = torch.as_tensor(x)

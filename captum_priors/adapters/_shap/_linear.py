@@ -54,6 +54,7 @@ class LinearFamily(ShapAdapter):
             return None
         return super()._torch_model()
 
+    @leaves_inference_mode  # what it keeps is for calls outside, too
     def _coefficients(self) -> tuple[Tensor, Tensor]:
         """Coefficients ``(features[, outputs])`` of the module, and its base value."""
         if self._now is not None:
