@@ -68,7 +68,7 @@ def _recompute_memory(results: Any) -> Iterator[Row]:
             f"{max(growth.values()):.2f}",
             "≤ 1.3",
         )
-        times = found["relative_time_recompute"]
+        times = {n: ratios["recompute"] for n, ratios in found["relative_time"].items()}
         yield (
             f"`recompute`, {name}: time over double backpropagation, {', '.join(times)} samples",
             ", ".join(f"{t:.2f}" for t in times.values()),

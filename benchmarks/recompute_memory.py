@@ -9,6 +9,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import interleaved, parser, save, save_plot, show
+from _common import in_turns, parser, ratio, save, save_plot, show
 from captum.attr import IntegratedGradients
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -30,7 +31,7 @@ from captum_priors.penalties import l2
 BATCH = 32
 LIMIT_MB = 6000
 EXPLAINERS = ("IntegratedGradients", "ExpectedGradients")
-WAYS = ("double_backprop", "recompute")
+WAYS = ("double_backprop", "recompute", "finite_difference")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -125,20 +126,24 @@ def memory(explainer: str, way: str, counts: list[int]) -> dict[int, dict[str, f
     found: dict[int, dict[str, float]] = {}
     mb_each = 0.0
     for n in counts:
-        if way == "double_backprop" and n * mb_each > LIMIT_MB:
+        if n * mb_each > LIMIT_MB:
             break
         found[n] = in_fresh_process(explainer, way, n)
         mb_each = found[n]["resident"] / n
     return found
 
 
-def relative_time(explainer: str, n: int, rounds: int) -> float:
-    """Time of a step with ``recompute`` over that with ``double_backprop``."""
+def relative_times(explainer: str, n: int, rounds: int) -> dict[str, float]:
+    """Time of a step, over that with ``double_backprop``."""
     steps = {way: training_steps(explainer, way, n)[1] for way in WAYS}
     for step in steps.values():
         step()
-    seconds = interleaved(steps, rounds)
-    return seconds["recompute"] / seconds["double_backprop"]
+    seconds = in_turns(steps, rounds, time.perf_counter)
+    return {way: ratio(seconds[way], seconds["double_backprop"]) for way in WAYS[1:]}
+
+
+def _megabytes(peak: dict[str, float] | None) -> str:
+    return "-" if peak is None else f"{peak['resident']:.0f} / {peak['tensors']:.0f}"
 
 
 def plot(args: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -170,27 +175,26 @@ def main() -> None:
     results: dict[str, Any] = {}
     for explainer in EXPLAINERS:
         peaks = {way: memory(explainer, way, counts) for way in WAYS}
-        times = {n: relative_time(explainer, n, rounds) for n in timed}
-        ours = peaks["recompute"]
-        growth = {m: ours[counts[-1]][m] / ours[counts[0]][m] for m in ("resident", "tensors")}
+        times = {n: relative_times(explainer, n, rounds) for n in timed}
+        growth = {
+            m: peaks["recompute"][counts[-1]][m] / peaks["recompute"][counts[0]][m]
+            for m in ("resident", "tensors")
+        }
         results[explainer] = {
             "peak_mb": peaks,
             "growth_recompute": growth,
-            "relative_time_recompute": times,
+            "relative_time": times,
         }
-        rows = [
-            [
-                n,
-                *(peaks[w].get(n, {}).get(m, "-") for m in growth for w in WAYS),
-                times.get(n, "-"),
-            ]
-            for n in counts
-        ]
         show(
-            f"{explainer}: peak MB of a step; from {counts[0]} to {counts[-1]} recompute grows "
-            f"{growth['resident']:.2f}x (resident), {growth['tensors']:.2f}x (tensors)",
-            ["n", *(f"{w}, {m}" for m in growth for w in WAYS), "time, recompute over double"],
-            rows,
+            f"{explainer}: peak MB of a step, resident and of live tensors; from {counts[0]} to "
+            f"{counts[-1]} recompute grows {growth['resident']:.2f} and {growth['tensors']:.2f} x",
+            ["n", *WAYS],
+            [[n, *(_megabytes(peaks[w].get(n)) for w in WAYS)] for n in counts],
+        )
+        show(
+            f"{explainer}: time of a step over double_backprop",
+            ["n", *WAYS[1:]],
+            [[n, *ratios.values()] for n, ratios in times.items()],
         )
     settings = {"batch": BATCH, "limit_mb": LIMIT_MB, "counts": counts, "quick": args.quick}
     save(args.output, "recompute_memory", settings, results)
