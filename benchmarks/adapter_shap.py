@@ -29,7 +29,7 @@ from captum_priors.testing import check_differentiable
 N_ROWS, N_BACKGROUND = 16, 50
 SECONDS = 20.0  # for the rounds of one explainer
 MANY = 200  # rounds of one that takes milliseconds, whose times scatter
-warnings.filterwarnings("ignore", category=FutureWarning)
+warnings.filterwarnings("ignore", category=FutureWarning)  # SHAP's own code
 
 
 class Additive(nn.Module):

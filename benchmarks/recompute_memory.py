@@ -142,7 +142,8 @@ def relative_times(explainer: str, n: int, rounds: int) -> dict[str, float]:
     return {way: ratio(seconds[way], seconds["double_backprop"]) for way in WAYS[1:]}
 
 
-def _megabytes(peak: dict[str, float] | None) -> str:
+def megabytes(peak: dict[str, float] | None) -> str:
+    """Both peaks, or a dash where they were not measured."""
     return "-" if peak is None else f"{peak['resident']:.0f} / {peak['tensors']:.0f}"
 
 
@@ -176,10 +177,8 @@ def main() -> None:
     for explainer in EXPLAINERS:
         peaks = {way: memory(explainer, way, counts) for way in WAYS}
         times = {n: relative_times(explainer, n, rounds) for n in timed}
-        growth = {
-            m: peaks["recompute"][counts[-1]][m] / peaks["recompute"][counts[0]][m]
-            for m in ("resident", "tensors")
-        }
+        ours = peaks["recompute"]
+        growth = {m: ours[counts[-1]][m] / ours[counts[0]][m] for m in ("resident", "tensors")}
         results[explainer] = {
             "peak_mb": peaks,
             "growth_recompute": growth,
@@ -189,7 +188,7 @@ def main() -> None:
             f"{explainer}: peak MB of a step, resident and of live tensors; from {counts[0]} to "
             f"{counts[-1]} recompute grows {growth['resident']:.2f} and {growth['tensors']:.2f} x",
             ["n", *WAYS],
-            [[n, *(_megabytes(peaks[w].get(n)) for w in WAYS)] for n in counts],
+            [[n, *(megabytes(peaks[w].get(n)) for w in WAYS)] for n in counts],
         )
         show(
             f"{explainer}: time of a step over double_backprop",

@@ -42,6 +42,7 @@ from tests.asserts import (
 from tests.cases import EXACT
 
 pytestmark = pytest.mark.filterwarnings(
+    # Captum's advice about speed.
     "ignore:You are providing multiple inputs for Lime / Kernel SHAP",
     # Where the lasso is asked for more than float64 holds; the certificate says if it was enough.
     "ignore:Objective did not converge",

@@ -19,7 +19,7 @@ from tests.adapters.captum_table import flat
 from tests.asserts import assert_same_numbers
 
 test_config = pytest.importorskip("captum.testing.attr.helpers.test_config")  # not in every wheel
-gen_test_utils = pytest.importorskip("captum.testing.attr.helpers.gen_test_utils")
+gen_test_utils = pytest.importorskip("captum.testing.attr.helpers.gen_test_utils")  # nor this
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Captum's, about its own models
 CASES = [

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+# What the benchmarks need and the package does not.
 pytest.importorskip("matplotlib")
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 

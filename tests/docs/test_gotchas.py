@@ -17,7 +17,6 @@ def code(text: str) -> str:
 
 
 @pytest.mark.parametrize("title", BY_TITLE)
-@pytest.mark.filterwarnings("ignore:Input Tensor")
 def test_section(title: str) -> None:
     torch.set_default_dtype(torch.float32)  # what a user has; the fixture puts float64 back
 

@@ -95,7 +95,6 @@ def obstacles() -> list[Any]:
     ]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch.compile
 @pytest.mark.parametrize(("make", "shape", "target", "name"), obstacles())
 def test_missing_second_derivative_is_named(
     make: Any, shape: tuple[int, ...], target: Any, name: str
@@ -120,7 +119,6 @@ def test_fused_attention_under_finite_difference_and_the_math_kernel() -> None:
     assert relative_error(fused, exact) < 1e-3  # truncation error of a 0.2 % step
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch.compile
 def test_compiled_module_under_finite_difference() -> None:
     case = mlp()
     compiled = torch.compile(case.model, backend="aot_eager")

@@ -56,6 +56,7 @@ def test_autocast_and_grad_scaler(way: Any, dtype: torch.dtype) -> None:
     assert float(F.cosine_similarity(flat, other, dim=0)) > (0.999 if way in EXACT else 0.98)
 
 
+# What torch.compile warns of in torch's own code, and that it reads .grad of what it traces.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_inductor() -> None:

@@ -19,6 +19,7 @@ from captum_priors.integrations.lightning import PriorMixin
 from captum_priors.penalties import l1, l2
 from captum_priors.priors import Prior
 
+# Most of these modules have nothing to validate.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 
 L1, L2 = (f"AttributionPrior_ExpectedGradients_{name}" for name in ("l1", "l2"))
@@ -220,6 +221,7 @@ def test_evaluation_alone_under_inference_mode(stage: str) -> None:
         assert torch.equal(value, before[name])
 
 
+# Runs that stop and go on write to folders of their own.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_checkpoint_continues_draws_and_counters(tmp_path: Path) -> None:
     whole = Regularized()

@@ -16,8 +16,6 @@ from captum_priors.testing import check_differentiable
 from tests.asserts import relative_error
 from tests.cases import DIFFERENTIATIONS, EXACT
 
-compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
 
 def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 16), nn.Softplus(), nn.Linear(16, 8), nn.Tanh(), head())
@@ -67,7 +65,6 @@ def test_autocast(way: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("way", DIFFERENTIATIONS)
-@pytest.mark.filterwarnings("ignore:.*lr_scheduler.*:UserWarning")
 def test_grad_scaler(way: Any) -> None:
     """The scale is that of the loss: attributions and their penalty know nothing of it."""
     start, (x, y) = net().float(), batch()
@@ -125,7 +122,6 @@ def _flat(model: nn.Module) -> Tensor:
 # Compiled
 
 
-@compiles
 @pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "model.compile"])
 def test_compiled_training_with_the_eager_model_explained(in_place: bool) -> None:
     """The parameters are shared: train the one and explain the other."""
@@ -142,9 +138,8 @@ def test_compiled_training_with_the_eager_model_explained(in_place: bool) -> Non
     assert relative_error(gradients(loss, model), expected) < 1e-12
 
 
-@compiles
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own use of torch.jit
 def test_inductor() -> None:
     """Trained on by first derivatives; double backpropagation is refused as with any backend."""
     model, (x, y) = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).float(), batch()
