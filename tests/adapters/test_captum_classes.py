@@ -469,7 +469,9 @@ def test_a_decorated_forward_function_stays_without_gradients() -> None:
     def teacher(inputs: Tensor) -> Tensor:
         return model(inputs)
 
-    assert not differentiable(ca.FeatureAblation(teacher)).attribute(x, target=1).requires_grad
+    found = differentiable(ca.FeatureAblation(teacher)).attribute(x, target=1)
+    assert not found.requires_grad
+    assert_same_numbers(found, ca.FeatureAblation(teacher).attribute(x, target=1))
 
 
 def test_nothing_is_left_on_the_modules() -> None:

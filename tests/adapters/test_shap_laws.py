@@ -23,7 +23,7 @@ from tests.adapters.shap_cases import (
     stock,
     table,
 )
-from tests.asserts import leaves_no_trace, parameter_gradients
+from tests.asserts import leaves_no_trace, parameter_gradients, relative_error
 
 every_row = pytest.mark.parametrize("name", list(ROWS))
 every_pair = pytest.mark.parametrize(("name", "outputs"), PAIRS)
@@ -195,18 +195,18 @@ def test_single_precision_single_row_and_no_gradient(name: str) -> None:
 
 @every_row
 def test_nothing_is_kept_from_inference_mode(name: str) -> None:
-    model = model_for(name, 1)
-    explainer, x = stock(name, model), table(2, 1)
-    subject = torch.as_tensor(x) if name in ("GradientExplainer", "DeepExplainer") else x
+    model, explainer, fresh, x = set_up(name)
+    X = data(name, x, model)
     with torch.inference_mode():
         adapter = adapted(name, explainer, model)
-        before = adapter.expected_value
-        seeded(lambda: adapter(subject))
-    found = seeded(lambda: adapter(subject)).tensor
-    assert all(
-        bool(torch.isfinite(g).all()) for g in parameter_gradients(found, [*model.parameters()])
+        base = adapter.expected_value
+        seeded(lambda: adapter(X))
+    found, expected = (
+        parameter_gradients(seeded(lambda a=a: a(X)).tensor, [*model.parameters()])
+        for a in (adapter, fresh)
     )
-    assert np.allclose(before if before is not None else 0, adapter.expected_value or 0)
+    assert relative_error(found, expected) < 1e-12
+    assert np.abs(base - fresh.expected_value).max() < 1e-12
 
 
 @every_row
