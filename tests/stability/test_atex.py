@@ -279,11 +279,7 @@ def test_model_that_cannot_be_copied_needs_a_teacher() -> None:
 def test_compiled_model_in_first_derivatives(x: Tensor) -> None:
     """Torch refuses to differentiate the backward pass of a compiled module."""
     model = colour_net()
-    try:
-        compiled = torch.compile(model, backend="aot_eager")
-        compiled(x).sum().backward()
-    except Exception as error:
-        pytest.skip(f"no compiler works here: {type(error).__name__}")
+    compiled = torch.compile(model, backend="aot_eager")  # which needs no compiler of the system's
     for module in (compiled, compile_in_place(model)):
         atex, eager = ATEX(module).eval(), ATEX(colour_net())
         assert isinstance(atex.teacher, nn.Sequential)

@@ -198,13 +198,13 @@ class TorchFamily(ShapAdapter):
         for i, values in enumerate(phi):
             data = inputs[i].detach().cpu().numpy() if self._layer() is None else None
             names = self.features
-            if names is None and values.dim() == 2:
+            if names is None and values.dim() - (base.dim() - 1) == 2:  # rows of features
                 names = [f"Feature {j}" for j in range(values.shape[1])]
             explanation = make(
                 values.detach().cpu().numpy(),
                 base_values=base.detach().cpu().numpy(),
                 data=data,
-                feature_names=names if self.features is None else list(names),
+                feature_names=None if names is None else list(names),
             )
             explanations.append(with_tensors(explanation, values, base))
         return explanations if len(explanations) > 1 else explanations[0]
