@@ -2,6 +2,6 @@
 
 from captum_priors.adapters._captum_adapter import CaptumAdapter
 from captum_priors.adapters._differentiable import differentiable
-from captum_priors.adapters._shap import ShapAdapter
+from captum_priors.adapters.shap import ShapAdapter
 
 __all__ = ["CaptumAdapter", "ShapAdapter", "differentiable"]

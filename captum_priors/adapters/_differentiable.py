@@ -9,7 +9,7 @@ from captum.attr import Attribution, NoiseTunnel
 from captum_priors._errors import NotDifferentiableError, expected_found, one_of
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
 from captum_priors.adapters._captum_adapter import CaptumAdapter
-from captum_priors.adapters._shap import adapter_of, is_shap
+from captum_priors.adapters.shap import adapter_of, is_shap
 from captum_priors.adapters._table import ADAPTERS, refusal
 from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
 

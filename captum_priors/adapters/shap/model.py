@@ -1,0 +1,268 @@
+"""The torch model behind a SHAP explainer, and the numbers that go in and come out of it."""
+
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from captum_priors._captum import output_error, select_error
+from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors.engine import AttributionPass, modules_of, run_modules
+
+_AGREE = 1e-4  # single precision on one side, rounding of the same sums on the other
+# As SHAP (0.51.0): KernelExplainer clips probabilities here, the masked-model explainers do not;
+# and the step of the forward difference that linearises the link.
+_CLIP, _STEP = 1e-15, 1e-4
+_FAILURES = (IndexError, RuntimeError, TypeError)
+
+Link = Callable[[Tensor], Tensor]
+
+
+def imported(name: str = "shap") -> Any:
+    """Return SHAP, or what it builds on: imported when needed, never with this package."""
+    return importlib.import_module(name)
+
+
+class TorchModel:
+    """A function of arrays or tensors that returns a tensor.
+
+    The one rule for dtypes: whatever numbers a table holds, the model gets them in the dtype and on
+    the device of its own parameters, or as integers where it takes whole numbers alone (an
+    embedding does). Strings and other objects are passed on. A function that SHAP holds itself, and
+    that answers arrays with a graph, gets its arrays as SHAP passes them.
+
+    Args:
+        stock: The function that SHAP holds.
+        given: What the user passed as ``model``.
+        sample: Arguments on which both are held against each other; without any, the first that
+            come along.
+        name: SHAP's class, for messages.
+    """
+
+    def __init__(self, stock: Any, given: Any, sample: Sequence[Any] | None, name: str) -> None:
+        self.converts = given is not None or isinstance(stock, nn.Module)
+        self.function = stock if given is None else given
+        self._stock, self._name = stock, name
+        self._parameter = _first_float(modules_of(self.function))
+        self._whole, self._settled = False, False
+        self._tail: tuple[int, ...] | None = None
+        if not callable(self.function):
+            raise self._no_graph()
+        if sample is not None:
+            self.settle(sample)
+
+    def settle(self, sample: Sequence[Any]) -> None:
+        """See once what dtype the model takes, and that it says what SHAP's function says."""
+        if self._settled:
+            return
+        with AttributionPass(self.function, self._stock):
+            with torch.set_grad_enabled(not self.converts), run_modules() as seen:
+                ours = self._first_output(sample, seen)
+            if not self.converts and not (isinstance(ours, Tensor) and ours.requires_grad):
+                raise self._no_graph()
+            if self._stock is not self.function:
+                with torch.no_grad():
+                    self._agree(numbers(ours), numbers(self._stock(*sample)))
+        self._settled = True
+
+    def _first_output(self, sample: Sequence[Any], seen: list[nn.Module]) -> Any:
+        tables = [a for a in map(as_array, map(as_numbers, sample)) if a.dtype.kind in "fiub"]
+        error: Exception | None = None
+        for whole in (False, False, True):  # once more with the dtype of what a function ran
+            self._whole = whole and bool(tables) and all((a == np.round(a)).all() for a in tables)
+            try:
+                return self.function(*map(self.convert, sample))
+            except _FAILURES as failure:
+                error = error or failure
+                self._parameter = self._parameter if seen == [] else _first_float(seen)
+        assert error is not None
+        raise error
+
+    def _agree(self, ours: np.ndarray, theirs: np.ndarray) -> None:
+        found = f"outputs of shape {ours.shape} instead of {theirs.shape}"
+        if ours.size == theirs.size and 1 in (*ours.shape[1:], *theirs.shape[1:], ours.ndim):
+            self._tail, ours = theirs.shape[1:], ours.reshape(theirs.shape)
+        if ours.shape == theirs.shape:
+            scale = max(float(np.abs(theirs).max(initial=0)), 1e-12)
+            difference = float(np.abs(ours - theirs).max(initial=0))
+            if difference <= _AGREE * scale:
+                return
+            found = f"a difference of {difference:.3g} in outputs of up to {scale:.3g}"
+        raise ValueError(
+            expected_found(
+                "`model`",
+                "the outputs of the function that SHAP holds, on the background",
+                found,
+                "Pass the torch model that this function wraps: a softmax or a chosen output "
+                "belongs to it, too.",
+            )
+        )
+
+    def like(self) -> Tensor:
+        """Return an empty tensor with the dtype and device of what the model takes."""
+        of = torch.empty(0) if self._parameter is None else self._parameter
+        return torch.empty(0, dtype=torch.int64 if self._whole else of.dtype, device=of.device)
+
+    def convert(self, argument: Any) -> Any:
+        """Make a tensor of numbers, as the model takes them; a copy, for SHAP reuses its buffers."""
+        if not self.converts:
+            return argument
+        if isinstance(argument, Tensor):
+            return argument.to(self.like())
+        array = as_array(as_numbers(argument))
+        if array.dtype.kind not in "fiub":
+            return argument
+        return torch.tensor(np.ascontiguousarray(array)).to(self.like())
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        """Evaluate on rows, in parts that suit the device; in double precision.
+
+        On a CPU a part is what stays in its cache from one layer of a small model to the next,
+        elsewhere what keeps the device busy.
+        """
+        given = tuple(map(self.convert, arguments))
+        if len(given) > 1 or not isinstance(given[0], Tensor):
+            return self._checked(given)
+        parts = given[0].split(rows_at_once(given[0].device))
+        return torch.cat([self._checked((part,)) for part in parts])
+
+    def _checked(self, arguments: tuple[Any, ...]) -> Tensor:
+        output, n = self.function(*arguments), len(arguments[0])
+        if not isinstance(output, Tensor):
+            raise select_error(output, None)
+        if output.shape[:1] != (n,):
+            raise output_error(output, n)
+        output = output if self._tail is None else output.reshape(n, *self._tail)
+        return output.double()
+
+    def _no_graph(self) -> NotDifferentiableError:
+        return NotDifferentiableError(
+            expected_found(
+                f"`model` of {self._name}",
+                "the torch model behind the function that SHAP holds",
+                "none, and a function whose answers have no graph",
+                "Write differentiable(explainer, model=net), with the module or a function of "
+                "tensors.",
+            )
+        )
+
+
+def rows_at_once(device: torch.device) -> int:
+    """Return how many rows go through the model at once."""
+    return 1 << 13 if device.type == "cpu" else 1 << 16
+
+
+def _first_float(modules: Sequence[nn.Module]) -> Tensor | None:
+    parameters = (p for module in modules for p in module.parameters())
+    return next((p for p in parameters if p.is_floating_point()), None)
+
+
+def stock_function(held: Any) -> Any:
+    """Take off SHAP's wrappers of the model.
+
+    Private: ``inner_model`` of its Model, and ``f`` of KernelExplainer's (0.51.0).
+    """
+    for name in ("inner_model", "f"):
+        if type(held).__module__.startswith("shap.") and hasattr(held, name):
+            return stock_function(getattr(held, name))
+    return held
+
+
+# ---- Numbers -------------------------------------------------------------------------------
+
+
+def as_array(argument: Any) -> Any:
+    """Return the numbers in a tensor, array, DataFrame or sparse matrix."""
+    if isinstance(argument, Tensor):
+        return argument.detach().cpu().numpy()
+    return argument.toarray() if hasattr(argument, "toarray") else np.asarray(argument)
+
+
+def as_numbers(rows: Any) -> Any:
+    """Give SHAP an array in place of a tensor, and floats in place of booleans and mixed columns.
+
+    Example:
+        >>> import numpy as np
+        >>> from captum_priors.adapters.shap.model import as_numbers
+        >>> as_numbers(np.array([[True, 0.5]], dtype=object)).tolist()
+        [[1.0, 0.5]]
+    """
+    rows = as_array(rows) if isinstance(rows, Tensor) else rows
+    if hasattr(rows, "toarray") or np.asarray(rows).dtype.kind not in "bO":
+        return rows
+    try:
+        return rows.astype(float)
+    except (AttributeError, TypeError, ValueError):  # strings, for a masker of text
+        return rows
+
+
+def table(rows: Any) -> np.ndarray:
+    """Return a table of floats."""
+    found: np.ndarray = as_array(as_numbers(rows)).astype(float)
+    return found
+
+
+def numbers(output: Any) -> np.ndarray:
+    """Return outputs as SHAP has them, in double precision."""
+    if isinstance(output, Tensor):
+        output = output.detach().double().cpu().numpy()
+    return np.asarray(output, dtype=float)
+
+
+def warn_of_truncation(rows: Any, background: Any) -> None:
+    """Say that SHAP itself would not explain these rows, but their whole parts."""
+    found = table(rows)
+    if as_array(background).dtype.kind in "iu" and (found != np.round(found)).any():
+        warnings.warn(
+            "SHAP writes rows into a copy of the background, which holds integers here, and cuts "
+            "off their fractions. This adapter explains the rows as they are, so that its values "
+            "differ from SHAP's. Make the background float to get the same from both.",
+            stacklevel=2,
+        )
+
+
+# ---- Links ---------------------------------------------------------------------------------
+
+
+def identity(values: Tensor) -> Tensor:
+    """Return the values."""
+    return values
+
+
+def _clipped_logit(values: Tensor) -> Tensor:
+    return torch.logit(values.clamp(_CLIP, 1 - _CLIP))
+
+
+def torch_link(link: Any, *, clipped: bool = False) -> Link:
+    """Return a link, a function or one of KernelExplainer's objects, as a function of tensors."""
+    logit: Link = _clipped_logit if clipped else torch.logit
+    known = {"identity": identity, "logit": logit}
+    name = str(getattr(link, "__name__", link))
+    if name not in known:
+        raise NotDifferentiableError(
+            expected_found(
+                "`link`",
+                "shap.links.identity or shap.links.logit",
+                name,
+                "Make the link the last step of the model and explain with the identity.",
+            )
+        )
+    return known[name]
+
+
+def linearising_weights(background: Tensor, link: Link) -> Tensor:
+    r"""Weights :math:`w_r` of the background rows with mean(w link(p)) = link(mean(p)).
+
+    Of least norm for the link's linearisation at the mean, with SHAP's forward difference as its
+    slope.
+    """
+    mean = background.mean(0)
+    centre = link(mean)
+    slope = (link(mean + _STEP) - centre) / _STEP
+    weights = slope * (background - mean) / (link(background) - centre)
+    normalised: Tensor = weights * (weights.shape[0] / weights.sum(0))
+    return normalised
