@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors import AttributionPrior, NotDifferentiableError, ShapAdapter, differentiable
-from captum_priors.adapters._shap import ROWS
-from captum_priors.adapters._shap import _sampling as sampling
+from captum_priors.adapters.shap import ROWS
 from captum_priors.penalties import l2
 from captum_priors.testing import check_differentiable
 from tests.adapters.shap_cases import adapted, data, mlp, predictor, stock, table

@@ -55,9 +55,12 @@ class ShapAdapter:
 
     differentiations: ClassVar[tuple[str, ...]] = ("double_backprop",)
     draws: ClassVar[tuple[str, ...]] = ("numpy",)
+    # For the documentation: how, and what the gradient takes as constant.
+    mechanism: ClassVar[str]
+    held_fixed: ClassVar[str] = "nothing"
     # What `attribute` takes besides; and SHAP's defaults that differ from those of `shap_values`.
-    options: ClassVar[tuple[str, ...]] = ()
-    _defaults: ClassVar[dict[str, Any]] = {}
+    options: ClassVar[tuple[str, ...]] = ("silent",)
+    defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -65,28 +68,19 @@ class ShapAdapter:
         model: Any = None,
         differentiation: Differentiation = "double_backprop",
     ) -> None:
+        name = type(explainer).__name__
         if differentiation not in self.differentiations:
             raise NotDifferentiableError(
                 expected_found(
-                    f"`differentiation` of {type(explainer).__name__}",
+                    f"`differentiation` of {name}",
                     " or ".join(map(repr, self.differentiations)),
                     repr(differentiation),
                     "It differentiates the model once, which the default does, also where the "
                     "model's backward pass cannot be differentiated.",
                 )
             )
-        if model is not None and not callable(model):
-            raise TypeError(
-                expected_found(
-                    "`model`",
-                    "a torch module or a function that returns a tensor",
-                    type(model).__name__,
-                    "Pass the model that SHAP's function wraps.",
-                )
-            )
         self.explainer, self.given, self.differentiation = explainer, model, differentiation
         self._start()
-        name = type(explainer).__name__
         self._torch = TorchModel(self._function(), model, self._sample(), name)
 
     @property
@@ -97,13 +91,13 @@ class ShapAdapter:
     # What differs from one to another.
 
     def _start(self) -> None:
-        """Check the explainer, before anything of it is used."""
+        """Look at the explainer before its model."""
 
     def _function(self) -> Any:
         """Return SHAP's model."""
         return stock_function(self.explainer.model)
 
-    def _sample(self) -> tuple[Any, ...] | None:
+    def _sample(self) -> Sequence[Any] | None:
         """Return arguments to try the model on, where there are some before the first call."""
         raise NotImplementedError
 
@@ -111,7 +105,7 @@ class ShapAdapter:
         """Return the base value of the model as it is now, in the units of the link."""
         raise NotImplementedError
 
-    def _explain(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _explain(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
         """Return the Explanation, or one for each argument."""
         raise NotImplementedError
 
@@ -120,14 +114,13 @@ class ShapAdapter:
     @attribution_call
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Explain as SHAP, with ``.tensor`` and ``.tensor_base`` beside the arrays."""
-        return self._explain(args, {**self._defaults, **options})
+        return self._explain(args, {**self.defaults, **options})
 
     @torch.no_grad()
     @attribution_call
     def shap_values(self, X: Any, **options: Any) -> Any:  # noqa: N803  # SHAP's name
         """Explain as SHAP, arrays alone."""
-        found = self._explain((X,), options)
-        return [each.values for each in found] if isinstance(found, list) else found.values
+        return self._explain([X], options).values
 
     @property
     def expected_value(self) -> Any:
@@ -173,19 +166,17 @@ class ShapAdapter:
         """
         for name in options:
             if name not in self.options:
+                known = f"{type(self.explainer).__name__} ({', '.join(self.options)})"
                 raise TypeError(
                     expected_found(
-                        f"`{name}`",
-                        f"an option of {type(self.explainer).__name__} ({', '.join(self.options)})",
-                        "something else",
-                        "Check the spelling.",
+                        f"`{name}`", f"an option of {known}", "another", "Check the spelling."
                     )
                 )
         check_inputs(inputs)
         tensors = as_tuple(inputs)
         check_target(target, tensors[0].shape[0])
         quiet = {"silent": True} if "silent" in self.options else {}
-        values = self._values(tensors, target, {**quiet, **self._defaults, **options})
+        values = self._values(tensors, target, {**quiet, **self.defaults, **options})
         return like_inputs(
             inputs,
             tuple(
@@ -222,9 +213,9 @@ def output_index(target: Target, n_examples: int, n_outputs: int) -> Tensor:
                 "Pass target=... (a class index, or one for each example).",
             )
         )
+    given: Any = target.cpu() if isinstance(target, Tensor) else target
     index = torch.arange(n_outputs).expand(n_examples, n_outputs)
-    given = target.cpu() if isinstance(target, Tensor) else target
-    return selected(index, 0 if given is None else given)
+    return selected(index, 0 if target is None else given)
 
 
 def _plain(base: Tensor) -> Any:
@@ -236,14 +227,12 @@ def _plain(base: Tensor) -> Any:
 def _explanation_class() -> Any:
     shap = imported()
 
-    class DifferentiableExplanation(shap.Explanation):  # type: ignore[misc, name-defined]  # known at run time
-        """A ``shap.Explanation`` with its ``tensor`` and ``tensor_base`` beside it."""
+    def state(self: Any, protocol: Any) -> Any:  # copied and pickled without tensors
+        kept = {k: v for k, v in vars(self).items() if k not in ("tensor", "tensor_base")}
+        return copyreg.__newobj__, (shap.Explanation,), kept  # type: ignore[attr-defined]  # for pickle
 
-        def __reduce_ex__(self, protocol: Any) -> Any:  # copied and pickled without
-            state = {k: v for k, v in vars(self).items() if k not in ("tensor", "tensor_base")}
-            return copyreg.__newobj__, (shap.Explanation,), state  # type: ignore[attr-defined]  # for pickle
-
-    return DifferentiableExplanation
+    members = {"__doc__": "SHAP's, with its tensors beside it.", "__reduce_ex__": state}
+    return type(shap.Explanation)("DifferentiableExplanation", (shap.Explanation,), members)
 
 
 def with_tensors(explanation: Any, values: Any, base: Tensor) -> Any:
@@ -256,23 +245,23 @@ def with_tensors(explanation: Any, values: Any, base: Tensor) -> Any:
     return found
 
 
-def explanation(
-    values: Tensor, base: Tensor, data: Any, names: Any = None, features: int = 1, **arrays: Any
-) -> Any:
+def explanation(values: Tensor, base: Tensor, data: Any, names: Any = None, **arrays: Any) -> Any:
     """Build an Explanation from its tensors, with the names that SHAP's plots ask for.
 
     Args:
-        values: Tensor ``(rows, ..., features, ...)``.
+        values: Tensor ``(rows, features, ...)``, or one row.
         base: The base value of each row.
         data: What is explained, as the user passed it; or None.
         names: Names of the features; by default the columns of a DataFrame, or numbers.
-        features: The axis of the features.
         arrays: Further arrays of the Explanation.
     """
     if hasattr(data, "columns"):
         names, data = list(data.columns), data.to_numpy()
     if names is None and values.dim() - base.dim() == 1:
-        names = [f"Feature {i}" for i in range(values.shape[features])]
+        names = [
+            f"Feature {i}"
+            for i in range(values.shape[0 if data is not None and data.ndim == 1 else 1])
+        ]
     made = imported().Explanation(
         numbers(values),
         base_values=_plain(base),

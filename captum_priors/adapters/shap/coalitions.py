@@ -1,12 +1,10 @@
-r"""Values of coalitions, with their graph, and the stand-ins that hand them to SHAP.
+r"""Values of coalitions, with their graph, and the masker that hands their numbers to SHAP.
 
 .. math:: v(S) = \operatorname{link}\Big(\frac1R \sum_r f(x_S, b^{(r)}_{\bar S})\Big)
-
-A stand-in for the masker answers a mask with the number of its coalition, and one for the model
-answers the number :math:`k` with :math:`[v_k, 2^{-300} e_k]`.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,38 +12,40 @@ import torch
 from torch import Tensor
 
 from captum_priors.adapters.shap.model import (
-    Link,
     TorchModel,
     as_array,
     identity,
     imported,
     linearising_weights,
-    numbers,
     rows_at_once,
     table,
+    torch_link,
 )
-
-TINY = 2.0**-300  # a power of two loses no bits
 
 
 class Coalitions:
     """The game of one row: its coalitions, each once, in the order in which SHAP asks for them.
 
     Memory: the model's graph on all masked rows.
+
+    Args:
+        model: The torch model.
+        masker: SHAP's masker.
+        row: The arguments of one row; tensors keep their graph where the masker is a table.
+        explainer: SHAP's explainer, whose link is applied.
     """
 
-    def __init__(
-        self, model: TorchModel, masker: Any, row: tuple[Any, ...], link: Link, *, linearized: bool
-    ) -> None:
-        self._model, self._masker, self._row, self._link = model, masker, row, link
-        self._linearized = linearized and link is not identity
+    def __init__(self, model: TorchModel, masker: Any, row: Sequence[Any], explainer: Any) -> None:
+        self.masker, self._model, self._row = masker, model, row
+        self._link = torch_link(explainer.link)
+        self._linearized = explainer.linearize_link and self._link is not identity
         self._weights: Tensor | None = None
         self._places: dict[bytes, int] = {}
         self._new: list[np.ndarray] = []
         self._masks: list[np.ndarray] = []
         self._values: list[Tensor] = []
-        self._answers: np.ndarray | None = None
-        self.arrays = tuple(as_array(a) if isinstance(a, Tensor) else a for a in row)
+        self._answers: list[np.ndarray] = []
+        self.arrays = [as_array(a) if isinstance(a, Tensor) else a for a in row]
         shape = getattr(masker, "shape", None)
         shape = shape(*self.arrays) if callable(shape) else shape
         n_features = sum(np.prod(a.shape) for a in self.arrays) if shape is None else shape[1]
@@ -85,41 +85,33 @@ class Coalitions:
             self._masks.append(np.concatenate(self._new))
             self._new.clear()
             self._values.append(self._evaluate(self._masks[-1]))
-            fresh = self._values[-1].detach().cpu().numpy()
-            before = self._answers
-            self._answers = fresh if before is None else np.concatenate([before, fresh])
-        assert self._answers is not None  # the first that are asked for are new
-        found: np.ndarray = self._answers[asked]
+            self._answers = [np.concatenate([*self._answers, as_array(self._values[-1])])]
+        found: np.ndarray = self._answers[0][asked]
         return found
 
     def _evaluate(self, masks: np.ndarray) -> Tensor:
-        if is_table(self._masker):
+        if is_table(self.masker):
             return self._of_table(masks)
         each: list[tuple[Any, ...]] = []
         for mask in masks:
-            masked = self._masker(mask, *self.arrays)
+            masked = self.masker(mask, *self.arrays)
             masked = masked if isinstance(masked, tuple) else (masked,)
-            immutable = getattr(self._masker, "immutable_outputs", False)
+            immutable = getattr(self.masker, "immutable_outputs", False)
             each.append(masked if immutable else copy.deepcopy(masked))
-        counts = [len(masked[0]) for masked in each]
-        arguments = tuple(np.concatenate(parts) for parts in zip(*each, strict=True))
+        arguments = [np.concatenate(parts) for parts in zip(*each, strict=True)]
         self._model.settle(arguments)
-        outputs = self._model(*arguments)
-        return torch.cat([self._average(part.unsqueeze(0)) for part in outputs.split(counts)])
+        parts = self._model(*arguments).split([len(masked[0]) for masked in each])
+        return torch.cat([self._average(part.unsqueeze(0)) for part in parts])
 
     def _of_table(self, masks: np.ndarray) -> Tensor:
         """Mask a background table in torch: the inputs keep their graph, and no row is copied."""
-        model = self._model
-        background = torch.as_tensor(model.convert(table(self._masker.data)))
+        background = self._model.convert(table(self.masker.data))
         row = self._row[0] if isinstance(self._row[0], Tensor) else table(self._row[0])
-        row = torch.as_tensor(model.convert(row)).to(background)
-        keep = torch.as_tensor(masks, device=background.device)
+        row, keep = self._model.convert(row), torch.as_tensor(masks, device=background.device)
         values = []
         for part in keep.split(max(1, rows_at_once(background.device) // len(background))):
-            rows: Any = torch.where(part.unsqueeze(1), row, background).flatten(0, 1)
-            if not model.converts:  # SHAP's own function takes what SHAP passes
-                rows = framed(self._masker, numbers(rows))
-            values.append(self._average(model(rows).unflatten(0, (len(part), -1))))
+            rows = torch.where(part.unsqueeze(1), row, background).flatten(0, 1)
+            values.append(self._average(self._model(rows).unflatten(0, (len(part), -1))))
         return torch.cat(values)
 
     def _average(self, outputs: Tensor) -> Tensor:
@@ -132,29 +124,34 @@ class Coalitions:
 
 
 class MaskerStandIn:
-    """Answers each mask with one row that holds the number of its coalition."""
+    """Answers each mask with one row that holds the number of its coalition.
+
+    Args:
+        game: The coalitions.
+        varies: Whether SHAP is to see which features vary, and leaves the others out.
+    """
 
     supports_delta_masking = True
     immutable_outputs = True
     fixed_background = False
 
-    def __init__(self, masker: Any, game: Coalitions, *, varies: bool) -> None:
-        self._masker, self._game = masker, game
-        # As SHAP is to see it: one background row.
-        self.shape = (1, game.n_features)
-        if varies and callable(getattr(masker, "invariants", None)):
+    def __init__(self, game: Coalitions, *, varies: bool) -> None:
+        self._game = game
+        self.shape = (1, game.n_features)  # of background rows SHAP is to see one
+        if varies and callable(getattr(game.masker, "invariants", None)):
             self.invariants = self._invariants
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("clustering", "feature_names", "data", "partition", "mask_shapes"):
             raise AttributeError(name)
-        return getattr(self._masker, name)
+        return getattr(self._game.masker, name)
 
     def _invariants(self, *row: Any) -> np.ndarray:
-        if is_table(self._masker):
-            same = np.isclose(table(row[0]), table(self._masker.data))
+        masker = self._game.masker
+        if is_table(masker):
+            same = np.isclose(table(row[0]), table(masker.data))
         else:
-            same = self._masker.invariants(*row)
+            same = masker.invariants(*row)
         found: np.ndarray = np.all(same, axis=0, keepdims=True)
         return found
 
@@ -163,22 +160,6 @@ class MaskerStandIn:
             asked = self._game.number(full_masks(mask, self._game.n_features))
             return (asked,), np.ones((len(asked), 1), dtype=bool)
         return (self._game.number(mask.reshape(1, -1).astype(bool)),)
-
-
-class ModelStandIn:
-    """Answers the numbers of coalitions with their values, and with columns of the identity."""
-
-    def __init__(self, model: Any, game: Coalitions, columns: range) -> None:
-        self._game, self._columns = game, columns
-        if hasattr(model, "output_names"):
-            self.output_names = model.output_names
-
-    def __call__(self, asked: np.ndarray) -> np.ndarray:
-        values = self._game.answers(asked)
-        if not len(self._columns):
-            return values
-        unit = TINY * (asked[:, None] == np.array(self._columns))
-        return np.concatenate([values.reshape(len(asked), -1), unit], axis=1)
 
 
 def full_masks(deltas: np.ndarray, n_features: int) -> np.ndarray:
@@ -192,10 +173,9 @@ def full_masks(deltas: np.ndarray, n_features: int) -> np.ndarray:
         [[0, 0], [0, 1], [1, 0]]
     """
     last = deltas >= 0
-    which = np.cumsum(last) - last
     feature = np.minimum(np.where(last, deltas, -deltas - 1), n_features)  # no-ops behind
     flips = np.zeros((int(last.sum()), n_features + 1), dtype=np.uint8)
-    np.add.at(flips, (which, feature), 1)
+    np.add.at(flips, (np.cumsum(last) - last, feature), 1)
     masks: np.ndarray = np.bitwise_xor.accumulate(flips & 1, axis=0)[:, :-1].astype(bool)
     return masks
 
@@ -204,10 +184,3 @@ def is_table(masker: Any) -> bool:
     """Whether a masker is SHAP's table of background rows, with its own way of masking."""
     maskers = imported().maskers
     return type(masker) in (maskers.Independent, maskers.Partition)
-
-
-def framed(masker: Any, rows: np.ndarray) -> Any:
-    """Return rows as SHAP's table of background rows passes them to the model."""
-    if not getattr(masker, "output_dataframe", False):
-        return rows
-    return imported("pandas").DataFrame(rows, columns=masker.feature_names)

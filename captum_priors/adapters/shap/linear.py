@@ -9,10 +9,11 @@ it is estimated from as many orders of our own.
 Additive: for :math:`f(x) = c + \sum_i g_i(x_i)`, each feature by itself, :math:`\phi_i = f(x_i e_i)
 - f(0) - E[f(b_i e_i) - f(0)]`.
 
-Private: ``_parse_model``, ``coef``, ``cov``, ``mean``, ``avg_proj``, ``x_transform``,
-``valid_inds`` of LinearExplainer (0.51.0).
+Private: what LinearExplainer keeps, ``_parse_model``, ``coef``, ``cov``, ``mean``, ``avg_proj``,
+``x_transform``, ``valid_inds`` (0.51.0).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,57 +22,86 @@ from torch import Tensor
 
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors.adapters.shap.adapter import ShapAdapter, explanation
-from captum_priors.adapters.shap.model import table
+from captum_priors.adapters.shap.model import as_array, table
 
 
-class LinearAdapter(ShapAdapter):
+class AdditiveAdapter(ShapAdapter):
+    """Evaluates each feature by itself."""
+
+    mechanism = "differences of recorded outputs"
+    draws = ()
+
+    def _sample(self) -> Sequence[Any]:
+        return [table(self.explainer.masker.data[:8])]
+
+    def _phi(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Attributions ``(rows, features[, outputs])``, and the base value."""
+        background = torch.as_tensor(table(self.explainer.masker.data)).to(x)
+        n = background.shape[1]
+        alone = torch.diag_embed(torch.cat([background, x])).flatten(0, 1)
+        outputs = self._torch(torch.cat([x.new_zeros(1, n), alone])).flatten()
+        references, values = outputs[1:].reshape(-1, n).split([len(background), len(x)])
+        offsets = references.mean(0) - outputs[0]
+        return values - outputs[0] - offsets, outputs[0] + offsets.sum()
+
+    def _base(self) -> Tensor:
+        return self._phi(self._rows(self.explainer.masker.data[:0]))[1]
+
+    def _rows(self, rows: Any) -> Tensor:
+        """Rows in double precision on the model's device, with the graph that they have."""
+        given = rows if isinstance(rows, Tensor) else torch.as_tensor(table(rows))
+        return given.to(self._torch.convert(np.zeros(0)).device).double()
+
+    def _explain(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
+        phi, base = self._phi(self._rows(args[0]))
+        names = self.explainer.feature_names
+        effects = self._main_effects(as_array(phi))
+        base = base.expand(len(phi), *base.shape)
+        return explanation(phi, base, args[0], names, main_effects=effects)
+
+    def _main_effects(self, values: np.ndarray) -> np.ndarray:
+        """Return the values in the shape in which SHAP's call gives them once more."""
+        return values
+
+
+class LinearAdapter(AdditiveAdapter):
     """Reads the coefficients off the torch module at every call."""
 
-    options = ("silent",)
-    draws = ()
+    mechanism = "coefficients read off the module"
+    held_fixed = "orders of imputed features"
     _slopes: Tensor | None = None
 
     def _function(self) -> Any:
-        coef, intercept = self.explainer._parse_model(self.explainer.model)
-        return lambda rows: rows @ np.asarray(coef).T + np.asarray(intercept)
+        coef, intercept = map(np.asarray, self.explainer._parse_model(self.explainer.model))
+        return lambda rows: rows @ coef.T + intercept
 
-    def _sample(self) -> tuple[Any, ...]:
+    def _sample(self) -> Sequence[Any]:
         """Points that tell any affine function from any other, and from what is not affine."""
         n = len(self._mean())
         more = np.random.RandomState(0).standard_normal((8, n))
-        return (np.concatenate([np.zeros((1, n)), np.eye(n), more]),)
+        return [np.concatenate([np.zeros((1, n)), np.eye(n), more])]
 
     def _mean(self) -> np.ndarray:
         """Mean of all features; SHAP's own attribute loses some of them."""
         found, data = getattr(self.explainer.masker, "mean", None), self.explainer.masker.data
         if found is None and isinstance(data, (dict, tuple)):
             found = data["mean"] if isinstance(data, dict) else data[0]
-        return table(np.mean(table(data), 0) if found is None else found).reshape(-1)
+        return (table(data).mean(0) if found is None else table(found)).reshape(-1)
 
-    def _coefficients(self) -> tuple[Tensor, Tensor]:
-        """Coefficients ``(features[, outputs])`` of the module, and its base value."""
-        mean = self._mean()
-        outputs = self._torch(np.concatenate([np.zeros((1, len(mean))), np.eye(len(mean))]))
-        coef = outputs[1:] - outputs[0]
-        return coef, outputs[0] + torch.as_tensor(mean).to(coef) @ coef
+    def _phi(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = torch.as_tensor(self._mean()).to(x)
+        outputs = self._torch(torch.cat([x.new_zeros(1, len(mean)), torch.eye(len(mean)).to(x)]))
+        coef = outputs[1:] - outputs[0]  # (features[, outputs])
+        base = outputs[0] + mean @ coef
+        if self.explainer.feature_perturbation != "interventional":
+            return self._imputed(x, coef), base
+        centred = x - mean
+        return (centred if coef.dim() == 1 else centred.unsqueeze(-1)) * coef, base
 
     def _base(self) -> Tensor:
-        return self._coefficients()[1]
-
-    def _explain(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        coef, base = self._coefficients()
-        rows = args[0] if isinstance(args[0], Tensor) else torch.as_tensor(table(args[0]))
-        x, stock = rows.to(coef), self.explainer
-        if stock.feature_perturbation != "interventional":
-            phi = self._imputed(x, coef)
-        elif coef.dim() == 1:
-            phi = (x - torch.as_tensor(self._mean()).to(coef)) * coef
-        else:
-            phi = (x - torch.as_tensor(self._mean()).to(coef)).unsqueeze(-1) * coef
-        return _explanation(self, phi, base, args[0])
+        return self._phi(self._rows(self._mean()[None]))[1]
 
     def _imputed(self, x: Tensor, coef: Tensor) -> Tensor:
-        stock = self.explainer
         if coef.dim() > 1:
             raise NotDifferentiableError(
                 expected_found(
@@ -81,23 +111,21 @@ class LinearAdapter(ShapAdapter):
                     "SHAP has no such values; explain one output at a time.",
                 )
             )
-        mean, projection, made, first, together = (
-            torch.as_tensor(np.asarray(a, dtype=float)).to(coef)
-            for a in (
-                stock.mean,
-                stock.avg_proj,
-                stock.x_transform,
-                stock.coef,
-                stock.avg_proj > 0,
-            )
-        )
-        kept = torch.as_tensor(stock.valid_inds, device=coef.device)
+        stock = self.explainer
         if self._slopes is None:
             self._slopes = transform_slopes(stock.cov, int(stock.nsamples))
-        change = together @ coef[kept] - first
-        transform = made + torch.einsum("k,kij->ij", change, self._slopes.to(coef))
+        mean, projection, transform, before, slopes = (
+            torch.as_tensor(np.asarray(a, dtype=float)).to(x)
+            for a in (stock.mean, stock.avg_proj, stock.x_transform, stock.coef, self._slopes)
+        )
+        kept = torch.as_tensor(stock.valid_inds, device=x.device)
+        change = (projection > 0).to(x) @ coef[kept] - before
+        transform = transform + torch.einsum("k,kij->ij", change, slopes)
         phi = (x[:, kept] @ projection.T - mean) @ transform.T @ projection
         return torch.zeros_like(x).index_copy(1, kept, phi)
+
+    def _main_effects(self, values: np.ndarray) -> np.ndarray:
+        return values.reshape(*values.shape[:2], -1)
 
 
 def transform_slopes(covariance: np.ndarray, n_orders: int) -> Tensor:
@@ -121,41 +149,3 @@ def transform_slopes(covariance: np.ndarray, n_orders: int) -> Tensor:
             slopes[order[j:, None], i, order[:j]] -= before[order[j:]]
             before = after
     return torch.as_tensor(slopes / n_orders)
-
-
-class AdditiveAdapter(ShapAdapter):
-    """Evaluates each feature by itself."""
-
-    options = ("silent",)
-    draws = ()
-
-    def _sample(self) -> tuple[Any, ...]:
-        return (table(self.explainer.masker.data[:8]),)
-
-    def _parts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return f of each feature of the rows alone, each feature's mean beyond f(0), and f(0)."""
-        background = torch.as_tensor(table(self.explainer.masker.data)).to(rows)
-        n = background.shape[1]
-        alone = torch.diag_embed(torch.cat([background, rows])).reshape(-1, n)
-        outputs = self._torch(torch.cat([torch.zeros(1, n).to(rows), alone])).reshape(-1)
-        each = outputs[1:].reshape(-1, n)
-        n_background = len(background)
-        return each[n_background:], each[:n_background].mean(0) - outputs[0], outputs[0]
-
-    def _base(self) -> Tensor:
-        _, offsets, zero = self._parts(self._torch.like().new_zeros(0, self.explainer.masker.shape[1]))
-        return zero + offsets.sum()
-
-    def _explain(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        rows = args[0] if isinstance(args[0], Tensor) else torch.as_tensor(table(args[0]))
-        each, offsets, zero = self._parts(rows.to(self._torch.like().device).double())
-        return _explanation(self, each - zero - offsets, zero + offsets.sum(), args[0])
-
-
-def _explanation(adapter: ShapAdapter, phi: Tensor, base: Tensor, data: Any) -> Any:
-    """Build what SHAP's own call returns, in which each feature's value is its main effect."""
-    names, n = adapter.explainer.feature_names, len(phi)
-    effects = phi.detach().cpu().numpy()
-    if isinstance(adapter, LinearAdapter):
-        effects = effects.reshape(*phi.shape[:2], -1)
-    return explanation(phi, base.expand(n, *base.shape), data, names, main_effects=effects)

@@ -17,7 +17,6 @@ _AGREE = 1e-4  # single precision on one side, rounding of the same sums on the 
 # As SHAP (0.51.0): KernelExplainer clips probabilities here, the masked-model explainers do not;
 # and the step of the forward difference that linearises the link.
 _CLIP, _STEP = 1e-15, 1e-4
-_FAILURES = (IndexError, RuntimeError, TypeError)
 
 Link = Callable[[Tensor], Tensor]
 
@@ -28,12 +27,11 @@ def imported(name: str = "shap") -> Any:
 
 
 class TorchModel:
-    """A function of arrays or tensors that returns a tensor.
+    """The torch module, or function of tensors, behind the function that SHAP holds.
 
     The one rule for dtypes: whatever numbers a table holds, the model gets them in the dtype and on
     the device of its own parameters, or as integers where it takes whole numbers alone (an
-    embedding does). Strings and other objects are passed on. A function that SHAP holds itself, and
-    that answers arrays with a graph, gets its arrays as SHAP passes them.
+    embedding does). Strings and other objects are passed on.
 
     Args:
         stock: The function that SHAP holds.
@@ -44,14 +42,20 @@ class TorchModel:
     """
 
     def __init__(self, stock: Any, given: Any, sample: Sequence[Any] | None, name: str) -> None:
-        self.converts = given is not None or isinstance(stock, nn.Module)
         self.function = stock if given is None else given
-        self._stock, self._name = stock, name
+        if not callable(self.function) or (given is None and not isinstance(stock, nn.Module)):
+            raise NotDifferentiableError(
+                expected_found(
+                    f"`model` of {name}",
+                    "the torch model behind the function that SHAP holds",
+                    f"a {type(self.function).__name__}, whose answers have no graph",
+                    "Write differentiable(explainer, model=net), with the module or a function of "
+                    "tensors.",
+                )
+            )
+        self._stock, self._settled, self._whole = stock, False, False
+        self._shape: tuple[int, ...] | None = None
         self._parameter = _first_float(modules_of(self.function))
-        self._whole, self._settled = False, False
-        self._tail: tuple[int, ...] | None = None
-        if not callable(self.function):
-            raise self._no_graph()
         if sample is not None:
             self.settle(sample)
 
@@ -59,34 +63,29 @@ class TorchModel:
         """See once what dtype the model takes, and that it says what SHAP's function says."""
         if self._settled:
             return
-        with AttributionPass(self.function, self._stock):
-            with torch.set_grad_enabled(not self.converts), run_modules() as seen:
-                ours = self._first_output(sample, seen)
-            if not self.converts and not (isinstance(ours, Tensor) and ours.requires_grad):
-                raise self._no_graph()
+        with AttributionPass(self.function, self._stock), torch.no_grad():
+            ours = numbers(self._first_output(sample))
             if self._stock is not self.function:
-                with torch.no_grad():
-                    self._agree(numbers(ours), numbers(self._stock(*sample)))
+                self._agree(ours, numbers(self._stock(*sample)))
         self._settled = True
 
-    def _first_output(self, sample: Sequence[Any], seen: list[nn.Module]) -> Any:
-        tables = [a for a in map(as_array, map(as_numbers, sample)) if a.dtype.kind in "fiub"]
-        error: Exception | None = None
-        for whole in (False, False, True):  # once more with the dtype of what a function ran
-            self._whole = whole and bool(tables) and all((a == np.round(a)).all() for a in tables)
-            try:
-                return self.function(*map(self.convert, sample))
-            except _FAILURES as failure:
-                error = error or failure
-                self._parameter = self._parameter if seen == [] else _first_float(seen)
-        assert error is not None
-        raise error
+    def _first_output(self, sample: Sequence[Any]) -> Any:
+        tables = [a for a in map(as_array, sample) if a.dtype.kind in "fiubO"]
+        whole = bool(tables) and all((table(a) == np.round(table(a))).all() for a in tables)
+        first: Exception | None = None
+        with run_modules() as seen:
+            for self._whole in (False, False, whole):  # a function shows its modules when it runs
+                try:
+                    return self.function(*map(self.convert, sample))
+                except (IndexError, RuntimeError, TypeError) as error:
+                    first = first or error
+                    self._parameter = _first_float(seen) if seen else self._parameter
+        raise first or AssertionError
 
     def _agree(self, ours: np.ndarray, theirs: np.ndarray) -> None:
         found = f"outputs of shape {ours.shape} instead of {theirs.shape}"
-        if ours.size == theirs.size and 1 in (*ours.shape[1:], *theirs.shape[1:], ours.ndim):
-            self._tail, ours = theirs.shape[1:], ours.reshape(theirs.shape)
-        if ours.shape == theirs.shape:
+        if ours.size == theirs.size:  # with or without an axis of one output
+            self._shape, ours = theirs.shape[1:], ours.reshape(theirs.shape)
             scale = max(float(np.abs(theirs).max(initial=0)), 1e-12)
             difference = float(np.abs(ours - theirs).max(initial=0))
             if difference <= _AGREE * scale:
@@ -102,28 +101,18 @@ class TorchModel:
             )
         )
 
-    def like(self) -> Tensor:
-        """Return an empty tensor with the dtype and device of what the model takes."""
-        of = torch.empty(0) if self._parameter is None else self._parameter
-        return torch.empty(0, dtype=torch.int64 if self._whole else of.dtype, device=of.device)
-
     def convert(self, argument: Any) -> Any:
         """Make a tensor of numbers, as the model takes them; a copy, for SHAP reuses its buffers."""
-        if not self.converts:
-            return argument
-        if isinstance(argument, Tensor):
-            return argument.to(self.like())
-        array = as_array(as_numbers(argument))
-        if array.dtype.kind not in "fiub":
-            return argument
-        return torch.tensor(np.ascontiguousarray(array)).to(self.like())
+        like = torch.empty(0) if self._parameter is None else self._parameter
+        if not isinstance(argument, Tensor):
+            array = as_array(as_numbers(argument))
+            if array.dtype.kind not in "fiub":
+                return argument
+            argument = torch.tensor(np.ascontiguousarray(array))
+        return argument.to(like.device, torch.int64 if self._whole else like.dtype)
 
     def __call__(self, *arguments: Any) -> Tensor:
-        """Evaluate on rows, in parts that suit the device; in double precision.
-
-        On a CPU a part is what stays in its cache from one layer of a small model to the next,
-        elsewhere what keeps the device busy.
-        """
+        """Evaluate on rows, in parts that suit the device; in double precision."""
         given = tuple(map(self.convert, arguments))
         if len(given) > 1 or not isinstance(given[0], Tensor):
             return self._checked(given)
@@ -136,23 +125,15 @@ class TorchModel:
             raise select_error(output, None)
         if output.shape[:1] != (n,):
             raise output_error(output, n)
-        output = output if self._tail is None else output.reshape(n, *self._tail)
-        return output.double()
-
-    def _no_graph(self) -> NotDifferentiableError:
-        return NotDifferentiableError(
-            expected_found(
-                f"`model` of {self._name}",
-                "the torch model behind the function that SHAP holds",
-                "none, and a function whose answers have no graph",
-                "Write differentiable(explainer, model=net), with the module or a function of "
-                "tensors.",
-            )
-        )
+        return output.double() if self._shape is None else output.double().reshape(n, *self._shape)
 
 
 def rows_at_once(device: torch.device) -> int:
-    """Return how many rows go through the model at once."""
+    """Return how many rows go through the model at once.
+
+    On a CPU what stays in its cache from one layer of a small model to the next, elsewhere what
+    keeps the device busy.
+    """
     return 1 << 13 if device.type == "cpu" else 1 << 16
 
 
@@ -170,9 +151,6 @@ def stock_function(held: Any) -> Any:
         if type(held).__module__.startswith("shap.") and hasattr(held, name):
             return stock_function(getattr(held, name))
     return held
-
-
-# ---- Numbers -------------------------------------------------------------------------------
 
 
 def as_array(argument: Any) -> Any:
@@ -208,9 +186,7 @@ def table(rows: Any) -> np.ndarray:
 
 def numbers(output: Any) -> np.ndarray:
     """Return outputs as SHAP has them, in double precision."""
-    if isinstance(output, Tensor):
-        output = output.detach().double().cpu().numpy()
-    return np.asarray(output, dtype=float)
+    return np.asarray(as_array(output), dtype=float)
 
 
 def warn_of_truncation(rows: Any, background: Any) -> None:
@@ -225,21 +201,12 @@ def warn_of_truncation(rows: Any, background: Any) -> None:
         )
 
 
-# ---- Links ---------------------------------------------------------------------------------
-
-
-def identity(values: Tensor) -> Tensor:
-    """Return the values."""
-    return values
-
-
-def _clipped_logit(values: Tensor) -> Tensor:
-    return torch.logit(values.clamp(_CLIP, 1 - _CLIP))
-
-
 def torch_link(link: Any, *, clipped: bool = False) -> Link:
     """Return a link, a function or one of KernelExplainer's objects, as a function of tensors."""
-    logit: Link = _clipped_logit if clipped else torch.logit
+
+    def logit(values: Tensor) -> Tensor:
+        return torch.logit(values.clamp(_CLIP, 1 - _CLIP) if clipped else values)
+
     known = {"identity": identity, "logit": logit}
     name = str(getattr(link, "__name__", link))
     if name not in known:
@@ -252,6 +219,11 @@ def torch_link(link: Any, *, clipped: bool = False) -> Link:
             )
         )
     return known[name]
+
+
+def identity(values: Tensor) -> Tensor:
+    """Return the values."""
+    return values
 
 
 def linearising_weights(background: Tensor, link: Link) -> Tensor:

@@ -22,51 +22,44 @@ _WEIGHT = 1e6
 class SamplingAdapter(KernelAdapter):
     """Keeps the differences that SHAP averages, and averages them again."""
 
+    mechanism = "SHAP's samples, correction on tensors"
+    held_fixed = "samples and their numbers"
     options = ("nsamples", "min_samples_per_feature", "silent")
-    _defaults = {"nsamples": 2000}  # noqa: RUF012  # as the base declares
+    defaults = {"nsamples": 2000}  # noqa: RUF012  # declared by the base
 
-    def _explained(self, inner: Any, instance: Any, options: dict[str, Any]) -> np.ndarray:
-        inner.rounds = {}  # of each feature: how many samples, in which of the model's answers
+    def _run(self, inner: Any, instance: Any, options: dict[str, Any]) -> np.ndarray:
+        inner.rounds = []  # how many samples a feature got, and their variance
 
-        def estimate(j: int, *args: Any, nsamples: int = 10) -> Any:
-            found = type(self.explainer).sampling_estimate(inner, j, *args, nsamples=nsamples)
-            inner.rounds.setdefault(int(j), []).append((int(nsamples), found[1]))
+        def estimate(*args: Any, nsamples: int = 10) -> Any:
+            found = type(self.explainer).sampling_estimate(inner, *args, nsamples=nsamples)
+            inner.rounds.append((int(nsamples), np.reshape(found[1], -1)))
             return found
 
         inner.sampling_estimate = estimate
         inner.least = options.get("min_samples_per_feature", 100)
-        return super()._explained(inner, instance, options)
+        return super()._run(inner, instance, options)
 
-    def _replay(self, inner: Any, null: Tensor, seen: list[Tensor], phi: np.ndarray) -> Tensor:
-        at_x = seen[0][0]
-        found = at_x.new_zeros(len(phi), len(at_x))
-        places = torch.as_tensor([int(i) for i in inner.varyingInds], device=found.device)
-        if inner.M == 0:
-            return found + 0 * at_x  # with its graph, like any other row
-        if inner.M == 1:
-            return found.index_put((places,), (at_x - null).unsqueeze(0))
-        features = [int(i) for i in inner.varyingInds]
-        first = [inner.rounds[i][0][0] for i in features]
-        means, variances = map(torch.stack, zip(*map(_moments, seen[1 : 1 + inner.M]), strict=True))
-        second = _second_round(inner, features)
+    def _solution(self, inner: Any, null: Tensor, seen: list[Tensor], phi: np.ndarray) -> Tensor:
+        moments = [_moments(answers) for answers in seen[1:]]
+        variances = torch.stack([variance for _, variance in moments[: inner.M]])
         if not bool(variances.detach().any()):
             variances = variances + 1
         variances = variances / variances.sum(0)
-        answers = iter(seen[1 + inner.M :])
-        each, spread = [], []
-        for mean, variance, n, more in zip(means, variances, first, second, strict=True):
-            if more > 0:
-                mean_more, variance_more = _moments(next(answers))
-                mean = (mean * n + mean_more * more) / (n + more)
-                variance = (variance * n + variance_more * more) / (n + more)
-            each.append(mean)
-            spread.append(variance / (n + more) ** 0.5)
-        values, spreads = torch.stack(each), torch.stack(spread)
-        missing = at_x - values.sum(0) - null
+        more = iter(moments[inner.M :])
+        means, spread = [], []
+        for i, added in enumerate(_second_round(inner)):
+            n, (mean, _), variance = inner.rounds[i][0], moments[i], variances[i]
+            if added > 0:
+                mean_more, variance_more = next(more)
+                mean = (mean * n + mean_more * added) / (n + added)
+                variance = (variance * n + variance_more * added) / (n + added)
+            means.append(mean)
+            spread.append(variance / (n + added) ** 0.5)
+        values, spreads = torch.stack(means), torch.stack(spread)
+        missing = seen[0][0] - values.sum(0) - null
         v = spreads / spreads.amax(0) * _WEIGHT
         # SHAP's v - v S / (1 + S), without the cancellation
-        corrected = values + missing * v / (1 + v.sum(0))
-        return found.index_put((places,), corrected)
+        return values + missing * v / (1 + v.sum(0))
 
 
 def _moments(answers: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +69,7 @@ def _moments(answers: Tensor) -> tuple[Tensor, Tensor]:
     return differences.mean(0), differences.var(0, unbiased=False)
 
 
-def _second_round(inner: Any, features: list[int]) -> list[int]:
+def _second_round(inner: Any) -> list[int]:
     """How many samples SHAP adds for each feature, from the variances of the first round.
 
     In its rounding it can take two from a feature that got none: such a feature is not estimated
@@ -84,10 +77,9 @@ def _second_round(inner: Any, features: list[int]) -> list[int]:
     """
     n = max(0, inner.nsamples - inner.M * inner.least)
     share = np.zeros((inner.P, inner.D))
-    share[features] = np.stack([np.reshape(inner.rounds[i][0][1], -1) for i in features])
-    if share.sum() == 0:
-        share += 1
-    counts = ((share / share.sum(0))[features].mean(1) * n).astype(int)
+    share[inner.varyingInds] = [variance for _, variance in inner.rounds[: inner.M]]
+    share += share.sum() == 0
+    counts = ((share / share.sum(0))[inner.varyingInds].mean(1) * n).astype(int)
     counts += counts % 2
     for i in range(len(counts)):
         counts[i] += 2 * np.sign(n - counts.sum())
