@@ -64,7 +64,7 @@ def is_shap(cls: type) -> bool:
 def adapter_of(explainer: Any, differentiation: Differentiation | None, model: Any) -> Any:
     """Make a SHAP explainer, or class of explainers, differentiable."""
     if isinstance(explainer, type):
-        return explainer if issubclass(explainer, ShapAdapter) else _class_for(explainer)
+        return explainer if issubclass(explainer, ShapAdapter) else _class_for(explainer)  # type: ignore[arg-type]  # classes are hashable
     if isinstance(explainer, ShapAdapter):
         if model is None and differentiation in (None, explainer.differentiation):
             return explainer

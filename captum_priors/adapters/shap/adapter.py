@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -220,7 +221,7 @@ def output_index(target: Target, n_examples: int, n_outputs: int) -> Tensor:
 
 def _plain(base: Tensor) -> Any:
     """Return a base value as SHAP holds it: a float, or an array of several."""
-    return numbers(base) if base.dim() else float(base)
+    return numbers(base) if base.dim() else float(base.detach())
 
 
 @functools.cache
@@ -258,15 +259,8 @@ def explanation(values: Tensor, base: Tensor, data: Any, names: Any = None, **ar
     if hasattr(data, "columns"):
         names, data = list(data.columns), data.to_numpy()
     if names is None and values.dim() - base.dim() == 1:
-        names = [
-            f"Feature {i}"
-            for i in range(values.shape[0 if data is not None and data.ndim == 1 else 1])
-        ]
-    made = imported().Explanation(
-        numbers(values),
-        base_values=_plain(base),
-        data=data.detach().cpu().numpy() if isinstance(data, Tensor) else data,
-        feature_names=None if names is None else list(names),
-        **arrays,
-    )
+        names = [f"Feature {i}" for i in range(values.shape[0 if np.ndim(data) == 1 else 1])]
+    data = data.detach().cpu().numpy() if isinstance(data, Tensor) else data
+    names, base_values = None if names is None else list(names), _plain(base)
+    made = imported().Explanation(numbers(values), base_values, data, feature_names=names, **arrays)
     return with_tensors(made, values, base)

@@ -17,8 +17,8 @@ from captum_priors.adapters.shap.model import (
     identity,
     imported,
     linearising_weights,
+    numbers,
     rows_at_once,
-    table,
     torch_link,
 )
 
@@ -105,8 +105,8 @@ class Coalitions:
 
     def _of_table(self, masks: np.ndarray) -> Tensor:
         """Mask a background table in torch: the inputs keep their graph, and no row is copied."""
-        background = self._model.convert(table(self.masker.data))
-        row = self._row[0] if isinstance(self._row[0], Tensor) else table(self._row[0])
+        background = self._model.convert(numbers(self.masker.data))
+        row = self._row[0] if isinstance(self._row[0], Tensor) else numbers(self._row[0])
         row, keep = self._model.convert(row), torch.as_tensor(masks, device=background.device)
         values = []
         for part in keep.split(max(1, rows_at_once(background.device) // len(background))):
@@ -149,13 +149,14 @@ class MaskerStandIn:
     def _invariants(self, *row: Any) -> np.ndarray:
         masker = self._game.masker
         if is_table(masker):
-            same = np.isclose(table(row[0]), table(masker.data))
+            same = np.isclose(numbers(row[0]), numbers(masker.data))
         else:
             same = masker.invariants(*row)
         found: np.ndarray = np.all(same, axis=0, keepdims=True)
         return found
 
     def __call__(self, mask: np.ndarray, *row: Any) -> tuple[Any, ...]:
+        """Mask one row, or (given which features to flip) several."""
         if np.issubdtype(mask.dtype, np.integer):
             asked = self._game.number(full_masks(mask, self._game.n_features))
             return (asked,), np.ones((len(asked), 1), dtype=bool)

@@ -26,7 +26,7 @@ from captum_priors._errors import expected_found
 from captum_priors._rows import take
 from captum_priors._types import Target
 from captum_priors.adapters.shap.adapter import output_index
-from captum_priors.adapters.shap.gradient import ModuleAdapter, Tensors
+from captum_priors.adapters.shap.gradient import ModuleAdapter, Tensors, captured, detached
 from captum_priors.adapters.shap.model import imported
 from captum_priors.engine import with_second_derivative
 
@@ -69,8 +69,8 @@ class DeepAdapter(ModuleAdapter):
         pairs = (len(inputs[0]), len(backgrounds[0]))
         xs = [x.repeat_interleave(pairs[1], 0) for x in inputs]
         bs = [b.repeat(pairs[0], *[1] * (b.dim() - 1)) for b in backgrounds]
-        record, found = _Record(self.model, self.layer), []
-        with torch.enable_grad():
+        record, found = _Record(self.model), []
+        with torch.enable_grad(), captured(self.layer) as reached:
             with record.first_pass():
                 both = self.model(*map(torch.cat, zip(xs, bs, strict=True)))
             explained = tuple(b.detach().requires_grad_(b.is_floating_point()) for b in bs)
@@ -78,7 +78,7 @@ class DeepAdapter(ModuleAdapter):
                 outputs = self.model(*explained)
             deltas = [x - b for x, b in zip(xs, bs, strict=True)]
             if self.layer is not None:
-                explained, deltas = record.reached, record.differences
+                explained, deltas = reached[-1], [_difference(a) for a in reached[0]]
             at_x, at_b, outputs = (o.reshape(*pairs, -1) for o in (*both.chunk(2), outputs))
             for target in targets:
                 index = output_index(target, pairs[0], outputs.shape[-1]).to(outputs.device)
@@ -93,9 +93,7 @@ class DeepAdapter(ModuleAdapter):
                 if checks:
                     _check_sum(x[:, 0] - b.mean(1) - sum(p.flatten(1).sum(1) for p in phi))
                 found.append(phi)
-        if torch.is_grad_enabled():
-            return found
-        return [tuple(p.detach() for p in phi) for phi in found]
+        return found if torch.is_grad_enabled() else list(map(detached, found))
 
 
 def _check_sum(missing: Tensor) -> None:
@@ -116,23 +114,16 @@ def _check_sum(missing: Tensor) -> None:
 class _Record:
     """Inputs and outputs of the nonlinear modules, call by call."""
 
-    def __init__(self, module: nn.Module, layer: nn.Module | None) -> None:
+    def __init__(self, module: nn.Module) -> None:
         handlers = imported("shap.explainers._deep.deep_pytorch").op_handler
         kinds = [name for name, h in handlers.items() if h.__name__ in ("nonlinear_1d", "maxpool")]
         self._leaves = [m for m in module.modules() if type(m).__name__ in kinds]
-        self._layer = layer
         self._seen: dict[nn.Module, list[Record]] = {leaf: [] for leaf in self._leaves}
-        self.reached: Tensors = ()
-        self.differences: list[Tensor] = []
 
     @contextmanager
-    def _hooks(self, before: Any, after: Any, at_layer: Any) -> Iterator[None]:
-        handles = []
-        if self._layer is not None:
-            handles.append(self._layer.register_forward_pre_hook(at_layer))
-        for leaf in self._leaves:
-            handles.append(leaf.register_forward_pre_hook(before))
-            handles.append(leaf.register_forward_hook(after))
+    def _hooks(self, before: Any, after: Any) -> Iterator[None]:
+        handles = [leaf.register_forward_pre_hook(before) for leaf in self._leaves]
+        handles += [leaf.register_forward_hook(after) for leaf in self._leaves]
         try:
             yield
         finally:
@@ -150,10 +141,7 @@ class _Record:
         def after(leaf: nn.Module, args: Any, output: Tensor) -> None:
             self._seen[leaf].append((inputs.pop(), output.clone()))
 
-        def at_layer(layer: nn.Module, args: Tensors) -> None:
-            self.differences = [_difference(a) for a in args]
-
-        return self._hooks(before, after, at_layer)
+        return self._hooks(before, after)
 
     def second_pass(self) -> Any:
         """Give each module the derivative that the rescale rule asks for."""
@@ -172,13 +160,7 @@ class _Record:
             change = _pooled if type(leaf).__name__ in _POOLS else _rescaled
             return output + change(leaf, record, x - x.detach())
 
-        def at_layer(layer: nn.Module, args: Tensors) -> Tensors:
-            self.reached = tuple(
-                a if a.requires_grad else a.detach().requires_grad_() for a in args
-            )
-            return self.reached
-
-        return self._hooks(before, after, at_layer)
+        return self._hooks(before, after)
 
 
 def _difference(both: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ Private: ``explainer`` and what it holds, ``model``, ``layer``, ``data``, ``mode
 ``multi_input``, ``local_smoothing``, ``input_handle`` (0.51.0).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -200,7 +201,7 @@ class GradientAdapter(ModuleAdapter):
                 (g.double() * f.double()).unflatten(0, (n_samples, -1)).mean(0)
                 for g, f in zip(gradients, factors, strict=True)
             )
-            parts.append(visit(part, some))
+            parts.append(visit(part if torch.is_grad_enabled() else detached(part), some))
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def _gradients(
@@ -213,7 +214,7 @@ class GradientAdapter(ModuleAdapter):
         pairs = [(a.expand_as(b), b) for a, b in zip(moved, references, strict=True)]
         points = tuple(_between(a.flatten(0, 1), b.flatten(0, 1), alphas) for a, b in pairs)
         if self.layer is not None:
-            return _at_layer(field, self.layer, points)
+            return self._at_layer(field, points)
         way = "double_backprop" if self.differentiation == "recompute" else self.differentiation
         return input_gradients(field, points, way), tuple((a - b).flatten(0, 1) for a, b in pairs)
 
@@ -231,10 +232,23 @@ class GradientAdapter(ModuleAdapter):
                 )
             )
         repeated = tuple(a.repeat(len(alphas), *[1] * (a.dim() - 1)) for a in x)
-        ends = [_at_layer(field, self.layer, p)[1] for p in (repeated, references)]
+        ends = [self._at_layer(field, p)[1] for p in (repeated, references)]
         points = tuple(_between(a, b, alphas) for a, b in zip(*ends, strict=True))
-        gradients = _at_layer(field, self.layer, repeated, points)[0]
+        gradients = self._at_layer(field, repeated, points)[0]
         return gradients, tuple(a - b for a, b in zip(*ends, strict=True))
+
+    def _at_layer(
+        self, field: Rows, points: Tensors, replaced: Tensors | None = None
+    ) -> tuple[Tensors, Tensors]:
+        """Gradients by the layer's inputs, and these."""
+        with torch.enable_grad(), captured(self.layer, replaced) as reached:
+            outputs = field(points)
+            return with_second_derivative(outputs.sum(), reached[-1]), reached[-1]
+
+
+def detached(tensors: Tensors) -> Tensors:
+    """Let go of graphs."""
+    return tuple(t.detach() for t in tensors)
 
 
 def _between(x: Tensor, b: Tensor, alphas: Tensor) -> Tensor:
@@ -242,10 +256,9 @@ def _between(x: Tensor, b: Tensor, alphas: Tensor) -> Tensor:
     return t * x + (1 - t) * b
 
 
-def _at_layer(
-    field: Rows, layer: nn.Module, points: Tensors, replaced: Tensors | None = None
-) -> tuple[Tensors, Tensors]:
-    """Gradients by the layer's inputs, and these; or with others in their place."""
+@contextmanager
+def captured(layer: nn.Module | None, replaced: Tensors | None = None) -> Iterator[list[Tensors]]:
+    """Collect a layer's inputs at each call, as points to differentiate by, or put in others."""
     reached: list[Tensors] = []
 
     def at_layer(_: nn.Module, args: Tensors) -> Tensors:
@@ -253,13 +266,9 @@ def _at_layer(
         reached.append(tuple(a if a.requires_grad else a.detach().requires_grad_() for a in given))
         return reached[-1]
 
-    with torch.enable_grad():
-        handle = layer.register_forward_pre_hook(at_layer)
-        try:
-            outputs = field(points)
-        finally:
+    handle = None if layer is None else layer.register_forward_pre_hook(at_layer)
+    try:
+        yield reached
+    finally:
+        if handle is not None:
             handle.remove()
-        gradients = with_second_derivative(outputs.sum(), reached[-1])
-    if torch.is_grad_enabled():
-        return gradients, reached[-1]
-    return tuple(g.detach() for g in gradients), tuple(h.detach() for h in reached[-1])

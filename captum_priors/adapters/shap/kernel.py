@@ -11,7 +11,7 @@ Private: what SHAP's run leaves on its explainer, ``varyingInds``, ``M``, ``nsam
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from captum_priors.adapters.shap.adapter import ShapAdapter, explanation, select
 from captum_priors.adapters.shap.model import (
     as_numbers,
     numbers,
-    table,
     torch_link,
     warn_of_truncation,
 )
@@ -33,7 +32,7 @@ class KernelAdapter(ShapAdapter):
 
     mechanism = "least squares of SHAP's run, solved on tensors"
     held_fixed = "sampled coalitions, selected features"
-    options = ("nsamples", "l1_reg", "silent", "gc_collect")
+    options: ClassVar[tuple[str, ...]] = ("nsamples", "l1_reg", "silent", "gc_collect")
 
     def _start(self) -> None:
         self._link = torch_link(self.explainer.link, clipped=True)
@@ -45,7 +44,8 @@ class KernelAdapter(ShapAdapter):
     def _null(self) -> Tensor:
         """Weighted mean of the outputs over the background, now."""
         outputs = self._torch(self.explainer.data.data)
-        return torch.tensordot(self._weights(outputs), outputs, dims=1)
+        null: Tensor = torch.tensordot(self._weights(outputs), outputs, dims=1)
+        return null
 
     def _weights(self, like: Tensor) -> Tensor:
         return torch.as_tensor(np.asarray(self.explainer.data.weights, dtype=float)).to(like)
@@ -87,7 +87,7 @@ class KernelAdapter(ShapAdapter):
             inner.model = type(inner.model)(model, inner.model.out_names)
             inner.fnull, inner.data = np.atleast_1d(numbers(null)), copy.copy(inner.data)
             if not hasattr(background, "toarray"):
-                inner.data.data = table(background)
+                inner.data.data = numbers(background)
             phi = self._run(inner, instance, given)
             values = torch.as_tensor(phi, device=null.device)
             if torch.is_grad_enabled():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors.adapters.shap.adapter import ShapAdapter, explanation
-from captum_priors.adapters.shap.model import as_array, table
+from captum_priors.adapters.shap.model import as_array, numbers
 
 
 class AdditiveAdapter(ShapAdapter):
@@ -32,11 +32,11 @@ class AdditiveAdapter(ShapAdapter):
     draws = ()
 
     def _sample(self) -> Sequence[Any]:
-        return [table(self.explainer.masker.data[:8])]
+        return [numbers(self.explainer.masker.data[:8])]
 
     def _phi(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Attributions ``(rows, features[, outputs])``, and the base value."""
-        background = torch.as_tensor(table(self.explainer.masker.data)).to(x)
+        background = torch.as_tensor(numbers(self.explainer.masker.data)).to(x)
         n = background.shape[1]
         alone = torch.diag_embed(torch.cat([background, x])).flatten(0, 1)
         outputs = self._torch(torch.cat([x.new_zeros(1, n), alone])).flatten()
@@ -49,7 +49,7 @@ class AdditiveAdapter(ShapAdapter):
 
     def _rows(self, rows: Any) -> Tensor:
         """Rows in double precision on the model's device, with the graph that they have."""
-        given = rows if isinstance(rows, Tensor) else torch.as_tensor(table(rows))
+        given = rows if isinstance(rows, Tensor) else torch.as_tensor(numbers(rows))
         return given.to(self._torch.convert(np.zeros(0)).device).double()
 
     def _explain(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
@@ -86,7 +86,7 @@ class LinearAdapter(AdditiveAdapter):
         found, data = getattr(self.explainer.masker, "mean", None), self.explainer.masker.data
         if found is None and isinstance(data, (dict, tuple)):
             found = data["mean"] if isinstance(data, dict) else data[0]
-        return (table(data).mean(0) if found is None else table(found)).reshape(-1)
+        return (numbers(data).mean(0) if found is None else numbers(found)).reshape(-1)
 
     def _phi(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean = torch.as_tensor(self._mean()).to(x)

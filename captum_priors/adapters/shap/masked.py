@@ -1,10 +1,10 @@
 r"""Exact, Permutation, Partition and Coalition: linear in the values of coalitions.
 
-These explainers of SHAP see a model only through :math:`v(S)`, and return :math:`\phi = W v`. SHAP's
-own code runs on two stand-ins: one for the masker, which answers a mask with the number of its
-coalition, and one for the model, which answers the number :math:`k` with :math:`[v_k, 2^{-300}
-e_k]`. All that SHAP does with answers is linear, and the tiny part decides no branch, so the further
-outputs of :math:`\phi` are :math:`2^{-300} W`.
+These explainers of SHAP see a model only through :math:`v(S)`, and return :math:`\phi = W v`.
+SHAP's own code runs on two stand-ins: one for the masker, which answers a mask with the number of
+its coalition, and one for the model, which answers the number :math:`k` with :math:`[v_k, 2^{-300}
+e_k]`. All that SHAP does with answers is linear, and the tiny part decides no branch, so the
+further outputs of :math:`\phi` are :math:`2^{-300} W`.
 """
 
 import copy
@@ -23,7 +23,6 @@ from captum_priors.adapters.shap.model import (
     as_numbers,
     imported,
     numbers,
-    table,
     torch_link,
     warn_of_truncation,
 )
@@ -54,7 +53,7 @@ class MaskedAdapter(ShapAdapter):
     def _sample(self) -> Sequence[Any] | None:
         if not is_table(self.masker):
             return None
-        rows = table(self.masker.data[:8])
+        rows = numbers(self.masker.data[:8])
         if getattr(self.masker, "output_dataframe", False):
             return [imported("pandas").DataFrame(rows, columns=self.masker.feature_names)]
         return [rows]
@@ -62,7 +61,7 @@ class MaskedAdapter(ShapAdapter):
     def _base(self) -> Tensor | None:
         if not is_table(self.masker):
             return None
-        return torch_link(self.explainer.link)(self._torch(table(self.masker.data)).mean(0))
+        return torch_link(self.explainer.link)(self._torch(self.masker.data).mean(0))
 
     def _explain(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
         rows: list[tuple[Tensor, Tensor]] = []
@@ -145,8 +144,11 @@ class MaskedAdapter(ShapAdapter):
         key, n = (repr(options), game.key()), len(game)
         if self._known is not None and self._known[0] == key:
             return self._known[1]
-        blocks = self._closed_form(game, options) or [weights[:, :n]]
-        width, start = _width(n, max(len(weights), game.n_features)), blocks[0].shape[1]
+        blocks = self._closed_form(game, options) or ([weights[:, :n]] if weights.size else [])
+        start, width = (
+            sum(b.shape[1] for b in blocks),
+            _width(n, max(len(weights), game.n_features)),
+        )
         blocks += [run(range(i, min(i + width, n)))[1] for i in range(start, n, width)]
         found = torch.cat([torch.as_tensor(b).to_sparse() for b in blocks], 1).coalesce()
         if self._repeats:

@@ -48,7 +48,7 @@ class TorchModel:
                 expected_found(
                     f"`model` of {name}",
                     "the torch model behind the function that SHAP holds",
-                    f"a {type(self.function).__name__}, whose answers have no graph",
+                    f"a {type(self.function).__name__} that takes and answers arrays",
                     "Write differentiable(explainer, model=net), with the module or a function of "
                     "tensors.",
                 )
@@ -71,7 +71,7 @@ class TorchModel:
 
     def _first_output(self, sample: Sequence[Any]) -> Any:
         tables = [a for a in map(as_array, sample) if a.dtype.kind in "fiubO"]
-        whole = bool(tables) and all((table(a) == np.round(table(a))).all() for a in tables)
+        whole = bool(tables) and all((a == np.round(a)).all() for a in map(numbers, tables))
         first: Exception | None = None
         with run_modules() as seen:
             for self._whole in (False, False, whole):  # a function shows its modules when it runs
@@ -102,7 +102,7 @@ class TorchModel:
         )
 
     def convert(self, argument: Any) -> Any:
-        """Make a tensor of numbers, as the model takes them; a copy, for SHAP reuses its buffers."""
+        """Make a tensor of numbers, as the model takes them; SHAP reuses its buffers."""
         like = torch.empty(0) if self._parameter is None else self._parameter
         if not isinstance(argument, Tensor):
             array = as_array(as_numbers(argument))
@@ -178,20 +178,14 @@ def as_numbers(rows: Any) -> Any:
         return rows
 
 
-def table(rows: Any) -> np.ndarray:
-    """Return a table of floats."""
-    found: np.ndarray = as_array(as_numbers(rows)).astype(float)
-    return found
-
-
 def numbers(output: Any) -> np.ndarray:
-    """Return outputs as SHAP has them, in double precision."""
+    """Return numbers of any kind as floats."""
     return np.asarray(as_array(output), dtype=float)
 
 
 def warn_of_truncation(rows: Any, background: Any) -> None:
     """Say that SHAP itself would not explain these rows, but their whole parts."""
-    found = table(rows)
+    found = numbers(rows)
     if as_array(background).dtype.kind in "iu" and (found != np.round(found)).any():
         warnings.warn(
             "SHAP writes rows into a copy of the background, which holds integers here, and cuts "
