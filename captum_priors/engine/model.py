@@ -265,7 +265,8 @@ def modules_of(*holders: Any) -> tuple[nn.Module, ...]:
     """Return the root modules that are plainly there.
 
     A module, a bound method's, a partial's, and those that an object has as attributes, or in its
-    ``forward_func``, ``model`` and the like. What another function hides shows when it runs: see :func:`run_modules`.
+    ``forward_func``, ``model`` and the like. What another function hides shows when it runs: see
+    :func:`run_modules`.
     """
     return plainly_in(holders)[0]
 
@@ -292,7 +293,7 @@ def plainly_in(holders: Sequence[Any]) -> tuple[tuple[nn.Module, ...], bool]:
             stack.append(holder.__self__)
         else:
             before = len(stack)
-            for name, inside in getattr(holder, "__dict__", {}).items():
+            for name, inside in reversed(getattr(holder, "__dict__", {}).items()):
                 if inside is not None and (name in _HOLDERS or isinstance(inside, nn.Module)):
                     stack.append(inside)
             if len(stack) == before:
