@@ -55,10 +55,10 @@ _SHARED = {"differentiation": "double_backprop", "reduction": "mean", "smooth": 
 
 
 def options_of(cls: Any) -> dict[str, Any]:
-    """The options of a class with their defaults; open keywords are those of all regularizers."""
+    """The options of a class with their defaults; open keywords are what regularizers share."""
     found: dict[str, Any] = {}
     for parameter in inspect.signature(cls).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
+        if parameter.kind is parameter.VAR_KEYWORD and parameter.name != "attribute_options":
             found = {**_SHARED, **found}
         elif parameter.default is not parameter.empty:
             found[parameter.name] = parameter.default

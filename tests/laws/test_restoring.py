@@ -40,7 +40,6 @@ class SetsItselfUp(nn.Module):
         if not hasattr(layer, "ran"):
             layer.ran = torch.zeros(2)
             layer.register_forward_hook(lambda _, args, output: output * 2)
-            layer.register_buffer("late", torch.ones(1))
         return self.inner(*args, **named)
 
     def __getattr__(self, name: str) -> Any:
@@ -55,7 +54,7 @@ class SetsItselfUp(nn.Module):
 
 def kept(layer: Any) -> bool:
     """Whether what the model set up is there, once, and nothing besides."""
-    return len(layer._forward_hooks) == 1 and hasattr(layer, "ran") and hasattr(layer, "late")
+    return len(layer._forward_hooks) == 1 and hasattr(layer, "ran")
 
 
 @every_leaf

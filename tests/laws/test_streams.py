@@ -118,9 +118,9 @@ def test_start_and_explainer_draw_apart_in_attacks(
 def test_two_priors_of_one_class_draw_apart(leaf: Leaf) -> None:
     model, x = leaf.model(), leaf.batch()
     first, second = leaf.make(model), leaf.make(model)
-    assert float(first(x, **leaf.call(x))) != float(second(x, **leaf.call(x)))
+    assert first(x, **leaf.call(x)).item() != second(x, **leaf.call(x)).item()
     both = 1.0 * leaf.make(model) + leaf.make(model)
-    values = [float(term(x, **leaf.call(x))) for term in both.terms]
+    values = [term(x, **leaf.call(x)).item() for term in both.terms]
     assert values[0] != values[1]
 
 
@@ -131,7 +131,7 @@ def test_building_again_after_reseeding_reproduces(leaf: Leaf) -> None:
     def run() -> list[float]:
         torch.manual_seed(11)
         priors = [leaf.make(model), Subsample(leaf.make(model), 0.5), Lazy(leaf.make(model), 1)]
-        return [float(p(x, **leaf.call(x))) for _ in range(2) for p in priors]
+        return [p(x, **leaf.call(x)).item() for _ in range(2) for p in priors]
 
     assert run() == run()
 
@@ -158,9 +158,9 @@ def test_looking_at_a_value_moves_nothing(leaf: Leaf, looking: str) -> None:
 
     def look() -> float:
         if looking == "eval":
-            return float(prior.eval()(x, **leaf.call(x)))
+            return prior.eval()(x, **leaf.call(x)).item()
         with torch.no_grad() if looking == "no_grad" else torch.inference_mode():
-            return float(prior(x, **leaf.call(x)))
+            return prior(x, **leaf.call(x)).item()
 
     state = repr(prior.state_dict())
     assert look() == look()
@@ -180,7 +180,7 @@ def test_looking_leaves_the_users_generator(looking: Any, stable: bool) -> None:
     )
     x, state = torch.randn(4, 5), generator.get_state().clone()
     with looking() if looking else torch.enable_grad():
-        values = [float((prior if looking else prior.eval())(x, target=0)) for _ in range(2)]
+        values = [(prior if looking else prior.eval())(x, target=0).item() for _ in range(2)]
     assert torch.equal(generator.get_state(), state)
     assert values[0] == values[1]
     prior.train()(x, target=0)

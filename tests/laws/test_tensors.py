@@ -153,7 +153,7 @@ def test_perturbations_in_place(several: bool, wrap: Any) -> None:
         values.append(prior(x, target=0))
         check()
     torch.testing.assert_close(values[1], values[0])
-    assert float(values[0]) > 0
+    assert values[0].item() > 0
 
 
 ATTACKS: dict[str, Callable[..., Any]] = {
