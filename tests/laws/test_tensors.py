@@ -188,16 +188,20 @@ def test_perturbing_leaves_the_inputs(leaf: Leaf) -> None:
     assert float((found - start).abs().max()) <= 0.2 * (1 + 1e-12)
 
 
+def saliency(model: nn.Module) -> Any:
+    return differentiable(ca.Saliency(model))
+
+
 def test_models_that_normalise_in_place_in_metrics() -> None:
     model, x = Normalises(net(), in_place=True), torch.randn(4, 5)
     twin = Normalises(model.inner, in_place=False)
     maps, y = torch.randn(4, 5), torch.tensor([0, 1, 2, 0])
     asks: list[Callable[[Any], Any]] = [
-        lambda m: local_lipschitz(ca.Saliency(m), x, radius=0.1, target=0, seed=1),
+        lambda m: local_lipschitz(saliency(m), x, radius=0.1, target=0, seed=1),
         lambda m: completeness_gap(m, x, maps, target=0),
         lambda m: completeness_gap(m, x, maps, background(), target=0, distribution=True),
         lambda m: manipulability_bound(m, x, x + 0.1, 0, form="path", n_steps=3),
-        lambda m: check_differentiable(differentiable(ca.Saliency(m)), x, target=0).passed,
+        lambda m: check_differentiable(saliency(m), x, target=0).passed,
         lambda m: [
             score.mean
             for score in stability_report(

@@ -6,8 +6,9 @@ import shap
 import torch
 from torch import Tensor, nn
 
-from captum_priors import ExpectedGradients, differentiable
+from captum_priors import ExpectedGradients, StabilityPrior, differentiable
 from captum_priors.attacks import RandomAttack, TopKAttack
+from captum_priors.distances import mse
 from captum_priors.stability import manipulability_bound
 from tests.laws.leaves import CAPTUM, FEATURES, GRADIENT_ROWS, REFUSALS, Leaf, every_leaf
 
@@ -55,6 +56,8 @@ def test_token_ids_in_explainers_of_shap(name: str) -> None:
 def test_token_ids_in_priors(leaf: Leaf) -> None:
     if leaf.name in ("LayerEG", "HINT", "RRR-CAM"):
         return  # they explain a layer, which may well be an embedding
+    if leaf.name.startswith("Stability"):
+        return  # the user's perturbation comes first
     ids = torch.randint(9, (4, FEATURES))
     with pytest.raises(REFUSALS, match="LayerExpectedGradients"):
         leaf.make(Tokens())(ids, **leaf.call(ids))
@@ -68,6 +71,7 @@ def test_token_ids_in_attacks_and_bounds() -> None:
         lambda: TopKAttack(ca.Saliency(model), 2, radius=0.1).perturb(ids, 0),
         lambda: RandomAttack(model, radius=0.1).perturb(ids),
         lambda: manipulability_bound(model, ids, ids, 0, form="path"),
+        lambda: StabilityPrior(ca.Saliency(model), mse, lambda x: x)(ids, target=0),
     ):
         with pytest.raises(REFUSALS, match="LayerExpectedGradients"):
             ask()
