@@ -337,12 +337,13 @@ def _by_name(what: str, given: Any, kind: str, fits: Callable[[Any], bool], exam
 def _subjects(explainers: Any, attacks: Any, control: str | None) -> list[_Subject]:
     both = isinstance(explainers, Mapping) and isinstance(attacks, Mapping)
     if not both or not explainers or set(explainers) != set(attacks):
-        found = [list(d) if isinstance(d, Mapping) else d for d in (explainers, attacks)]
+        given = (explainers, attacks)
+        found = [str(list(d)) if isinstance(d, Mapping) else type(d).__name__ for d in given]
         raise ValueError(
             expected_found(
                 "`explainers` and `attacks`",
                 "two dictionaries with the same names, at least one",
-                f"{found[0]!r} and {found[1]!r}",
+                " and ".join(found),
                 "Pass {'plain': Saliency(model)} and {'plain': {'noise': RandomAttack(...)}}.",
             )
         )
