@@ -6,23 +6,15 @@ import torch
 from torch import Tensor
 
 from captum_priors._captum import as_tuple
-from captum_priors._checks import check_count, check_inputs, check_target
-from captum_priors._engine._inference import leaves_inference_mode
-from captum_priors._engine._mismatch import names_mismatch
-from captum_priors._errors import expected_found
-from captum_priors._probe import (
-    Probe,
-    check_explainer,
-    check_options,
-    seed_from_global_state,
-    undisturbed,
-)
+from captum_priors._checks import check_count, check_inputs, check_target, positive
+from captum_priors._probe import Probe, check_explainer, check_options, seed_from_global_state
 from captum_priors._types import TensorOrTuple
+from captum_priors.engine import AttributionPass
+from captum_priors.engine.model import out_of_inference
+from captum_priors.engine.random import STREAMS
 from captum_priors.penalties.maths import joined, tensors_of
 
 
-@names_mismatch
-@leaves_inference_mode
 def local_lipschitz(
     explainer: Any,
     inputs: TensorOrTuple,
@@ -74,21 +66,23 @@ def local_lipschitz(
     check_explainer(explainer)
     check_options(explainer, attribute_options)
     check_inputs(inputs)
-    tensors = tuple(t.detach() for t in as_tuple(inputs))
-    check_target(target, tensors[0].shape[0])
+    n = as_tuple(inputs)[0].shape[0]
+    check_target(target, n)
     check_count("n_samples", n_samples)
     check_count("seed", seed, least=0, optional=True)
-    if isinstance(radius, bool) or not isinstance(radius, (int, float)) or not radius > 0:
-        raise ValueError(
-            expected_found("`radius`", "a positive number", repr(radius), "Pass for example 0.1.")
-        )
+    positive("radius", radius)
     seed = seed_from_global_state() if seed is None else seed
     given = {"target": target, "additional_forward_args": additional_forward_args}
-    with undisturbed(seed, explainer):
-        probe = Probe(explainer, inputs, {**attribute_options, **given})
+    explaining = AttributionPass(
+        explainer, seed=seed, streams=STREAMS, replayed=True, given={"inputs": inputs, **given}
+    )
+    with explaining:
+        tensors = tuple(t.detach() for t in out_of_inference(as_tuple(inputs)))
+        call = out_of_inference({**attribute_options, **given})
+        probe = Probe(explainer, inputs, call)
         noise = torch.Generator().manual_seed(seed)
         here = joined(tensors_of(probe(tensors, seed)))
-        largest = torch.zeros(tensors[0].shape[0], dtype=here.dtype, device=here.device)
+        largest = torch.zeros(n, dtype=here.dtype, device=here.device)
         for _ in range(n_samples):
             points = tuple(t + _uniform(t, radius, noise) for t in tensors)
             moved = (joined(tensors_of(probe(points, seed))) - here).norm(dim=1)

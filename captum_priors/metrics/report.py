@@ -9,10 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, like_inputs
-from captum_priors._checks import check_count, check_inputs
-from captum_priors._engine._first_order import check_points
-from captum_priors._engine._inference import leaves_inference_mode
-from captum_priors._engine._random import mixed
+from captum_priors._checks import check_count, check_floating, check_inputs, fraction
 from captum_priors._errors import expected_found, one_of
 from captum_priors._extras import extra
 from captum_priors._probe import (
@@ -24,9 +21,11 @@ from captum_priors._probe import (
     forward_func_of,
     outputs_of,
     predictions,
-    undisturbed,
 )
 from captum_priors.adapters import differentiable
+from captum_priors.engine import AttributionPass, derive
+from captum_priors.engine.model import out_of_inference
+from captum_priors.engine.random import STREAMS
 from captum_priors.metrics.maps import pearson, spearman, top_k_intersection
 from captum_priors.penalties.maths import Axes
 
@@ -150,7 +149,6 @@ class StabilityReport:
         return "\n".join(text)
 
 
-@leaves_inference_mode
 def stability_report(
     explainers: Mapping[str, Any],
     attacks: Mapping[str, Mapping[str, Any]],
@@ -214,10 +212,7 @@ def stability_report(
     one_of("target", target, ("predicted", "label"))
     check_count("k", k)
     check_count("seed", seed, least=0)
-    if not isinstance(confidence, float) or not 0 < confidence < 1:
-        raise ValueError(
-            expected_found("`confidence`", "a number in (0, 1)", repr(confidence), "Pass 0.95.")
-        )
+    fraction("confidence", confidence)
     scores: dict[str, Metric] = {
         f"top-{k}": lambda a, b: top_k_intersection(a, b, k, dim=dim),
         **_by_name("metrics", metrics, "functions", callable, "{'spearman': spearman}"),
@@ -232,7 +227,7 @@ def stability_report(
                 args=additional_forward_args,
                 by_label=target == "label",
                 scores=scores,
-                seed=mixed(seed, number),
+                seed=derive(seed, number),
             )
             for attack, each in columns.items():
                 if control is not None and attack != control:
@@ -262,6 +257,16 @@ class _Subject:
     model: Any
     attacks: Mapping[str, Any]
 
+    def _held(self, seed: int, inputs: Any) -> AttributionPass:
+        return AttributionPass(
+            self.model,
+            self.explainer,
+            seed=seed,
+            streams=STREAMS,
+            replayed=True,
+            given={"inputs": inputs},
+        )
+
     def attacked(
         self,
         inputs: Any,
@@ -274,19 +279,20 @@ class _Subject:
     ) -> dict[str, Scores]:
         """Score each attack on one batch."""
         inputs, labels = _moved(self.model, inputs, labels)
-        clean = as_tuple(inputs)
-        draws = mixed(seed, 1)  # others than those that an attack of ours ranks its points by
-        with undisturbed(seed, self.model, self.explainer):
+        draws = derive(seed, 1)  # others than those that an attack of ours ranks its points by
+        with self._held(seed, inputs):
+            inputs, labels, args = out_of_inference((inputs, labels, args))
+            clean = as_tuple(inputs)
             outputs = check_outputs(outputs_of(self.model, clean, args), clean[0].shape[0])
             target = labels if by_label else default_target(outputs, None)
             given = {"target": target, "additional_forward_args": args}
-            probe = Probe(self.explainer, inputs, {**self.options, **given})
+            probe = Probe(self.explainer, inputs, out_of_inference({**self.options, **given}))
             here = probe(clean, draws)
         # Not every perturbation takes what is None.
         given = {name: value for name, value in given.items() if value is not None}
         found: dict[str, Scores] = {}
         for name, attack in self.attacks.items():
-            with undisturbed(seed, self.model, self.explainer):
+            with self._held(seed, inputs):
                 moved = as_tuple(attack.perturb(inputs, **given))
                 after = outputs_of(self.model, moved, args)
                 there = probe(moved, draws)
@@ -408,7 +414,7 @@ def _batches(loader: Any, *, labelled: bool) -> Iterator[tuple[Any, Tensor | Non
             inputs, labels = batch
         inputs = tuple(inputs) if isinstance(inputs, list) else inputs
         check_inputs(inputs)
-        check_points(as_tuple(inputs))
+        check_floating(as_tuple(inputs))
         n = as_tuple(inputs)[0].shape[0]
         fits = isinstance(labels, Tensor) and labels.shape == (n,)
         if not fits and (labelled or labels is not None):
