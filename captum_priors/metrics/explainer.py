@@ -73,10 +73,7 @@ def local_lipschitz(
     positive("radius", radius)
     seed = seed_from_global_state() if seed is None else seed
     given = {"target": target, "additional_forward_args": additional_forward_args}
-    explaining = AttributionPass(
-        explainer, seed=seed, streams=STREAMS, replayed=True, given={"inputs": inputs, **given}
-    )
-    with explaining:
+    with held_still(explainer, seed=seed, given={"inputs": inputs, **given}):
         tensors = tuple(t.detach() for t in out_of_inference(as_tuple(inputs)))
         call = out_of_inference({**attribute_options, **given})
         probe = Probe(explainer, inputs, call)
@@ -95,3 +92,8 @@ def local_lipschitz(
 def _uniform(like: Tensor, radius: float, generator: torch.Generator) -> Tensor:
     draw = 2 * torch.rand(like.shape, generator=generator, dtype=torch.float64, device="cpu") - 1
     return radius * draw.to(like)
+
+
+def held_still(*explained: Any, seed: int, given: dict[str, Any]) -> AttributionPass:
+    """Return a pass whose global streams are its own, for maps that nothing is trained on."""
+    return AttributionPass(*explained, seed=seed, streams=STREAMS, replayed=True, given=given)

@@ -23,9 +23,9 @@ from captum_priors._probe import (
     predictions,
 )
 from captum_priors.adapters import differentiable
-from captum_priors.engine import AttributionPass, derive
+from captum_priors.engine import derive
 from captum_priors.engine.model import out_of_inference
-from captum_priors.engine.random import STREAMS
+from captum_priors.metrics.explainer import held_still
 from captum_priors.metrics.maps import pearson, spearman, top_k_intersection
 from captum_priors.penalties.maths import Axes
 
@@ -124,11 +124,7 @@ class StabilityReport:
         return found[0]
 
     def to_frame(self) -> Any:
-        """Return a ``pandas.DataFrame``: a line for each score of each row, with mean, ends and n.
-
-        Raises:
-            ImportError: Without pandas.
-        """
+        """Return a ``pandas.DataFrame`` (extra ``metrics``): a line for each score of each row."""
         lines = [
             {"explainer": r.explainer, "attack": r.attack, "score": name, **vars(score)}
             for r in self.rows
@@ -257,16 +253,6 @@ class _Subject:
     model: Any
     attacks: Mapping[str, Any]
 
-    def _held(self, seed: int, inputs: Any) -> AttributionPass:
-        return AttributionPass(
-            self.model,
-            self.explainer,
-            seed=seed,
-            streams=STREAMS,
-            replayed=True,
-            given={"inputs": inputs},
-        )
-
     def attacked(
         self,
         inputs: Any,
@@ -279,8 +265,9 @@ class _Subject:
     ) -> dict[str, Scores]:
         """Score each attack on one batch."""
         inputs, labels = _moved(self.model, inputs, labels)
+        still = (self.model, self.explainer)
         draws = derive(seed, 1)  # others than those that an attack of ours ranks its points by
-        with self._held(seed, inputs):
+        with held_still(*still, seed=seed, given={"inputs": inputs}):
             inputs, labels, args = out_of_inference((inputs, labels, args))
             clean = as_tuple(inputs)
             outputs = check_outputs(outputs_of(self.model, clean, args), clean[0].shape[0])
@@ -292,7 +279,7 @@ class _Subject:
         given = {name: value for name, value in given.items() if value is not None}
         found: dict[str, Scores] = {}
         for name, attack in self.attacks.items():
-            with self._held(seed, inputs):
+            with held_still(*still, seed=seed, given={"inputs": inputs}):
                 moved = as_tuple(attack.perturb(inputs, **given))
                 after = outputs_of(self.model, moved, args)
                 there = probe(moved, draws)
