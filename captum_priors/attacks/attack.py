@@ -31,7 +31,7 @@ from captum_priors._probe import (
 )
 from captum_priors._types import TensorOrTuple
 from captum_priors.adapters import differentiable
-from captum_priors.attacks.ball import Ball, Norm, ascend, balls, draw, positive
+from captum_priors.attacks.ball import Ball, Norm, ascend, balls, draw, for_each, positive
 
 Tensors = tuple[Tensor, ...]
 SamePrediction = Callable[[Tensor, Tensor], Tensor]
@@ -131,7 +131,9 @@ class BoundedPerturbation(Perturbation, ABC):
         bounds = (self.lower_bound, self.upper_bound)
         region = balls(tensors, self.radius, self.norm, *bounds, annotation)
         seed = seed_from_global_state() if self.seed is None else self.seed
-        call = {"additional_forward_args": additional_forward_args, "baselines": baselines}
+        call = {"additional_forward_args": additional_forward_args}
+        if baselines is not None:
+            call["baselines"] = baselines
         with undisturbed(seed, self.forward_func, self.explainer), torch.enable_grad():
             batch = Batch(self, inputs, region, target, call, seed, show_progress)
             best = batch.clean
@@ -344,9 +346,9 @@ class AttributionAttack(BoundedPerturbation):
         return float(first * (last / first) ** (step / max(1, self.step_num - 1)))
 
     def _visits(self, batch: Batch) -> Iterator[Tensors]:
-        sizes = self.step_size
-        if sizes is None:
-            sizes = tuple(5 / self.step_num * ball.radius for ball in batch.region)
+        default = tuple(5 / self.step_num * ball.radius for ball in batch.region)
+        given = default if self.step_size is None else self.step_size
+        sizes = for_each("step_size", given, len(batch.region))
         steps = range(self.n_restarts * self.step_num)
         bar = {"desc": type(self).__name__, "disable": not batch.show_progress}
         points = batch.clean

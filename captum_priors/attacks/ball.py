@@ -114,10 +114,12 @@ def draw(
 
 
 def ascend(
-    region: Sequence[Ball], points: Sequence[Tensor], gradients: Sequence[Tensor], step_size: Any
+    region: Sequence[Ball],
+    points: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    sizes: Sequence[float],
 ) -> tuple[Tensor, ...]:
-    """Take one step in each ball; a tuple has one length for each."""
-    sizes = for_each("step_size", step_size, len(region))
+    """Take one step of its size in each ball."""
     return tuple(
         ball.step(p.detach(), g, size)
         for ball, p, g, size in zip(region, points, gradients, sizes, strict=True)
