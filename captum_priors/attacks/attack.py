@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,12 +9,14 @@ from captum.robust import Perturbation
 from torch import Tensor
 
 from captum_priors._captum import as_tuple, forward_args, like_inputs, progress, run_forward
-from captum_priors._checks import check_count, check_inputs, check_target
-from captum_priors._engine._first_order import check_points
-from captum_priors._engine._inference import leaves_inference_mode
-from captum_priors._engine._mismatch import names_mismatch
-from captum_priors._engine._random import mixed
-from captum_priors._engine._smooth import check_beta, relu_as_softplus
+from captum_priors._checks import (
+    check_count,
+    check_floating,
+    check_inputs,
+    check_target,
+    nonnegative,
+    positive,
+)
 from captum_priors._errors import NotDifferentiableError, expected_found, one_of
 from captum_priors._importance import check_spatial_dims
 from captum_priors._probe import (
@@ -27,11 +28,13 @@ from captum_priors._probe import (
     forward_func_of,
     predictions,
     seed_from_global_state,
-    undisturbed,
 )
 from captum_priors._types import TensorOrTuple
 from captum_priors.adapters import differentiable
-from captum_priors.attacks.ball import Ball, Norm, ascend, balls, draw, for_each, positive
+from captum_priors.attacks.ball import Norm, ascend, balls, draw, for_each
+from captum_priors.engine import AttributionPass, derive
+from captum_priors.engine.model import out_of_inference
+from captum_priors.engine.random import STREAMS
 
 Tensors = tuple[Tensor, ...]
 SamePrediction = Callable[[Tensor, Tensor], Tensor]
@@ -92,8 +95,6 @@ class BoundedPerturbation(Perturbation, ABC):
     def _rank(self, batch: "Batch", points: Tensors) -> Tensor:
         """Rank points, shape ``(batch,)``; nothing is better than infinity."""
 
-    @names_mismatch
-    @leaves_inference_mode
     def perturb(
         self,
         inputs: TensorOrTuple,
@@ -125,17 +126,20 @@ class BoundedPerturbation(Perturbation, ABC):
             ValueError: If inputs leave the bounds, or shapes do not match.
         """
         check_inputs(inputs)
-        tensors = as_tuple(inputs)
-        check_points(tensors)
-        check_target(target, len(tensors[0]))
-        bounds = (self.lower_bound, self.upper_bound)
-        region = balls(tensors, self.radius, self.norm, *bounds, annotation)
-        seed = seed_from_global_state() if self.seed is None else self.seed
-        call = {"additional_forward_args": additional_forward_args}
-        if baselines is not None:
-            call["baselines"] = baselines
-        with undisturbed(seed, self.forward_func, self.explainer), torch.enable_grad():
-            batch = Batch(self, inputs, region, target, call, seed, show_progress)
+        check_floating(as_tuple(inputs))
+        check_target(target, len(as_tuple(inputs)[0]))
+        call = {"inputs": inputs, "target": target, "baselines": baselines}
+        explaining = AttributionPass(
+            *(each for each in (self.explainer, self.forward_func) if each is not None),
+            seed=seed_from_global_state() if self.seed is None else self.seed,
+            streams=STREAMS,
+            replayed=True,
+            exact=getattr(self.explainer, "differentiation", None) != "finite_difference",
+            given=call,
+        )
+        with explaining, torch.enable_grad():
+            call = {**call, "additional_forward_args": additional_forward_args}
+            batch = Batch(self, out_of_inference(call), annotation, explaining, show_progress)
             best = batch.clean
             highest = self._rank(batch, best)
             for points in self._visits(batch):
@@ -163,46 +167,44 @@ class BoundedPerturbation(Perturbation, ABC):
 class Batch:
     """One call: the clean batch, and the model and the explainer as functions of points.
 
-    Both are given copies, which they may change. Points are drawn from a stream of their own.
+    Both are given copies, which they may change; points are drawn from a stream of their own.
     """
 
     def __init__(
         self,
         attack: BoundedPerturbation,
-        inputs: TensorOrTuple,
-        region: tuple[Ball, ...],
-        target: Any,
         call: dict[str, Any],
-        seed: int,
+        annotation: Any,
+        explaining: AttributionPass,
         show_progress: bool,
     ) -> None:
-        self.region, self.seed, self.show_progress = region, seed, show_progress
-        self.clean = tuple(ball.centre for ball in region)
-        self.n = self.clean[0].shape[0]
-        self.generator = torch.Generator(self.clean[0].device).manual_seed(seed)
+        inputs, self.show_progress = call.pop("inputs"), show_progress
+        bounds = (attack.lower_bound, attack.upper_bound)
+        self.region = balls(as_tuple(inputs), attack.radius, attack.norm, *bounds, annotation)
+        self.clean = tuple(ball.centre for ball in self.region)
+        self.n, self.seed = len(self.clean[0]), explaining.seeded
+        self.generator = torch.Generator(self.clean[0].device).manual_seed(self.seed)
         self._forward_func, self._args = attack.forward_func, call["additional_forward_args"]
-        by_default = target is None and None not in (attack.explainer, attack.forward_func)
-        if attack.keep_prediction or attack.output_weight or by_default:
+        needed = attack.keep_prediction or attack.output_weight
+        by_default = call["target"] is None and attack.explainer is not None
+        if needed or (by_default and self._forward_func is not None):
             self.clean_outputs = self.outputs(self.clean)
-            target = default_target(self.clean_outputs, target)
+            call["target"] = default_target(self.clean_outputs, call["target"])
         if attack.explainer is not None:
-            call = {**attack.attribute_options, **call, "target": target}
-            self._probe = Probe(attack.explainer, inputs, call)
+            given = {name: value for name, value in call.items() if value is not None}
+            self._probe = Probe(attack.explainer, inputs, {**attack.attribute_options, **given})
             self.clean_maps = self.maps(self.clean)
 
     def outputs(self, points: Tensors, *, graph: bool = False) -> Tensor:
         """Return all outputs of the model."""
         with torch.set_grad_enabled(graph):
-            found = run_forward(self._forward_func, _copies(points), None, forward_args(self._args))
+            found = run_forward(self._forward_func, points, None, forward_args(self._args))
         return check_outputs(found, points[0].shape[0])
 
     def maps(self, points: Tensors, draws: int = 0, *, graph: bool = False) -> Tensors:
         """Return the attributions; what the explainer draws is the same for the same number."""
-        return self._probe(_copies(points), mixed(self.seed, draws), graph=graph)
-
-
-def _copies(points: Tensors) -> Tensors:
-    return tuple(p.clone() for p in points)
+        copies = tuple(p.clone() for p in points)
+        return self._probe(copies, derive(self.seed, draws), graph=graph)
 
 
 def one_each(what: str, values: Any, n: int) -> Tensor:
@@ -304,7 +306,7 @@ class AttributionAttack(BoundedPerturbation):
         **attribute_options: Any,
     ) -> None:
         check_explainer(explainer)
-        self.output_weight = positive("output_weight", output_weight) if output_weight != 0 else 0.0
+        self.output_weight = nonnegative("output_weight", output_weight)
         model = forward_func_of(explainer) if forward_func is None else forward_func
         super().__init__(model, radius, norm, (lower_bound, upper_bound), keep_prediction, seed)
         check_count("step_num", step_num)
@@ -322,7 +324,7 @@ class AttributionAttack(BoundedPerturbation):
                 )
             )
         for i, beta in enumerate(betas or ()):
-            check_beta(f"betas[{i}]", beta)
+            positive(f"betas[{i}]", beta)
         check_spatial_dims(spatial_dims)
         self.explainer = differentiable(explainer)
         check_options(self.explainer, attribute_options)
@@ -372,7 +374,7 @@ class AttributionAttack(BoundedPerturbation):
         """Differentiate the objective in the i-th step; None if no point changes the maps."""
         points = tuple(p.detach().requires_grad_() for p in points)
         beta = self.steepness(i % self.step_num)
-        with relu_as_softplus(beta) if beta is not None else nullcontext():
+        with AttributionPass(self.explainer, smooth=beta, holds=False, exact=False):
             maps = batch.maps(points, i + 1, graph=True)
             objective = self.objective(maps, batch.clean_maps)
             total = one_each(f"objective of {type(self).__name__}", objective, batch.n).sum()

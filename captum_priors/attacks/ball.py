@@ -202,17 +202,3 @@ def broadcast(name: str, value: Any, like: Tensor) -> Tensor:
                 "Values for each channel have shape (channels, 1, 1).",
             )
         ) from error
-
-
-def positive(name: str, value: Any) -> float:
-    """Require a positive finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < torch.inf:
-        raise ValueError(
-            expected_found(
-                f"`{name}`",
-                "a positive finite number",
-                repr(value),
-                f"Pass for example {name}=0.1.",
-            )
-        )
-    return float(value)
