@@ -31,7 +31,7 @@ from captum_priors._probe import (
 )
 from captum_priors._types import TensorOrTuple
 from captum_priors.adapters import differentiable
-from captum_priors.attacks.ball import Norm, ascend, balls, draw, for_each
+from captum_priors.attacks.ball import Norm, ascend, balls, check_sizes, draw, for_each
 from captum_priors.engine import AttributionPass, derive
 from captum_priors.engine.model import out_of_inference
 from captum_priors.engine.random import STREAMS
@@ -62,8 +62,7 @@ class BoundedPerturbation(Perturbation, ABC):
     ) -> None:
         super().__init__()
         one_of("norm", norm, ("Linf", "L2"))
-        for each in radius if isinstance(radius, tuple) else (radius,):
-            positive("radius", each)
+        check_sizes("radius", radius)
         if not isinstance(keep_prediction, bool) and not callable(keep_prediction):
             raise TypeError(
                 expected_found(
@@ -312,8 +311,7 @@ class AttributionAttack(BoundedPerturbation):
         check_count("step_num", step_num)
         check_count("n_restarts", n_restarts)
         if step_size is not None:
-            for size in step_size if isinstance(step_size, tuple) else (step_size,):
-                positive("step_size", size)
+            check_sizes("step_size", step_size)
         if betas is not None and (not isinstance(betas, (tuple, list)) or len(betas) != 2):
             raise ValueError(
                 expected_found(

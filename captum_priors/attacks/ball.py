@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from captum_priors._checks import positive
 from captum_priors._errors import expected_found
 
 Norm = Literal["Linf", "L2"]
@@ -104,6 +105,13 @@ def balls(
         _ball(name, x.detach().clone(), norm, *each)
         for name, x, each in zip(names, inputs, options, strict=True)
     )
+
+
+def check_sizes(name: str, value: Any) -> Any:
+    """Require a positive finite number, or a tuple with one for each input, and return it."""
+    for each in value if isinstance(value, tuple) else (value,):
+        positive(name, each)
+    return value
 
 
 def draw(
