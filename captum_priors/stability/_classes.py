@@ -8,10 +8,20 @@ from captum_priors._errors import expected_found
 from captum_priors.stability._regularizer import Call
 
 
-def labels_of(call: Call) -> Tensor:
-    """Return one class label for each example, on the inputs' device."""
-    target = torch.as_tensor(call.target, device=call.inputs[0].device)
-    return target.flatten().expand(call.n).long()
+def labels_of(call: Call, logits: Tensor) -> Tensor:
+    """Return the class label of each row; those of the batch repeat."""
+    labels = torch.as_tensor(call.target, device=logits.device).flatten().expand(call.n).long()
+    least, highest = int(labels.min()), int(labels.max())
+    if highest >= logits.shape[1] or least < 0:
+        raise ValueError(
+            expected_found(
+                "`target`",
+                f"labels below the {logits.shape[1]} classes of the outputs",
+                f"labels from {least} to {highest}",
+                "Check which output of the model this is.",
+            )
+        )
+    return labels.repeat(len(logits) // call.n)
 
 
 def logits_of(outputs: Tensor) -> Tensor:
@@ -24,15 +34,4 @@ def logits_of(outputs: Tensor) -> Tensor:
 def cross_entropies(call: Call, points: tuple[Tensor, ...]) -> Tensor:
     """Cross entropy of each row, whose labels repeat those of the batch."""
     logits = logits_of(call.outputs(points))
-    labels = labels_of(call).repeat(len(logits) // call.n)
-    highest = int(labels.max())
-    if highest >= logits.shape[1] or int(labels.min()) < 0:
-        raise ValueError(
-            expected_found(
-                "`target`",
-                f"labels below the {logits.shape[1]} classes of the outputs",
-                f"labels from {int(labels.min())} to {highest}",
-                "Check which output of the model this is.",
-            )
-        )
-    return F.cross_entropy(logits, labels, reduction="none")
+    return F.cross_entropy(logits, labels_of(call, logits), reduction="none")
