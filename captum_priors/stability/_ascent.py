@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_priors._checks import check_count
-from captum_priors.engine.gradients import differentiate
+from captum_priors._checks import check_count, positive
 from captum_priors._errors import expected_found
-from captum_priors.stability._regularizer import Tensors, check_number
+from captum_priors.engine.gradients import differentiate
+from captum_priors.stability.base import Tensors
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Ascent:
     bounds: tuple[float, float] | None
 
     def __post_init__(self) -> None:
-        check_number("radius", self.radius)
-        check_number("step_size", self.step_size)
+        positive("radius", self.radius)
+        positive("step_size", self.step_size)
         check_count("n_iter", self.n_iter)
         bounds = self.bounds
         if bounds is not None and not (len(bounds) == 2 and bounds[0] < bounds[1]):

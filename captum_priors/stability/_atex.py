@@ -2,8 +2,8 @@
 
 import copy
 import inspect
-from dataclasses import replace
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,19 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from captum_priors._captum import as_tuple, like_inputs
-from captum_priors._checks import check_count
-from captum_priors.engine import input_gradients
+from captum_priors._captum import as_tuple, forward_args, like_inputs
+from captum_priors._checks import check_count, positive
 from captum_priors._errors import expected_found
+from captum_priors._rows import Rows
 from captum_priors._types import TensorOrTuple
-from captum_priors.priors.base import Reduction
-from captum_priors.stability._classes import logits_of
-from captum_priors.stability._regularizer import (
-    Call,
+from captum_priors.engine import input_gradients
+from captum_priors.priors.base import Call, Reduction
+from captum_priors.stability.base import (
     Regularizer,
     Tensors,
-    check_number,
     flat_rows,
+    logits_of,
     repeated,
 )
 
@@ -108,9 +107,9 @@ class ATEX(Regularizer):
         **attribute_options: Any,
     ) -> None:
         super().__init__(model, reduction=reduction, smooth=smooth)
-        self.radius = check_number("radius", radius)
-        self.temperature = check_number("temperature", temperature)
-        self.student_temperature = check_number("student_temperature", student_temperature)
+        self.radius = positive("radius", radius)
+        self.temperature = positive("temperature", temperature)
+        self.student_temperature = positive("student_temperature", student_temperature)
         check_count("n_samples", n_samples)
         self.n_samples = n_samples
         if positions is None:
@@ -266,14 +265,15 @@ class SmoothGrad:
     ) -> TensorOrTuple:
         """Return the smoothed signed gradients."""
         tensors = as_tuple(inputs)
-        call = Call(self.forward_func, tensors, target, additional_forward_args or ())
+        n = tensors[0].shape[0]
+        rows = Rows(self.forward_func, target, forward_args(additional_forward_args), n)
         noisy = tuple(
             x.detach() + self.stdev * torch.randn_like(x) for x in repeated(tensors, self.n_samples)
         )
         if self.clamp:
             noisy = tuple(x.clamp(0, 255) for x in noisy)
-        gradients = input_gradients(call.output, noisy)
-        means = tuple(g.reshape(self.n_samples, call.n, *g.shape[1:]).mean(0) for g in gradients)
+        gradients = input_gradients(rows, noisy)
+        means = tuple(g.reshape(self.n_samples, n, *g.shape[1:]).mean(0) for g in gradients)
         return like_inputs(inputs, means)
 
 

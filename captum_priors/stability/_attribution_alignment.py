@@ -8,17 +8,17 @@ from torch import Tensor
 
 from captum_priors._captum import like_inputs
 from captum_priors._checks import check_count
-from captum_priors.engine import input_gradients
 from captum_priors._lift import cosine_distance
-from captum_priors._types import Differentiation, TensorOrTuple
-from captum_priors.priors.base import Reduction
+from captum_priors._types import TensorOrTuple
+from captum_priors.engine import input_gradients
+from captum_priors.priors.base import Call, Reduction
 from captum_priors.stability._ascent import Ascent
-from captum_priors.stability._classes import labels_of, logits_of
-from captum_priors.stability._regularizer import (
-    Call,
+from captum_priors.stability.base import (
     GradientRegularizer,
     Tensors,
+    Way,
     flat_rows,
+    logits_and_labels,
 )
 
 
@@ -69,7 +69,7 @@ class AttributionAlignment(GradientRegularizer):
         n_iter: int = 3,
         top_k: int = 1000,
         bounds: tuple[float, float] | None = None,
-        differentiation: Differentiation = "double_backprop",
+        differentiation: Way = "double_backprop",
         reduction: Reduction = "mean",
         smooth: float | None = 50.0,
     ) -> None:
@@ -139,7 +139,6 @@ class AttributionAlignment(GradientRegularizer):
 
 def _logits_and_mask(call: Call, points: Tensors) -> tuple[Tensor, Tensor]:
     """Logits, and where the true class is."""
-    logits = logits_of(call.outputs(points))
-    labels = labels_of(call).repeat(len(logits) // call.n)
+    logits, labels = logits_and_labels(call, points)
     classes = torch.arange(logits.shape[1], device=logits.device)
     return logits, classes == labels.unsqueeze(1)

@@ -5,18 +5,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from captum_priors._checks import check_count
-from captum_priors.engine import input_gradients
+from captum_priors._checks import check_count, positive
 from captum_priors._errors import one_of
-from captum_priors._types import Differentiation
-from captum_priors.priors.base import Reduction
+from captum_priors.engine import input_gradients
+from captum_priors.priors.base import Call, Reduction
 from captum_priors.stability._ascent import Ascent
-from captum_priors.stability._classes import cross_entropies
-from captum_priors.stability._regularizer import (
-    Call,
+from captum_priors.stability.base import (
     GradientRegularizer,
     Tensors,
-    check_number,
+    Way,
+    cross_entropies,
     flat_rows,
 )
 
@@ -76,7 +74,7 @@ class RobustAttribution(GradientRegularizer):
         attack_steps: int = 10,
         weight: float = 0.1,
         bounds: tuple[float, float] | None = None,
-        differentiation: Differentiation = "double_backprop",
+        differentiation: Way = "double_backprop",
         reduction: Reduction = "mean",
         smooth: float | None = None,
     ) -> None:
@@ -85,11 +83,13 @@ class RobustAttribution(GradientRegularizer):
         )
         one_of("objective", objective, ("ig_norm", "ig_sum_norm"))
         self.objective: Objective = objective
+        # The cross entropy of IG-SUM-NORM comes from an ordinary forward pass.
+        self.replayed = self.replayed and objective == "ig_norm"
         self.ascent = Ascent(radius, step_size, n_iter, bounds)
         check_count("n_steps", n_steps)
         check_count("attack_steps", attack_steps)
         self.n_steps, self.attack_steps = n_steps, attack_steps
-        self.weight = check_number("weight", weight)
+        self.weight = positive("weight", weight)
 
     labels = True
 
@@ -100,10 +100,6 @@ class RobustAttribution(GradientRegularizer):
             lambda points: self._objective(call, points, self.attack_steps),
         )
         return self._objective(call, worst, self.n_steps)
-
-    def _holds_again(self) -> bool:
-        # The cross entropy of IG-SUM-NORM comes from an ordinary forward pass.
-        return super()._holds_again() and self.objective == "ig_norm"
 
     def _objective(self, call: Call, points: Tensors, n_steps: int) -> Tensor:
         size = flat_rows(self._integrated(call, points, n_steps)).abs().sum(1)

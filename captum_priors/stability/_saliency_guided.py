@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_priors.engine import input_gradients
 from captum_priors._errors import expected_found
-from captum_priors.priors.base import Reduction
-from captum_priors.stability._classes import logits_of
-from captum_priors.stability._regularizer import Call, Regularizer, Tensors, flat_rows
+from captum_priors.engine import input_gradients
+from captum_priors.priors.base import Call, Reduction
+from captum_priors.stability.base import Regularizer, Tensors, flat_rows, logits_of
 
 
 class SaliencyGuided(Regularizer):
