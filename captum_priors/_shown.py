@@ -47,8 +47,8 @@ def shown_options(thing: Any, skip: Sequence[str] = ()) -> list[str]:
 
 def shown_value(value: Any) -> str:
     """Value as it would be written, without addresses: another process has others."""
-    if isinstance(value, Tensor):
-        return f"tensor{tuple(value.shape)}"
+    if isinstance(value, Tensor) or value is ...:
+        return "..."
     if isinstance(value, tuple):
         inside = ", ".join(map(shown_value, value))
         return f"({inside},)" if len(value) == 1 else f"({inside})"

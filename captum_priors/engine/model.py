@@ -95,6 +95,7 @@ class AttributionPass:
         self.exact = exact
         self.holds = holds
         self.left_inference = False
+        self.judged = False  # whether examples that influence each other have been looked for
         self.modules: set[nn.Module] = set()
         self.seeded = 0 if seed is None else seed
         self._seeds, self._replayed, self._given = seed is not None, replayed, given or {}

@@ -133,8 +133,9 @@ def fitted(attributions: Tensor, annotation: Any, *, mask: bool) -> Tensor:
                 "`annotation`",
                 f"one for each of the {shape[0]} examples, shape {shape}{without}",
                 str(tuple(annotation.shape)),
-                "Give what is the same for all examples, channels or places a dimension of size 1 "
-                "with unsqueeze, or resize the annotation.",
+                "Give what is the same for all channels or places a dimension of size 1 with "
+                "unsqueeze, or resize the annotation; what is the same for all examples is passed "
+                "to a prior as captum_priors.shared(...).",
             )
         )
     return given.to(attributions.dtype)
