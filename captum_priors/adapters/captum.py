@@ -9,14 +9,13 @@ import torch
 from captum.attr import GradientAttribution, LayerAttribution, NoiseTunnel
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, compute_gradients, like_inputs, log_usage
+from captum_priors._captum import as_tuple, compute_gradients, like_inputs
 from captum_priors._checks import check_target, check_tensors
-from captum_priors._engine._first_order import check_points, marks_start
-from captum_priors._engine._inference import leaves_inference_mode
-from captum_priors._engine._mismatch import names_mismatch
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
 from captum_priors.attr import ExpectedGradients
+from captum_priors.engine import attribution_call
+from captum_priors.engine.gradients import integers_given
 
 ADAPTERS: dict[type, type["CaptumAdapter"]] = {}
 """The adapter of each class, by its exact type: a subclass may override the very step that keeps
@@ -94,7 +93,7 @@ class CaptumAdapter:
         attribute.__doc__ = f"As :meth:`captum.attr.{cls._stock.__name__}.attribute`."
         attribute.__signature__ = stock  # type: ignore[attr-defined]  # what inspect reads
         attribute.__qualname__ = f"{cls.__name__}.attribute"
-        cls.attribute = log_usage()(names_mismatch(leaves_inference_mode(marks_start(attribute))))  # type: ignore[attr-defined]  # Captum's name
+        cls.attribute = attribution_call(attribute)  # type: ignore[attr-defined]  # Captum's name
 
     def _check(self) -> None:
         """Refuse what is set on the explainer and would not be honoured with a graph."""
@@ -117,7 +116,9 @@ class CaptumAdapter:
         if tensors[0].dim() > 0:
             check_target(given.get("target"), tensors[0].shape[0])
         if isinstance(self, GradientAttribution) and not isinstance(self, LayerAttribution):
-            check_points(tensors)
+            for i, tensor in enumerate(tensors):
+                if not tensor.is_floating_point():
+                    raise integers_given(i, tensor)
         if not isinstance(self, NoiseTunnel):  # what it averages checks the rows that it gets
             _check_baselines(given.get("baselines"), tensors, drawn=self.draws_baselines)
         return tensors

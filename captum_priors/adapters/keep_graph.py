@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from captum_priors._captum import output_error
-from captum_priors._engine._first_order import with_second_derivative
 from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors.engine import with_second_derivative
 
 _CAPTUM = ("captum.attr", "captum._utils")
 # Frames between a caller and this mode that only pass a call on. A module of torch's is not among

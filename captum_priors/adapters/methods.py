@@ -10,13 +10,13 @@ import torch
 from captum.attr import LayerFeaturePermutation, NoiseTunnel
 from torch import Tensor, nn
 
-from captum_priors._captum import as_tuple, run_repeated
-from captum_priors._engine import Visit, recompute
-from captum_priors._engine._modules import submodules_of
+from captum_priors._captum import as_tuple
 from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._rows import Rows
 from captum_priors.adapters.captum import CaptumAdapter, adapted
 from captum_priors.adapters.keep_graph import KeepGraph
 from captum_priors.adapters.modules import path_of, put_back, warn_once, watched
+from captum_priors.engine import Visit, recompute, submodules_of
 
 
 class ModeAdapter(CaptumAdapter):
@@ -62,8 +62,15 @@ class ModeAdapter(CaptumAdapter):
         return _unflatten(shape[0], iter(values))
 
     def _without_graph(self, given: dict[str, Any]) -> Any:
-        with self._put_back() if self._marks else nullcontext():
-            return self._run_stock(**given)
+        # Without gradients torch runs encoders on a path that computes another function where there
+        # is a padding mask. What is explained is the function that is trained.
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with self._put_back() if self._marks else nullcontext():
+                return self._run_stock(**given)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
 
     def _with_graph(self, given: dict[str, Any]) -> Any:
         inputs = as_tuple(given["inputs"]) if self.takes_tensors else ()
@@ -186,7 +193,7 @@ class DifferentiableLayerFeaturePermutation(ModeAdapter, LayerFeaturePermutation
             n_rows = as_tuple(given["inputs"])[0].shape[0]
 
             def selected(*inputs: Any) -> Tensor:
-                return run_repeated(self.forward_func, inputs, target, (), n_rows)
+                return Rows(self.forward_func, target, (), n_rows)(inputs)
 
             worker.forward_func = selected
         return super(DifferentiableLayerFeaturePermutation, worker)._run_stock(**given)

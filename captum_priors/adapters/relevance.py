@@ -18,11 +18,11 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
 from captum_priors._captum import CAPTUM_RULES, PropagationRule
-from captum_priors._engine._graph import nodes
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors.adapters.keep_graph import KeepGraph, functions
 from captum_priors.adapters.methods import ModeAdapter
 from captum_priors.adapters.rules import NONLINEAR, KeepRules
+from captum_priors.engine.gradients import nodes
 
 _GET, _SET = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor
 
