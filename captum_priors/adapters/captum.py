@@ -10,12 +10,11 @@ from captum.attr import GradientAttribution, LayerAttribution, NoiseTunnel
 from torch import Tensor
 
 from captum_priors._captum import as_tuple, compute_gradients, like_inputs
-from captum_priors._checks import check_target, check_tensors
+from captum_priors._checks import check_floating, check_target, check_tensors
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
 from captum_priors.attr import ExpectedGradients
 from captum_priors.engine import attribution_call
-from captum_priors.engine.gradients import integers_given
 
 ADAPTERS: dict[type, type["CaptumAdapter"]] = {}
 """The adapter of each class, by its exact type: a subclass may override the very step that keeps
@@ -116,9 +115,7 @@ class CaptumAdapter:
         if tensors[0].dim() > 0:
             check_target(given.get("target"), tensors[0].shape[0])
         if isinstance(self, GradientAttribution) and not isinstance(self, LayerAttribution):
-            for i, tensor in enumerate(tensors):
-                if not tensor.is_floating_point():
-                    raise integers_given(i, tensor)
+            check_floating(tensors)
         if not isinstance(self, NoiseTunnel):  # what it averages checks the rows that it gets
             _check_baselines(given.get("baselines"), tensors, drawn=self.draws_baselines)
         return tensors
