@@ -68,11 +68,15 @@ class Stem(nn.Module):
         super().__init__()
         self.first, self.act = nn.Conv2d(1, 3, 3, stride=2, padding=1), activation
         self.pool, self.other = pools
-        self.second, self.last, self.head = nn.Conv2d(3, 2, 2), nn.Tanh(), nn.Linear(18, 3)
+        self.second, self.last = nn.Conv2d(3, 2, 2), nn.Tanh()
+        self.head = nn.Linear(self.features(torch.zeros(1, *self.shape)).shape[1], 3)
+
+    def features(self, x: Tensor) -> Tensor:
+        hidden = self.other(self.second(self.pool(self.act(self.first(x)))))
+        return self.last(hidden).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.other(self.second(self.pool(self.act(self.first(x)))))
-        return self.head(self.last(hidden).flatten(1))
+        return self.head(self.features(x))
 
     @property
     def layer(self) -> nn.Module:
@@ -154,9 +158,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "relu-cnn": lambda: Cnn(nn.ReLU()),
     "stem": lambda: Stem(nn.Softplus(), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1, 1)),
     "relu-stem": lambda: Stem(nn.ReLU(), nn.MaxPool2d(2, 2, 1), nn.MaxPool2d(3, 1, 1)),
-    "dilated-stem": lambda: Stem(
-        nn.ReLU(), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d(2, 1, 1, dilation=2)
-    ),
+    "plain-stem": lambda: Stem(nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, 1, 1)),
     "sequence": lambda: Recurrent(nn.Tanh()),
     "relu-sequence": lambda: Recurrent(nn.ReLU()),
 }
@@ -175,6 +177,8 @@ class Row:
     make: Callable[[Any], Any]
     options: dict[str, Any] = field(default_factory=dict)
     baselines: bool = False
+    # One row to compare with: of zeros, the windows of max-pooling are full of ties.
+    reference: bool = False
     neuron: bool = False
     window: bool = False
     mask: bool = False
@@ -196,9 +200,10 @@ class Row:
         call = dict(self.options)
         if self.target:
             call["target"] = 1
-        if self.baselines:
+        if self.baselines or self.reference:
             generator = torch.Generator().manual_seed(5)
-            call["baselines"] = torch.randn(5, *model.shape, generator=generator)
+            n_rows = 5 if self.baselines else 1
+            call["baselines"] = torch.randn(n_rows, *model.shape, generator=generator)
         if self.neuron:
             call["neuron_selector"] = model.neuron
         if self.window:
@@ -304,16 +309,20 @@ ROWS: dict[str, Row] = {
     "InputXGradient": plain("InputXGradient"),
     "IntegratedGradients": plain("IntegratedGradients", options={"n_steps": 4}, models=_ALL),
     "Deconvolution": plain("Deconvolution"),
-    "DeepLift": plain("DeepLift", models=(*_ALL, "stem", "relu-stem", "dilated-stem")),
+    "DeepLift": plain(
+        "DeepLift", reference=True, models=(*_ALL, "stem", "relu-stem", "plain-stem")
+    ),
     "DeepLiftShap": plain("DeepLiftShap", baselines=True, models=_RESCALED),
-    "LayerDeepLift": layered("LayerDeepLift", models=(*_RESCALED, "relu-stem")),
+    "LayerDeepLift": layered("LayerDeepLift", reference=True, models=(*_RESCALED, "relu-stem")),
     "LayerDeepLiftShap": layered("LayerDeepLiftShap", baselines=True, models=_RESCALED),
-    "NeuronDeepLift": layered("NeuronDeepLift", neuron=True, target=False, models=_RESCALED),
+    "NeuronDeepLift": layered(
+        "NeuronDeepLift", reference=True, neuron=True, target=False, models=_RESCALED
+    ),
     "NeuronDeepLiftShap": layered(
         "NeuronDeepLiftShap", baselines=True, neuron=True, target=False, models=_RESCALED
     ),
     "GuidedBackprop": plain("GuidedBackprop", models=_ALL),
-    "GuidedGradCam": layered("GuidedGradCam", models=("cnn", "relu-cnn", "stem")),
+    "GuidedGradCam": layered("GuidedGradCam", models=("cnn", "relu-cnn")),
     "GradientShap": plain("GradientShap", options={"n_samples": 3}, baselines=True, models=_ALL),
     "FeatureAblation": plain("FeatureAblation", options={"perturbations_per_eval": 2}, models=_ALL),
     "FeaturePermutation": plain("FeaturePermutation"),
