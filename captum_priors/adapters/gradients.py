@@ -1,23 +1,19 @@
-"""Adapters of the methods that are arithmetic on input gradients, with every differentiation."""
+"""Captum's methods that are arithmetic on input gradients, with every differentiation."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
+import torch
 from captum.attr import InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor
 
-from captum_priors._captum import (
-    as_tuple,
-    compute_gradients,
-    forward_args,
-    like_inputs,
-)
-from captum_priors._checks import check_inputs, check_target
-from captum_priors.engine import Visit, input_gradients, keep_graph, recompute
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._captum import as_tuple, forward_args, like_inputs
+from captum_priors._checks import check_inputs
 from captum_priors._rows import Rows
-from captum_priors._types import Differentiation
-from captum_priors.adapters._captum_adapter import CaptumAdapter
+from captum_priors.adapters.captum import CaptumAdapter
+from captum_priors.adapters.keep_graph import KeepGraph
+from captum_priors.engine import Visit, input_gradients, keep_graph, recompute
 
 
 class SeamAdapter(CaptumAdapter):
@@ -29,31 +25,18 @@ class SeamAdapter(CaptumAdapter):
     forward_func: Any
     compute_convergence_delta: Any
 
-    @classmethod
-    def of(cls, explainer: Any, differentiation: Differentiation) -> Any:
-        """Make the differentiable twin of a Captum explainer."""
-        if explainer.gradient_func is not compute_gradients:
-            raise NotDifferentiableError(
-                expected_found(
-                    "`explainer`",
-                    "Captum's own gradient_func",
-                    "another one, which an adapter would replace",
-                    "Register a conversion of your own with differentiable.register.",
-                )
-            )
-        return super().of(explainer, differentiation)
+    def _check_call(self, given: dict[str, Any]) -> tuple[Tensor, ...]:
+        check_inputs(given["inputs"])
+        return super()._check_call(given)
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
-        inputs = given.pop("inputs")
-        check_inputs(inputs)
-        tensors = as_tuple(inputs)
-        check_target(given.get("target"), tensors[0].shape[0])
+        self._check()
+        tensors, inputs = self._check_call(given), given["inputs"]
         wants_delta = given.pop("return_convergence_delta", False)
         baselines = given.get("baselines")
         tables = baselines if isinstance(baselines, tuple) else (baselines,)
         learned = tuple(b for b in tables if isinstance(b, Tensor) and b.requires_grad)
         worker = copy.copy(self)
-        worker.gradient_func = worker._gradients
 
         if self.differentiation == "recompute":
             if self._takes_batch_size and given.get("internal_batch_size") is None:
@@ -62,33 +45,34 @@ class SeamAdapter(CaptumAdapter):
             def program(arguments: tuple[Tensor, ...], visit: Visit) -> tuple[Tensor, ...]:
                 rest = iter(arguments[len(tensors) :])
                 again = tuple(next(rest) if any(b is t for t in learned) else b for b in tables)
+                call = dict(given)
                 if learned:
-                    given["baselines"] = again if isinstance(baselines, tuple) else again[0]
+                    call["baselines"] = again if isinstance(baselines, tuple) else again[0]
                 worker._visit = visit
-                return worker._evaluate(like_inputs(inputs, arguments[: len(tensors)]), given)
+                return worker._evaluate(self._copies(call, arguments[: len(tensors)]))
 
             result = recompute(program, (*tensors, *learned), forward_func=self.forward_func)
         else:
-            result = worker._evaluate(inputs, given)
+            result = worker._evaluate(self._copies(given, tensors))
         attributions = like_inputs(inputs, result)
         if not wants_delta:
             return attributions
-        delta = self.compute_convergence_delta(
-            attributions,
-            baselines,
-            inputs,
-            additional_forward_args=given.get("additional_forward_args"),
-            target=given.get("target"),
-        )
+        ends = self._copies(given, tensors)
+        with KeepGraph(self, tensors[0].shape[0]) if torch.is_grad_enabled() else nullcontext():
+            delta = self.compute_convergence_delta(
+                attributions,
+                ends.get("baselines"),
+                ends["inputs"],
+                additional_forward_args=given.get("additional_forward_args"),
+                target=given.get("target"),
+            )
         return attributions, delta
 
-    def _evaluate(self, inputs: Any, given: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Run Captum's algorithm on tensors that it may flag as it likes."""
-        own = tuple(
-            t if t.requires_grad or not t.is_floating_point() else t.detach().requires_grad_()
-            for t in as_tuple(inputs)
-        )
-        return self._visit(as_tuple(self._run_stock(inputs=like_inputs(inputs, own), **given)))
+    def _evaluate(self, given: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Run Captum's algorithm with the engine's gradients."""
+        worker = copy.copy(self)
+        worker.gradient_func = worker._gradients
+        return self._visit(as_tuple(worker._run_stock(**given)))
 
     def _gradients(
         self,
@@ -125,7 +109,7 @@ class DifferentiableIntegratedGradients(SeamAdapter, IntegratedGradients):
     _stock = IntegratedGradients
     _takes_batch_size = True
 
-    def _evaluate(self, inputs: Any, given: dict[str, Any]) -> tuple[Tensor, ...]:
+    def _evaluate(self, given: dict[str, Any]) -> tuple[Tensor, ...]:
         """Add the chunks up again: Captum detaches all of them but the first."""
         visit, chunks = self._visit, list[tuple[Tensor, ...]]()
 
@@ -138,10 +122,8 @@ class DifferentiableIntegratedGradients(SeamAdapter, IntegratedGradients):
             return chunk
 
         worker = copy.copy(self)
-        worker.gradient_func = worker._gradients
-        worker._visit = keep_graph
-        worker._add_chunk = cast("Visit", add)
-        SeamAdapter._evaluate(worker, inputs, given)
+        worker._visit, worker._add_chunk = keep_graph, cast("Visit", add)
+        SeamAdapter._evaluate(worker, given)
         return chunks[0]
 
     _add_chunk: Visit = staticmethod(keep_graph)

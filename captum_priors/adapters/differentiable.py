@@ -4,19 +4,15 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from captum.attr import Attribution, NoiseTunnel
+from captum.attr import Attribution
 
 from captum_priors._errors import NotDifferentiableError, expected_found, one_of
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
-from captum_priors.adapters._captum_adapter import CaptumAdapter
 from captum_priors.adapters._shap import adapter_of, is_shap
-from captum_priors.adapters._table import ADAPTERS, refusal
+from captum_priors.adapters.captum import ADAPTERS, REGISTERED, CaptumAdapter, adapted, refusal
 from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
 
-Convert = Callable[[Any, Differentiation], Any]
-
 _OWN = (ExpectedGradients, LayerExpectedGradients, CaptumAdapter)
-_registered: dict[type, Convert] = {}
 
 
 class Differentiable:
@@ -62,13 +58,13 @@ class Differentiable:
         differentiation: Differentiation | None = None,
         model: Any = None,
     ) -> Any:
+        """Convert an explainer or a class."""
         if differentiation is not None:
             one_of("differentiation", differentiation, DIFFERENTIATIONS)
         if isinstance(explainer, type):
             return self._convert_class(explainer, differentiation)
-        convert = _registered.get(type(explainer))
-        if convert is not None:
-            return convert(explainer, differentiation or "double_backprop")
+        if type(explainer) in REGISTERED:
+            return REGISTERED[type(explainer)](explainer, differentiation or "double_backprop")
         if is_shap(type(explainer)):
             return adapter_of(explainer, differentiation, model)
         if model is not None:
@@ -88,13 +84,8 @@ class Differentiable:
                 return explainer.with_differentiation(differentiation)
             explainer.differentiation = differentiation
             return explainer
-        adapter = ADAPTERS.get(type(explainer))
-        if adapter is not None:
-            if isinstance(explainer, NoiseTunnel):
-                self(explainer.attribution_method)  # what it averages must be admitted, too
-            return adapter.of(explainer, differentiation or "double_backprop")
         if isinstance(explainer, Attribution):
-            raise NotDifferentiableError(refusal(type(explainer)))
+            return adapted(explainer, differentiation or "double_backprop")
         if not callable(getattr(explainer, "attribute", None)):
             raise TypeError(
                 expected_found(
@@ -150,7 +141,7 @@ class Differentiable:
                     "Pass differentiable.register(MyExplainer, convert).",
                 )
             )
-        _registered[cls] = convert
+        REGISTERED[cls] = convert
 
 
 differentiable = Differentiable()

@@ -13,19 +13,16 @@ from captum.attr import (
 from torch import Tensor
 
 from captum_priors._captum import SUPPORTED_METHODS, GradientForwardFunc
-from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._types import Differentiation
-from captum_priors.adapters._captum_adapter import CaptumAdapter
-from captum_priors.adapters._mode_adapters import MODE_ADAPTERS, ModeAdapter
-from captum_priors.adapters._surrogates import SURROGATE_ADAPTERS
-
-_INNER: dict[type, type[ModeAdapter]] = {**MODE_ADAPTERS, **SURROGATE_ADAPTERS}
+from captum_priors.adapters.captum import adapted
+from captum_priors.adapters.methods import ModeAdapter
 
 
 class WrapperAdapter(ModeAdapter):
     """Runs the wrapper under the mode, around the adapter of what it wraps."""
 
     differentiations = ("double_backprop",)
+    draws: ClassVar[tuple[str, ...]] = ("torch", "numpy", "python")  # loaders, text baselines
     takes_tensors: ClassVar[bool] = False
     attr_method: Any
 
@@ -47,19 +44,7 @@ class WrapperAdapter(ModeAdapter):
 
     def _wrap(self, attr_method: Any) -> None:
         """Take the differentiable twin of a method, and let it call this object."""
-        known = _INNER.get(type(attr_method))
-        if known is None and not isinstance(attr_method, CaptumAdapter):
-            raise NotDifferentiableError(
-                expected_found(
-                    "`attr_method`",
-                    "one of Captum's classes, or its adapter",
-                    f"{type(attr_method).__name__}, which is not certified",
-                    "Use the class that it is derived from.",
-                )
-            )
-        self.attr_method = (
-            copy.copy(attr_method) if known is None else known.of(attr_method, "double_backprop")
-        )
+        self.attr_method = adapted(copy.copy(attr_method))
         self.attr_method.forward_func = self._called_by_method()
 
     def _called_by_method(self) -> Any:
@@ -154,10 +139,3 @@ class DifferentiableLLMGradientAttribution(LanguageAdapter, LLMGradientAttributi
 
     def _called_by_method(self) -> Any:
         return GradientForwardFunc(self)
-
-
-WRAPPER_ADAPTERS: dict[type, type[WrapperAdapter]] = {
-    DataLoaderAttribution: DifferentiableDataLoaderAttribution,
-    LLMAttribution: DifferentiableLLMAttribution,
-    LLMGradientAttribution: DifferentiableLLMGradientAttribution,
-}

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
-from captum_priors._captum import CAPTUM_RULES, PropagationRule, as_tuple, like_inputs
-from captum_priors.engine.gradients import nodes
+from captum_priors._captum import CAPTUM_RULES, PropagationRule
 from captum_priors._errors import NotDifferentiableError, expected_found
-from captum_priors.adapters._graph_mode import KeepGraph
-from captum_priors.adapters._mode_adapters import ModeAdapter
-from captum_priors.adapters._put_back import modules_put_back
+from captum_priors.adapters.keep_graph import KeepGraph, functions
+from captum_priors.adapters.methods import ModeAdapter
+from captum_priors.adapters.rules import NONLINEAR, KeepRules
+from captum_priors.engine.gradients import nodes
 
 _GET, _SET = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor
 
@@ -43,17 +43,22 @@ class _Splice(torch.autograd.Function):
         return (None, gradient, None) if ctx.mode.propagating else (None, None, gradient)
 
 
-class KeepRelevance(KeepGraph):
+class KeepRelevance(KeepRules):
     """Also keeps what LRP writes into ``data``, without writing it."""
 
+    # ReLU and max-pooling pass relevance on as rules would.
+    _ruled: ClassVar[frozenset[Any]] = NONLINEAR - functions(
+        "relu", "max_pool1d", "max_pool2d", "max_pool3d"
+    )
+    _rules_for: ClassVar[tuple[type, ...]] = (nn.ReLU, nn.Tanh, nn.Dropout)
     _rewrites: ClassVar[dict[Any, str]] = {
-        **KeepGraph._rewrites,
+        **KeepRules._rewrites,
         _GET: "_detach",
         _SET: "_set_data",
     }
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, explainer: Any, n_rows: int) -> None:
+        super().__init__(explainer, n_rows)
         self.propagating = False
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
         self._replaced: list[Tensor] = []
@@ -77,6 +82,10 @@ class KeepRelevance(KeepGraph):
             vars(gradient).pop("replace_out", None)
         self._replaced.clear()
 
+    def _has_rule(self, module: Any) -> bool:
+        # Captum has a rule for every module without children, or refuses it.
+        return isinstance(module, nn.Module) and next(module.children(), None) is None
+
     def _read(self, value: Any) -> Any:
         """Let what was written stand in for the tensors that it was written to."""
         if isinstance(value, Tensor):
@@ -93,11 +102,11 @@ class KeepRelevance(KeepGraph):
             value = splice(self, tensor, value)
         self._written[id(tensor)] = (tensor, value)
 
-    def _grad(self, outputs: Any, inputs: Any, **options: Any) -> Any:
+    def _grad(self, outputs: Any, inputs: Any, *args: Any, **options: Any) -> Any:
         _refuse_functions(outputs if isinstance(outputs, (tuple, list)) else [outputs])
         self.propagating = True
         try:
-            return super()._grad(outputs, inputs, **options)
+            return super()._grad(outputs, inputs, *args, **options)
         finally:
             self.propagating = False
 
@@ -150,20 +159,22 @@ class RelevanceAdapter(ModeAdapter):
     """Runs LRP under :class:`KeepRelevance`; for values alone, as Captum does."""
 
     _mode: ClassVar[type[KeepGraph]] = KeepRelevance
+    _marks: ClassVar[tuple[str, ...]] = ("activations", "rule")
     _originals: tuple[tuple[nn.Parameter, Tensor], ...] = ()
 
-    def _without_graph(self, given: dict[str, Any]) -> Any:
-        inputs = like_inputs(given["inputs"], self._own(as_tuple(given["inputs"])))
-        worker, modules = copy.copy(self), self._modules()
-        parameters = (p for module in modules for p in module.parameters(recurse=False))
-        worker._originals = tuple((p, p.data) for p in parameters)
-        with modules_put_back(modules):
-            return worker._run_stock(**{**given, "inputs": inputs})
+    def _marked(self) -> list[nn.Module]:
+        return [m for m in self._modules() if next(m.children(), None) is None]
 
-    def _under(self, mode: KeepGraph, given: dict[str, Any]) -> Any:
+    def _without_graph(self, given: dict[str, Any]) -> Any:
+        worker = copy.copy(self)
+        parameters = (p for module in self._modules() for p in module.parameters(recurse=False))
+        worker._originals = tuple((p, p.data) for p in parameters)
+        return super(RelevanceAdapter, worker)._without_graph(given)
+
+    def _with_graph(self, given: dict[str, Any]) -> Any:
         _refuse_rules(self._modules())
         # What LRP notes about itself on the way holds the graph: leave it on a copy.
-        return super(RelevanceAdapter, copy.copy(self))._under(mode, given)
+        return super(RelevanceAdapter, copy.copy(self))._with_graph(given)
 
     def _restore_state(self) -> None:
         """Give the parameters their own storage back, which no graph of the user's notices.
@@ -184,9 +195,3 @@ class DifferentiableLayerLRP(RelevanceAdapter, LayerLRP):
     """:class:`captum.attr.LayerLRP` with its graph."""
 
     _stock = LayerLRP
-
-
-RELEVANCE_ADAPTERS: dict[type, type[RelevanceAdapter]] = {
-    LRP: DifferentiableLRP,
-    LayerLRP: DifferentiableLayerLRP,
-}

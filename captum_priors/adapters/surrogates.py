@@ -21,8 +21,8 @@ from captum_priors._captum import (
     as_tuple,
 )
 from captum_priors._errors import NotDifferentiableError, expected_found
-from captum_priors._types import Differentiation
-from captum_priors.adapters._mode_adapters import ModeAdapter
+from captum_priors.adapters.keep_graph import KeepGraph
+from captum_priors.adapters.methods import ModeAdapter
 
 _SUPPORTED: dict[type, tuple[str, ...]] = {
     SkLearnLinearRegression: ("fit_intercept",),
@@ -87,16 +87,27 @@ class LinearSurrogate:
         return least_squares
 
 
+class KeepCoefficients(KeepGraph):
+    """Also keeps the graph of coefficients that LIME spreads one by one, as numbers."""
+
+    _rewrites: ClassVar[dict[Any, str]] = {**KeepGraph._rewrites, Tensor.item: "_item"}
+    _only_in: ClassVar[dict[Any, str]] = {Tensor.item: Lime.__module__}
+
+    def _item(self, tensor: Tensor) -> Any:
+        return tensor if tensor.requires_grad else tensor.item()
+
+
 class SurrogateAdapter(ModeAdapter):
     """Runs LIME's own code around a differentiable stand-in for its linear model."""
 
+    draws: ClassVar[tuple[str, ...]] = ("torch", "numpy")  # the samples; scikit-learn's lasso
+    _mode: ClassVar[type[KeepGraph]] = KeepCoefficients
     interpretable_model: Any
     _weights_depend_on_inputs: ClassVar[bool] = True
 
-    @classmethod
-    def of(cls, explainer: Any, differentiation: Differentiation) -> Any:
-        """Make the differentiable twin of a Captum explainer."""
-        model = explainer.interpretable_model
+    def _check(self) -> None:
+        super()._check()
+        model = self.interpretable_model
         known = _SUPPORTED.get(type(model))
         if known is None or not set(model.construct_kwargs) <= set(known):
             raise NotDifferentiableError(
@@ -108,7 +119,6 @@ class SurrogateAdapter(ModeAdapter):
                     "Its solution has no Jacobian that is certified.",
                 )
             )
-        return super().of(explainer, differentiation)
 
     def _with_graph(self, given: dict[str, Any]) -> Any:
         moving = any(t.requires_grad for t in as_tuple(given["inputs"]))
@@ -142,11 +152,5 @@ class DifferentiableKernelShap(SurrogateAdapter, KernelShap):
     """:class:`captum.attr.KernelShap` with its graph; its weights depend on coalitions alone."""
 
     _stock = KernelShap
+    draws: ClassVar[tuple[str, ...]] = ("torch",)
     _weights_depend_on_inputs = False
-
-
-SURROGATE_ADAPTERS: dict[type, type[SurrogateAdapter]] = {
-    LimeBase: DifferentiableLimeBase,
-    Lime: DifferentiableLime,
-    KernelShap: DifferentiableKernelShap,
-}
