@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _summary
-from captum_priors.adapters._shap._registry import ROWS as SHAP_ROWS
+from captum_priors.adapters.shap import ROWS as SHAP_ROWS
 from captum_priors.adapters._table import ADAPTERS, REFUSED, held_fixed
 from tests.integrations.settings import settings_table
 

@@ -8,8 +8,8 @@ from captum_priors.adapters import (  # noqa: F401  # each adds its adapters to 
     rules,
     surrogates,
 )
-from captum_priors.adapters._shap import ShapAdapter
 from captum_priors.adapters.captum import CaptumAdapter
 from captum_priors.adapters.differentiable import differentiable
+from captum_priors.adapters.shap import ShapAdapter
 
 __all__ = ["CaptumAdapter", "ShapAdapter", "differentiable"]

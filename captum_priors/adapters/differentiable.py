@@ -8,8 +8,8 @@ from captum.attr import Attribution
 
 from captum_priors._errors import NotDifferentiableError, expected_found, one_of
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
-from captum_priors.adapters._shap import adapter_of, is_shap
 from captum_priors.adapters.captum import ADAPTERS, REGISTERED, CaptumAdapter, adapted, refusal
+from captum_priors.adapters.shap import adapter_of, is_shap
 from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
 
 _OWN = (ExpectedGradients, LayerExpectedGradients, CaptumAdapter)
