@@ -42,10 +42,11 @@ def test_tables_of_other_lengths_are_drawn_independently(estimator: Any, n_sampl
     assert float((found.mean() - exact).abs()) < 4.5 * float(found.std()) / n**0.5 + 1e-12
 
 
-def test_tables_of_one_length_are_drawn_jointly() -> None:
+@pytest.mark.parametrize("n_samples", [1, 2, 3])
+def test_tables_of_one_length_are_drawn_jointly(n_samples: int) -> None:
     """Rows of one table belong together: (0, 0), (2, 2), so E (1 - u') (v' + a (1 - v')) = -1/2."""
     x, u = (t.to(torch.get_default_dtype()) for t in (torch.ones(400, 1), U))
-    found = ExpectedGradients(Product()).attribute((x, x), (u, u), n_samples=2)[0].detach()
+    found = ExpectedGradients(Product()).attribute((x, x), (u, u), n_samples=n_samples)[0].detach()
     assert float((found.mean() + 0.5).abs()) < 4 * float(found.std()) / 20 + 1e-12
 
 
