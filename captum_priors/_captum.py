@@ -1,8 +1,8 @@
 """The only module that touches Captum's private helpers, so that an upgrade is checked here."""
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from captum._utils.common import (
     _format_additional_forward_args,
     _format_output,
@@ -27,11 +27,9 @@ from captum.attr._utils.lrp_rules import (
     IdentityRule,
     PropagationRule,
 )
-from captum.log import log_usage
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_priors._errors import TargetError, expected_found
-from captum_priors._rows import tile
 from captum_priors._types import TensorOrTuple
 
 __all__ = [
@@ -47,21 +45,22 @@ __all__ = [
     "compute_gradients",
     "forward_args",
     "like_inputs",
-    "log_usage",
     "output_error",
     "progress",
-    "run_forward",
-    "run_repeated",
+    "run_function",
     "select_error",
+    "select_targets",
 ]
 
 CAPTUM_RULES = (EpsilonRule, GammaRule, Alpha1_Beta0_Rule, IdentityRule)
 
 
-def as_tuple(tensors: TensorOrTuple) -> tuple[Tensor, ...]:
-    """Wrap one tensor into a tuple; a tuple stays as it is."""
-    formatted: tuple[Tensor, ...] = _format_tensor_into_tuples(tensors)
-    return formatted
+as_tuple: Callable[[Any], tuple[Tensor, ...]] = _format_tensor_into_tuples
+"""Wrap one tensor into a tuple; a tuple stays as it is."""
+run_function: Callable[..., Any] = _run_forward
+"""Call a function of the inputs and additional arguments, or of nothing."""
+select_targets: Callable[[Tensor, Any], Tensor] = _select_targets
+"""Select the target outputs, shape ``(rows,)``."""
 
 
 def like_inputs(inputs: TensorOrTuple, tensors: tuple[Tensor, ...]) -> TensorOrTuple:
@@ -81,53 +80,6 @@ def call_baselines(baselines: Any, inputs: TensorOrTuple) -> tuple[Any, ...]:
     return formatted
 
 
-def run_repeated(
-    forward_func: Any,
-    points: tuple[Tensor, ...],
-    target: Any,
-    args: tuple[Any, ...],
-    n_rows: int,
-) -> Tensor:
-    """Run the model on rows that repeat those that the target and arguments are made for."""
-    times = points[0].shape[0] // n_rows
-    extra = tuple(tile(arg, times, n_rows) for arg in args)
-    output = run_forward(forward_func, points, None, extra)
-    if target is None:
-        return output
-    if output.dim() > 0 and output.shape[0] != points[0].shape[0]:
-        raise output_error(output, points[0].shape[0])
-    return selected(output, tile(target, times, n_rows))
-
-
-def run_forward(
-    forward_func: Any, inputs: tuple[Any, ...], target: Any, args: tuple[Any, ...]
-) -> Tensor:
-    """Run the model and select the target outputs, exactly as Captum does."""
-    output: Any
-    if isinstance(forward_func, nn.Module):
-        # Captum looks up the signature, for functions of nothing; no module is one, and the look-up
-        # takes as long as a layer of a small model.
-        output = forward_func(*inputs, *args)
-    else:
-        output = _run_forward(forward_func, inputs, None, args or None)
-    if not isinstance(output, Tensor):
-        raise select_error(output, target)
-    return output if target is None else selected(output, target)
-
-
-def selected(output: Tensor, target: Any) -> Tensor:
-    """Select the target outputs as Captum does, or say what does not fit."""
-    if isinstance(target, Tensor) and target.numel() > 1 and target.device != output.device:
-        raise select_error(output, target)
-    try:
-        chosen: Tensor = _select_targets(output, target)
-    except (AssertionError, IndexError, RuntimeError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        raise select_error(output, target) from error
-    return chosen
-
-
 def output_error(output: Tensor, n_rows: int) -> Exception:
     """Word that outputs are not one row for each row of inputs."""
     return ValueError(
@@ -135,7 +87,7 @@ def output_error(output: Tensor, n_rows: int) -> Exception:
             "`forward_func`",
             f"outputs for each of the {n_rows} rows, shape (rows, ...)",
             f"shape {tuple(output.shape)}",
-            "Return the outputs of each example, unreduced.",
+            'Return the outputs of each example, unreduced: a loss takes reduction="none".',
         )
     )
 

@@ -1,10 +1,39 @@
-"""Take some examples of what travels beside the inputs: targets, extra arguments, annotations."""
+"""The examples of a batch: what travels with them, and the model as a function of their rows."""
 
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from captum_priors._captum import output_error, run_function, select_error, select_targets
+from captum_priors.engine import current_pass, refuse_coupled_examples, submodules_of
+from captum_priors.engine.gradients import refuse_batch_statistics
+from captum_priors.engine.model import ReluMode, current_beta
+
+
+@dataclass(frozen=True)
+class shared:  # noqa: N801  # reads as the function that it is used as
+    """Mark an annotation that is one for the whole batch, instead of an entry for each example.
+
+    Priors pass its value on whole, whatever its shape.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors import AttributionPrior, ExpectedGradients, shared
+        >>> def weighted(attributions, *, weights):
+        ...     return (attributions.abs() * weights).sum(1)
+        >>> x = torch.randn(4, 4)
+        >>> explainer = ExpectedGradients(torch.nn.Linear(4, 1))
+        >>> prior = AttributionPrior(explainer, weighted, baselines=x)
+        >>> prior(x, weights=shared(torch.zeros(4))).item()
+        0.0
+    """
+
+    value: Any
 
 
 def take(value: Any, rows: slice | Tensor, n_examples: int) -> Any:
@@ -50,3 +79,96 @@ def tile(value: Any, times: int, n_examples: int) -> Any:
 def length_of(rows: slice, n_examples: int) -> int:
     """Count the examples that a slice selects."""
     return len(range(*rows.indices(n_examples)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The explained output at points that repeat the examples of a batch any number of times.
+
+    The one place where this package runs a model: on copies, which it may work in place on.
+    """
+
+    forward_func: Any
+    target: Any
+    args: tuple[Any, ...]
+    n: int
+
+    def __call__(self, points: tuple[Any, ...]) -> Tensor:
+        """Return the target output of each row, selected as Captum does."""
+        current = current_pass()
+        exact = current is None or current.exact
+        given, constant = [], torch.is_grad_enabled() and exact
+        for point in points:
+            leaf = getattr(point, "is_leaf", True)
+            constant = constant and leaf
+            # A compiled model warns of what is no leaf, and torch protects those that are.
+            protected = leaf and not exact and "torch._dynamo" in sys.modules
+            given.append(point if protected or not isinstance(point, Tensor) else point.clone())
+        times = points[0].shape[0] // self.n if self.args or self.target is not None else 1
+        args = [tile(arg, times, self.n) for arg in self.args] if self.args else ()
+        # Nobody will ask for a second derivative by leaves: no graph through its zeros.
+        mode = ReluMode(current_beta()) if constant else nullcontext()
+        with mode:
+            if isinstance(self.forward_func, nn.Module):
+                output = self.forward_func(*given, *args)
+            else:  # Captum looks up the signature, for functions of nothing
+                output = run_function(self.forward_func, tuple(given), None, tuple(args) or None)
+        if not isinstance(output, Tensor):
+            raise select_error(output, self.target)
+        if self.target is None:
+            return output
+        if output.dim() == 0 or output.shape[0] != points[0].shape[0]:
+            raise output_error(output, points[0].shape[0])
+        return selected(output, tile(self.target, times, self.n))
+
+    def of(self, examples: slice) -> "Rows":
+        """Return the same for some of the examples."""
+        if examples == slice(0, self.n):
+            return self
+        return Rows(
+            self.forward_func,
+            take(self.target, examples, self.n),
+            tuple(take(arg, examples, self.n) for arg in self.args),
+            length_of(examples, self.n),
+        )
+
+    def refuse_coupled(self, inputs: tuple[Tensor, ...], *, always: bool = False) -> None:
+        """Refuse examples that influence each other, where their rows are about to be stacked.
+
+        Asked once, by priors; what is asked directly may explain models that couple them, as
+        Captum's classes do, but not (``always``) where the gradient comes later.
+        """
+        current = current_pass()
+        if current is None or not current.first or not (always or current.holds) or self.n < 2:
+            return
+        if not current.holds:
+            refuse_batch_statistics(submodules_of(self.forward_func))
+
+        def run(rows: slice) -> Tensor:
+            points = (x[rows].detach() for x in inputs)
+            found = self.of(rows)(
+                tuple(p.requires_grad_() if p.is_floating_point() else p for p in points)
+            )
+            return found.detach()
+
+        refuse_coupled_examples(run, self.n)
+
+
+def run_forward(
+    forward_func: Any, inputs: tuple[Any, ...], target: Any, args: tuple[Any, ...]
+) -> Tensor:
+    """Run a model on copies of its inputs, and select the target outputs."""
+    n = inputs[0].shape[0] if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() else 1
+    return Rows(forward_func, target, args, n)(inputs)
+
+
+def selected(output: Tensor, target: Any) -> Tensor:
+    """Select the target outputs as Captum does, or say what does not fit."""
+    if isinstance(target, Tensor) and target.numel() > 1 and target.device != output.device:
+        raise select_error(output, target)
+    try:
+        return select_targets(output, target)
+    except (AssertionError, IndexError, RuntimeError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise select_error(output, target) from error

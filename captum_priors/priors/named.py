@@ -1,0 +1,346 @@
+"""The papers' priors under the papers' names: each an explainer and a penalty."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from captum.attr import InputXGradient, LayerGradCam, Saliency
+from torch import Tensor, nn
+
+from captum_priors._captum import select_error
+from captum_priors._checks import check_forward_func
+from captum_priors._errors import expected_found
+from captum_priors._types import Differentiation, TensorOrTuple
+from captum_priors.adapters import differentiable
+from captum_priors.attr import ExpectedGradients
+from captum_priors.penalties import (
+    GraphLaplacian,
+    alignment,
+    energy_outside,
+    gini,
+    outside,
+    total_variation,
+)
+from captum_priors.priors.attribution import AttributionPrior
+
+
+class PixelPrior(AttributionPrior):
+    r"""Smooth attribution maps: expected gradients with one reference, total variation.
+
+    (Erion et al. 2021, pixel prior. They alternate two Adam optimisers, so their :math:`\lambda`
+    does not transfer to a sum of losses.)
+
+    Args:
+        forward_func: The model.
+        n_samples: References for each example and step.
+        differentiation: As in :class:`ExpectedGradients`.
+        options: As in :class:`AttributionPrior`.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.priors import PixelPrior
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x = torch.randn(5, 1, 4, 4)
+        >>> PixelPrior(model, baselines=x)(x, target=0).item() > 0
+        True
+    """
+
+    def __init__(
+        self,
+        forward_func: Any,
+        *,
+        n_samples: int = 1,
+        differentiation: Differentiation = "double_backprop",
+        **options: Any,
+    ) -> None:
+        explainer = ExpectedGradients(forward_func, differentiation=differentiation)
+        super().__init__(explainer, total_variation, n_samples=n_samples, **options)
+
+
+class GraphPrior(AttributionPrior):
+    r"""Similar importance for features that a graph joins: expected gradients, Laplacian.
+
+    (Erion et al. 2021, graph prior; 10 references in their experiment.)
+
+    Args:
+        forward_func: The model.
+        adjacency: As in :class:`captum_priors.penalties.GraphLaplacian`.
+        n_samples: References for each example and step.
+        differentiation: As in :class:`ExpectedGradients`.
+        options: As in :class:`AttributionPrior`.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.priors import GraphPrior
+        >>> model, x = torch.nn.Linear(3, 1), torch.randn(5, 3)
+        >>> no_edges = torch.zeros(3, 3)
+        >>> GraphPrior(model, no_edges, baselines=x)(x).item()
+        0.0
+    """
+
+    def __init__(
+        self,
+        forward_func: Any,
+        adjacency: Tensor,
+        *,
+        n_samples: int = 10,
+        differentiation: Differentiation = "double_backprop",
+        **options: Any,
+    ) -> None:
+        explainer = ExpectedGradients(forward_func, differentiation=differentiation)
+        super().__init__(explainer, GraphLaplacian(adjacency), n_samples=n_samples, **options)
+
+
+class SparsityPrior(AttributionPrior):
+    r"""Few features that matter: expected gradients, minus the Gini coefficient.
+
+    (Erion et al. 2021, sparsity prior.)
+
+    Args:
+        forward_func: The model.
+        n_samples: References for each example and step.
+        differentiation: As in :class:`ExpectedGradients`.
+        options: As in :class:`AttributionPrior`.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.priors import SparsityPrior
+        >>> model, x = torch.nn.Linear(4, 1), torch.randn(9, 4)
+        >>> -0.75 <= SparsityPrior(model, baselines=x)(x).item() <= 0
+        True
+    """
+
+    def __init__(
+        self,
+        forward_func: Any,
+        *,
+        n_samples: int = 1,
+        differentiation: Differentiation = "double_backprop",
+        **options: Any,
+    ) -> None:
+        explainer = ExpectedGradients(forward_func, differentiation=differentiation)
+        super().__init__(explainer, gini, n_samples=n_samples, **options)
+
+
+class RightForTheRightReasons(AttributionPrior):
+    r"""No gradient where the annotation does not allow it.
+
+    .. math:: \sum_i \Big((1 - M_i)\, \frac{\partial}{\partial x_i} \sum_k \log p_k(x)\Big)^2
+
+    (Ross, Hughes, Doshi-Velez 2017; their mask is :math:`A = 1 - M`, and they sum over examples:
+    divide their weight by the batch size, or pass ``reduction="sum"``.) All classes take part, so
+    ``target`` is accepted and not used.
+
+    Args:
+        forward_func: The model, returning logits.
+        differentiation: As in :class:`ExpectedGradients`.
+        options: As in :class:`AttributionPrior`.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.priors import RightForTheRightReasons
+        >>> prior = RightForTheRightReasons(torch.nn.Linear(3, 2))
+        >>> x = torch.randn(5, 3)
+        >>> prior(x, annotation=torch.ones(5, 3)).item()  # everything is allowed
+        0.0
+    """
+
+    def __init__(
+        self,
+        forward_func: Any,
+        *,
+        differentiation: Differentiation = "double_backprop",
+        **options: Any,
+    ) -> None:
+        check_forward_func(forward_func)
+        gradient = Saliency(_SumOfLogProbabilities(forward_func))
+        explainer = differentiable(gradient, differentiation=differentiation)
+        super().__init__(explainer, outside, abs=False, **options)
+
+    def forward(
+        self,
+        inputs: TensorOrTuple,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        **annotations: Any,
+    ) -> Tensor:
+        """Return the value of the prior on a batch, shape ``()``."""
+        return super().forward(inputs, baselines, None, additional_forward_args, **annotations)
+
+
+class EnergyPrior(AttributionPrior):
+    r"""Positive input × gradient attribution inside the annotation.
+
+    (Rao et al. 2023, energy loss.)
+
+    Args:
+        forward_func: The model.
+        differentiation: As in :class:`ExpectedGradients`.
+        options: As in :class:`AttributionPrior`.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.priors import EnergyPrior
+        >>> prior, x = EnergyPrior(torch.nn.Linear(3, 1)), torch.randn(5, 3)
+        >>> prior(x, annotation=torch.ones(5, 3)).item()
+        0.0
+    """
+
+    def __init__(
+        self,
+        forward_func: Any,
+        *,
+        differentiation: Differentiation = "double_backprop",
+        **options: Any,
+    ) -> None:
+        check_forward_func(forward_func)
+        explainer = differentiable(InputXGradient(forward_func), differentiation=differentiation)
+        super().__init__(explainer, energy_outside, **options)
+
+
+class HINT(AttributionPrior):
+    r"""Grad-CAM maps like a person's importance map.
+
+    The mean squared difference between the map, scaled to a maximum of 1, and the annotation at
+    the layer's resolution: the form that Friedrich et al. 2023 use for HINT. The ranking loss of
+    the original (Selvaraju et al. 2019) is not implemented.
+
+    Args:
+        forward_func: The model.
+        layer: The convolutional layer that is explained.
+        differentiation: As in :class:`ExpectedGradients`.
+        options: As in :class:`AttributionPrior`.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.priors import HINT
+        >>> conv = torch.nn.Conv2d(1, 2, 3)
+        >>> model = torch.nn.Sequential(conv, torch.nn.Flatten(), torch.nn.Linear(72, 3))
+        >>> x = torch.randn(4, 1, 8, 8)
+        >>> HINT(model, conv)(x, target=0, annotation=torch.ones(4, 1, 8, 8)).item() >= 0
+        True
+    """
+
+    def __init__(
+        self,
+        forward_func: Any,
+        layer: nn.Module,
+        *,
+        differentiation: Differentiation = "double_backprop",
+        **options: Any,
+    ) -> None:
+        explainer = _grad_cam(forward_func, layer, differentiation)
+        super().__init__(explainer, _like_annotation, relu_attributions=True, **options)
+
+
+class RRRGradCAM(AttributionPrior):
+    r"""No Grad-CAM attribution where the annotation does not allow it.
+
+    .. math:: \sum_i \left((1 - M_i)\, \mathrm{CAM}_i / \max_j \mathrm{CAM}_j\right)^2
+
+    with the annotation at the layer's resolution (Schramowski et al. 2020).
+
+    Args:
+        forward_func: The model.
+        layer: The convolutional layer that is explained.
+        differentiation: As in :class:`ExpectedGradients`.
+        options: As in :class:`AttributionPrior`.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.priors import RRRGradCAM
+        >>> conv = torch.nn.Conv2d(1, 2, 3)
+        >>> model = torch.nn.Sequential(conv, torch.nn.Flatten(), torch.nn.Linear(72, 3))
+        >>> x = torch.randn(4, 1, 8, 8)
+        >>> RRRGradCAM(model, conv)(x, target=0, annotation=torch.ones(4, 1, 8, 8)).item()
+        0.0
+    """
+
+    def __init__(
+        self,
+        forward_func: Any,
+        layer: nn.Module,
+        *,
+        differentiation: Differentiation = "double_backprop",
+        **options: Any,
+    ) -> None:
+        explainer = _grad_cam(forward_func, layer, differentiation)
+        super().__init__(explainer, _outside_annotation, relu_attributions=True, **options)
+
+
+def _grad_cam(forward_func: Any, layer: nn.Module, differentiation: Differentiation) -> Any:
+    """Grad-CAM of a layer (Selvaraju et al. 2017), with its graph."""
+    if not isinstance(layer, nn.Module):
+        raise TypeError(
+            expected_found(
+                "`layer`", "a torch.nn.Module", type(layer).__name__, "Pass model.some_layer."
+            )
+        )
+    check_forward_func(forward_func)
+    return differentiable(LayerGradCam(forward_func, layer), differentiation=differentiation)
+
+
+class _SumOfLogProbabilities:
+    def __init__(self, forward_func: Any) -> None:
+        self.forward_func = forward_func
+
+    def __call__(self, *args: Any) -> Tensor:
+        logits = self.forward_func(*args)
+        if not isinstance(logits, Tensor):
+            raise select_error(logits, None)
+        if logits.dim() < 2 or logits.shape[1] < 2 or logits.shape[0] != args[0].shape[0]:
+            raise ValueError(
+                expected_found(
+                    "`forward_func`",
+                    "logits of at least two classes, shape (batch, classes)",
+                    f"shape {tuple(logits.shape)}",
+                    "Return torch.stack([zeros, logit], 1) for a binary model with one logit.",
+                )
+            )
+        return F.log_softmax(logits, dim=1).flatten(1).sum(1)
+
+
+def _like_annotation(attributions: Tensor, *, annotation: Tensor) -> Tensor:
+    scaled = _scaled(attributions)
+    return alignment(scaled, annotation=_resized(annotation, scaled), measure="mse")
+
+
+def _outside_annotation(attributions: Tensor, *, annotation: Tensor) -> Tensor:
+    scaled = _scaled(attributions)
+    return outside(scaled, annotation=_resized(annotation, scaled))
+
+
+def _scaled(cam: Tensor) -> Tensor:
+    """Scale each map to a maximum of 1; a map of zeros stays one."""
+    if cam.dim() < 3:
+        raise ValueError(
+            expected_found(
+                "`layer`",
+                "a layer that returns one tensor (batch, channels, ...)",
+                f"maps of shape {tuple(cam.shape)}",
+                "Pass a convolutional layer.",
+            )
+        )
+    top = cam.flatten(1).amax(1).reshape(-1, *[1] * (cam.dim() - 1))
+    counts = top > torch.finfo(cam.dtype).tiny ** 0.5
+    return torch.where(counts, cam, 0) / torch.where(counts, top, 1)
+
+
+def _resized(annotation: Tensor, cam: Tensor) -> Tensor:
+    """Average the annotation down to the layer's resolution."""
+    if not isinstance(annotation, Tensor) or annotation.dim() < min(3, cam.dim() - 1):
+        found = tuple(annotation.shape) if isinstance(annotation, Tensor) else None
+        raise TypeError(
+            expected_found(
+                "`annotation`",
+                "a tensor (batch, height, width) or (batch, 1, height, width)",
+                type(annotation).__name__ if found is None else f"shape {found}",
+                "Use torch.as_tensor, and one map for each example.",
+            )
+        )
+    if annotation.dim() == cam.dim() - 1:
+        annotation = annotation.unsqueeze(1)
+    if annotation.shape[2:] == cam.shape[2:] or cam.dim() != 4:
+        return annotation
+    return F.adaptive_avg_pool2d(annotation.to(cam.dtype), (cam.shape[2], cam.shape[3]))

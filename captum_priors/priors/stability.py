@@ -1,0 +1,184 @@
+"""The stability prior: attributions that stay when the input moves a little."""
+
+from inspect import Parameter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from captum_priors._captum import like_inputs
+from captum_priors._errors import expected_found
+from captum_priors._shown import shown
+from captum_priors._types import Distance, TensorOrTuple
+from captum_priors.engine import derive
+from captum_priors.priors.attribution import ExplainerPrior, parameters_of
+from captum_priors.priors.base import Call, Reduction
+
+GIVEN = ("target", "additional_forward_args", "baselines", "annotation")
+"""What a perturbation is given by keyword where it declares it."""
+
+
+class StabilityPrior(ExplainerPrior):
+    r"""Penalise how far attributions move when the inputs are perturbed.
+
+    .. math:: \mathbb{E}\; d\left(\Phi(\theta, x), \Phi(\theta, \tilde x)\right),
+        \qquad \tilde x = \mathrm{perturb}(x)
+
+    Both sides use the same random numbers, and the perturbation others: the prior would penalise
+    the sampling of the explainer. The perturbed inputs are constants; the gradient flows through
+    both attributions.
+
+    Args:
+        explainer: An explainer that :func:`captum_priors.differentiable` takes.
+        distance: ``distance(attributions, other)`` of shape ``(batch,)``.
+        perturbation: A :class:`captum.robust.Perturbation`, such as those of
+            :mod:`captum_priors.attacks`, or a function, of the inputs. It is also given ``target``,
+            ``additional_forward_args``, ``baselines`` and ``annotation`` where it takes them; other
+            arguments of an attack are bound first, as in ``lambda x, target: fgsm.perturb(x, 0.1,
+            target)``. Its random numbers are torch's; ``perturbation.draws`` names others.
+        reduction: ``"mean"`` or ``"sum"`` over the examples.
+        smooth: As in :class:`AttributionPrior`.
+        attribute_options: As in :class:`AttributionPrior`.
+
+    Raises:
+        NotDifferentiableError: If the explainer cannot be trained on.
+        TypeError: If an option is not one of the explainer's.
+
+    Example:
+        >>> import torch
+        >>> from captum.attr import Saliency
+        >>> from captum_priors import StabilityPrior
+        >>> from captum_priors.distances import mse
+        >>> noise = lambda x: x + 0.1 * torch.randn_like(x)
+        >>> prior = StabilityPrior(Saliency(torch.nn.Linear(3, 1)), mse, noise)
+        >>> prior(torch.randn(4, 3)).item()  # a linear model has the same gradient everywhere
+        0.0
+    """
+
+    _name_of_score: ClassVar[str] = "distance"
+    _module_of_score: ClassVar[str] = "distances"
+    _n_maps: ClassVar[int] = 2
+    perturbation: Any
+
+    def __init__(
+        self,
+        explainer: Any,
+        distance: Distance,
+        perturbation: Any,
+        *,
+        reduction: Reduction = "mean",
+        smooth: float | None = None,
+        **attribute_options: Any,
+    ) -> None:
+        super().__init__(
+            explainer, distance, reduction=reduction, smooth=smooth, options=attribute_options
+        )
+        perturb = getattr(perturbation, "perturb", perturbation)
+        if isinstance(perturbation, type) or not callable(perturb):
+            raise TypeError(
+                expected_found(
+                    "`perturbation`",
+                    "a captum.robust.Perturbation or a function of the inputs",
+                    f"the class {perturbation.__name__}"
+                    if isinstance(perturbation, type)
+                    else type(perturbation).__name__,
+                    "Pass for example lambda x: x + 0.1 * torch.randn_like(x).",
+                )
+            )
+        _check_bound(perturb)
+        # Past nn.Module's registration, like the explainer: an attack may hold the model.
+        self.__dict__["perturbation"] = perturbation
+        self.draws = tuple({*self.draws, *getattr(perturbation, "draws", ())})
+
+    @property
+    def distance(self) -> Distance:
+        """The distance."""
+        distance: Distance = self.score
+        return distance
+
+    def takes(self, name: str) -> bool:
+        """Whether explainer, distance or perturbation takes the keyword."""
+        if name == "annotation" and name in parameters_of(self._perturb):
+            return True
+        return super().takes(name)
+
+    @property
+    def _perturb(self) -> Any:
+        return getattr(self.perturbation, "perturb", self.perturbation)
+
+    def _described(self) -> list[str]:
+        explainer, distance, *options = super()._described()
+        return [explainer, distance, shown(self.perturbation), *options]
+
+    def _scores(self, call: Call) -> Any:
+        options, seed = self.options_of(call), derive(call.seed, 0)
+        moved = self._moved(call)
+        again = dict(options)
+        if isinstance(options.get("generator"), torch.Generator):
+            again["generator"] = options["generator"].clone_state()
+        here = self.explain(call.given, again, seed, call)
+        there = self.explain(moved, options, seed, call)
+        return self._score((here, there), call)
+
+    def _moved(self, call: Call) -> TensorOrTuple:
+        given = {
+            "target": call.target,
+            "additional_forward_args": call.args or None,
+            "baselines": self.options.get("baselines", call.baselines),
+            "annotation": call.keywords().get("annotation"),
+        }
+        known = parameters_of(self._perturb)
+        extra = {k: v for k, v in given.items() if k in known and v is not None}
+        call.explaining.seed(derive(call.seed, 1))
+        moved: TensorOrTuple = self._perturb(_copies(call.given), **extra)
+        if not self.takes_tensors:
+            return moved
+        each = moved if isinstance(moved, tuple) else (moved,)
+        shapes = [tuple(t.shape) for t in call.inputs]
+        found = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in each]
+        if found != shapes:
+            raise ValueError(
+                expected_found(
+                    "`perturbation`",
+                    f"perturbed inputs of shapes {shapes}",
+                    str(found),
+                    "Return tensors like the inputs.",
+                )
+            )
+        for tensor, like in zip(each, call.inputs, strict=True):
+            if (tensor.dtype, tensor.device) != (like.dtype, like.device):
+                raise TypeError(
+                    expected_found(
+                        "`perturbation`",
+                        f"perturbed inputs in {like.dtype} on {like.device}",
+                        f"{tensor.dtype} on {tensor.device}",
+                        "Return tensors like the inputs.",
+                    )
+                )
+        return like_inputs(call.given, tuple(t.detach() for t in each))
+
+
+def _copies(inputs: Any) -> Any:
+    """Return copies, because a perturbation may work in place."""
+    if isinstance(inputs, tuple):
+        return tuple(map(_copies, inputs))
+    return inputs.clone() if isinstance(inputs, Tensor) else inputs
+
+
+def _check_bound(perturb: Any) -> None:
+    """Refuse a perturbation that needs more than a prior has to give."""
+    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in parameters_of(perturb).values() if p.default is p.empty]
+    inputs = [p for p in needed if p.kind in positional][:1]
+    for parameter in needed:
+        variadic = parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+        if parameter not in inputs and not variadic and parameter.name not in GIVEN:
+            raise TypeError(
+                expected_found(
+                    "`perturbation`",
+                    f"a function of the inputs, which may also take {', '.join(GIVEN)}",
+                    f"one that needs `{parameter.name}`",
+                    f"Bind it: lambda x, target: attack.perturb(x, {parameter.name}=..., "
+                    "target=target).",
+                )
+            )
