@@ -8,7 +8,7 @@ import torch
 from captum.robust import Perturbation
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, forward_args, like_inputs, progress, run_forward
+from captum_priors._captum import as_tuple, forward_args, like_inputs, progress
 from captum_priors._checks import (
     check_count,
     check_floating,
@@ -29,6 +29,7 @@ from captum_priors._probe import (
     predictions,
     seed_from_global_state,
 )
+from captum_priors._rows import run_forward
 from captum_priors._types import TensorOrTuple
 from captum_priors.adapters import differentiable
 from captum_priors.attacks.ball import Norm, ascend, balls, check_sizes, draw, for_each
