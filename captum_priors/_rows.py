@@ -144,7 +144,6 @@ class Rows:
         if not current.holds:
             refuse_batch_statistics(submodules_of(self.forward_func))
 
-
         def run(rows: slice) -> Tensor:
             points = (x[rows].detach() for x in inputs)
             found = self.of(rows)(

@@ -19,8 +19,7 @@ from captum_priors._shown import shown, shown_options, shown_value
 from captum_priors.engine import derive, input_gradients
 from captum_priors.engine.random import STREAMS
 from captum_priors.priors.base import Call, Reduction
-from captum_priors.stability._classes import logits_of
-from captum_priors.stability._regularizer import Regularizer, Tensors, flat_rows, repeated
+from captum_priors.stability.base import Regularizer, Tensors, flat_rows, logits_of, repeated
 
 
 class ATEX(Regularizer):

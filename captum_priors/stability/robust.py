@@ -10,14 +10,19 @@ from torch import Tensor
 from captum_priors._captum import like_inputs
 from captum_priors._checks import count, positive
 from captum_priors._errors import one_of
-from captum_priors._lift import cosine_distance
 from captum_priors._types import Differentiation, TensorOrTuple
 from captum_priors.attacks.ball import Ball, ascend, balls, check_sizes, draw, for_each
 from captum_priors.engine import derive, input_gradients
 from captum_priors.engine.gradients import differentiate
+from captum_priors.penalties.maths import cosine_distance
 from captum_priors.priors.base import Call, Reduction
-from captum_priors.stability._classes import cross_entropies, labels_of, logits_of
-from captum_priors.stability._regularizer import GradientRegularizer, Tensors, flat_rows
+from captum_priors.stability.base import (
+    GradientRegularizer,
+    Tensors,
+    cross_entropies,
+    flat_rows,
+    logits_and_labels,
+)
 
 Objective = Literal["ig_norm", "ig_sum_norm"]
 
@@ -268,6 +273,6 @@ class AttributionAlignment(_WorstCase):
 
 def _logits_and_class(call: Call, points: Tensors) -> tuple[Tensor, Tensor]:
     """Logits, and where the true class is."""
-    logits = logits_of(call.outputs(points))
+    logits, labels = logits_and_labels(call, points)
     classes = torch.arange(logits.shape[1], device=logits.device)
-    return logits, classes == labels_of(call, logits).unsqueeze(1)
+    return logits, classes == labels.unsqueeze(1)

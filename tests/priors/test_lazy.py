@@ -100,7 +100,9 @@ def test_counters_are_no_buffers_and_are_asked_for() -> None:
     lazy, _, _ = _make(3)
     assert list(lazy.buffers()) == []
     assert set(lazy.state_dict()) == {"prior.stream._extra_state", "counter._extra_state"}
-    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .*counter\._extra_state"):
+    with pytest.raises(
+        RuntimeError, match=r"Missing key\(s\) in state_dict: .*counter\._extra_state"
+    ):
         lazy.load_state_dict({})
 
 

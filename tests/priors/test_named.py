@@ -300,7 +300,9 @@ def test_bad_input_gives_one_clear_error(
 def test_grad_cam_of_a_flat_layer_is_refused() -> None:
     model = _conv_net()
     text = r"`layer`: expected a layer that returns one tensor \(batch, channels, \.\.\.\), found "
-    with pytest.raises(ValueError, match=text + r"\(2, 5\)\. Pass a convolutional layer"):
+    with pytest.raises(
+        ValueError, match=text + r"maps of shape \(2, 1\)\. Pass a convolutional layer"
+    ):
         HINT(model, model[3])(torch.ones(2, 1, 8, 8), target=0, annotation=torch.ones(2, 1, 8, 8))
 
 
