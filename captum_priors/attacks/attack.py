@@ -8,7 +8,7 @@ import torch
 from captum.robust import Perturbation
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, forward_args, like_inputs, progress
+from captum_priors._captum import as_tuple, forward_args, like_inputs, output_error, progress
 from captum_priors._checks import (
     check_count,
     check_floating,
@@ -23,7 +23,6 @@ from captum_priors._probe import (
     Probe,
     check_explainer,
     check_options,
-    check_outputs,
     default_target,
     forward_func_of,
     predictions,
@@ -199,7 +198,9 @@ class Batch:
         """Return all outputs of the model."""
         with torch.set_grad_enabled(graph):
             found = run_forward(self._forward_func, points, None, forward_args(self._args))
-        return check_outputs(found, points[0].shape[0])
+        if found.shape[:1] != (self.n,):
+            raise output_error(found, self.n)
+        return found
 
     def maps(self, points: Tensors, draws: int = 0, *, graph: bool = False) -> Tensors:
         """Return the attributions; what the explainer draws is the same for the same number."""
