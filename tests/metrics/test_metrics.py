@@ -194,13 +194,32 @@ def test_local_lipschitz_of_a_quadratic() -> None:
     assert bool((found > 0.9 * largest).all())
 
 
-def test_local_lipschitz_uses_common_draws_and_leaves_no_trace() -> None:
+class Noisy:
+    """Twice the points, shifted by a draw; keeps where it was asked."""
+
+    def __init__(self) -> None:
+        self.points: list[Tensor] = []
+
+    def attribute(self, inputs: Tensor) -> Tensor:
+        self.points.append(inputs)
+        return 2 * inputs + torch.randn_like(inputs)
+
+
+def test_local_lipschitz_uses_common_draws_on_both_sides_of_the_inputs() -> None:
+    explainer, x = Noisy(), torch.zeros(4, 50)
+    found = local_lipschitz(explainer, x, radius=0.1, n_samples=20)
+    torch.testing.assert_close(found, torch.full((4,), 2.0), rtol=1e-9, atol=0)
+    points = torch.stack(explainer.points[1:])
+    assert float(points.min()) == pytest.approx(-0.1, rel=0.01)  # of 4000 draws
+    assert float(points.max()) == pytest.approx(0.1, rel=0.01)
+
+
+def test_local_lipschitz_leaves_no_trace() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
     x = torch.randn(5, 3)
     model(x).sum().backward()
-    explainer = ExpectedGradients(model)
     with leaves_no_trace(model, tensors=[x]):
-        found = local_lipschitz(explainer, x, radius=1e-3, baselines=x)
+        found = local_lipschitz(ExpectedGradients(model), x, radius=1e-3, baselines=x)
     # Expected gradients of an affine model are w (x - mu) for any references.
     weight = model[1].weight[0] / (model[0].running_var + model[0].eps).sqrt()
     assert bool((found <= float(weight.abs().max().detach()) * (1 + 1e-9)).all())
