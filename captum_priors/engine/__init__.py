@@ -1,0 +1,1 @@
+"""What every explanation of a model runs through."""
