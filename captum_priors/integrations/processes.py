@@ -108,17 +108,17 @@ class AcrossProcesses(Prior):
             module for module in self.modules() if isinstance(module, (Stream, Counter))
         ]
         if not self._started_together:
-            states = [part.get_extra_state() for part in parts]
+            told = [[part.get_extra_state() for part in parts]]
             first = dist.get_global_rank(self.process_group or dist.group.WORLD, 0)
-            dist.broadcast_object_list(states, first, self.process_group)
-            for part, state in zip(parts, states, strict=True):
+            dist.broadcast_object_list(told, first, self.process_group)
+            for part, state in zip(parts, told[0], strict=False):  # another prior: see below
                 part.set_extra_state(state)
             self._started_together = True
         place = crc32(self.formula().encode())
         for part in parts:
             place = crc32(part.get_extra_state().numpy().tobytes(), place)
-        told = self._all(torch.tensor([len(like), place], device=like.device))
-        if bool((told[:, 1] != place).any()):
+        counts, places = self._all(torch.tensor([len(like), place], device=like.device)).T
+        if bool((places != place).any()):
             raise ValueError(
                 expected_found(
                     f"prior {self!r}",
@@ -128,7 +128,7 @@ class AcrossProcesses(Prior):
                 )
             )
         rank = dist.get_rank(self.process_group)
-        return Processes(self.process_group, rank, self._size(), self._share(told[:, 0]))
+        return Processes(self.process_group, rank, self._size(), self._share(counts))
 
     def _share(self, counts: Tensor) -> float:
         rank = dist.get_rank(self.process_group)
