@@ -23,9 +23,18 @@ papers' priors in :mod:`captum_priors.priors`, what keeps explanations from bein
 """
 
 from captum_priors._errors import NotDifferentiableError
+from captum_priors._rows import shared
 from captum_priors.adapters import CaptumAdapter, ShapAdapter, differentiable
 from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
-from captum_priors.priors import AttributionPrior, Guarded, Lazy, StabilityPrior, Subsample
+from captum_priors.priors import (
+    AttributionPrior,
+    Guarded,
+    Lazy,
+    Prior,
+    StabilityPrior,
+    Subsample,
+    Term,
+)
 
 __all__ = [
     "AttributionPrior",
@@ -35,10 +44,13 @@ __all__ = [
     "LayerExpectedGradients",
     "Lazy",
     "NotDifferentiableError",
+    "Prior",
     "ShapAdapter",
     "StabilityPrior",
     "Subsample",
+    "Term",
     "differentiable",
+    "shared",
 ]
 
 __version__ = "0.1.0"

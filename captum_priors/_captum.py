@@ -31,7 +31,6 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_priors._errors import TargetError, expected_found
-from captum_priors._rows import tile
 from captum_priors._types import TensorOrTuple
 
 __all__ = [
@@ -51,7 +50,6 @@ __all__ = [
     "output_error",
     "progress",
     "run_forward",
-    "run_repeated",
     "select_error",
 ]
 
@@ -81,29 +79,12 @@ def call_baselines(baselines: Any, inputs: TensorOrTuple) -> tuple[Any, ...]:
     return formatted
 
 
-def run_repeated(
-    forward_func: Any,
-    points: tuple[Tensor, ...],
-    target: Any,
-    args: tuple[Any, ...],
-    n_rows: int,
-) -> Tensor:
-    """Run the model on rows that repeat those that the target and arguments are made for."""
-    times = points[0].shape[0] // n_rows
-    extra = tuple(tile(arg, times, n_rows) for arg in args)
-    output = run_forward(forward_func, points, None, extra)
-    if target is None:
-        return output
-    if output.dim() > 0 and output.shape[0] != points[0].shape[0]:
-        raise output_error(output, points[0].shape[0])
-    return selected(output, tile(target, times, n_rows))
-
-
 def run_forward(
     forward_func: Any, inputs: tuple[Any, ...], target: Any, args: tuple[Any, ...]
 ) -> Tensor:
-    """Run the model and select the target outputs, exactly as Captum does."""
+    """Run the model on copies, which it may work in place on; select the target as Captum does."""
     output: Any
+    inputs = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
     if isinstance(forward_func, nn.Module):
         # Captum looks up the signature, for functions of nothing; no module is one, and the look-up
         # takes as long as a layer of a small model.
@@ -135,7 +116,7 @@ def output_error(output: Tensor, n_rows: int) -> Exception:
             "`forward_func`",
             f"outputs for each of the {n_rows} rows, shape (rows, ...)",
             f"shape {tuple(output.shape)}",
-            "Return the outputs of each example, unreduced.",
+            'Return the outputs of each example, unreduced: a loss takes reduction="none".',
         )
     )
 

@@ -1,7 +1,7 @@
 """Checks at the public edge: what a user passed, before anything is computed or changed."""
 
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -156,6 +156,64 @@ def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False
                 f"`{name}`", f"an integer of at least {least}", repr(value), f"Pass {name}={least}."
             )
         )
+
+
+def check_labels(target: Any) -> None:
+    """Require class labels as the target."""
+    if target is None or isinstance(target, tuple):
+        raise ValueError(
+            expected_found(
+                "`target`",
+                "the class labels",
+                "none" if target is None else "a tuple",
+                "Pass target=y, shape (batch,).",
+            )
+        )
+
+
+def check_floating(tensors: Sequence[Tensor]) -> None:
+    """Require floating-point tensors: others have no gradient."""
+    for i, tensor in enumerate(tensors):
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"`inputs[{i}]`: expected a floating-point tensor, found {tensor.dtype}. Images "
+                "and counts: inputs.float(), scaled as the model expects. Token ids have no "
+                "gradient: explain their embeddings, with LayerExpectedGradients or by passing the "
+                "embeddings as inputs."
+            )
+
+
+def positive(name: str, value: Any) -> float:
+    """Require a positive finite number, and return it."""
+    return _number(name, value, value_is=lambda v: v > 0, kind="a positive finite number")
+
+
+def nonnegative(name: str, value: Any) -> float:
+    """Require a finite number of at least 0, and return it."""
+    return _number(name, value, value_is=lambda v: v >= 0, kind="a finite number of at least 0")
+
+
+def fraction(name: str, value: Any) -> float:
+    """Require a number in (0, 1], and return it."""
+    return _number(name, value, value_is=lambda v: 0 < v <= 1, kind="a number in (0, 1]")
+
+
+def count(name: str, value: Any, *, least: int = 1) -> int:
+    """Require an integer of at least ``least``, and return it."""
+    check_count(name, value, least=least)
+    return int(value)
+
+
+def _number(name: str, value: Any, *, value_is: Callable[[float], bool], kind: str) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Real)
+        or not (value_is(float(value)) and float(value) < float("inf"))
+    ):
+        raise ValueError(
+            expected_found(f"`{name}`", kind, repr(value), f"Pass for example {name}=0.1.")
+        )
+    return float(value)
 
 
 def check_distribution(baselines: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -12,11 +12,10 @@ from captum.attr import Attribution
 from torch import Tensor
 
 from captum_priors._captum import as_tuple, forward_args, like_inputs, run_forward
-from captum_priors._engine._modules import submodules_of
-from captum_priors._engine._random import seed_global, swapped_in
-from captum_priors._engine._still import held
 from captum_priors._errors import expected_found
 from captum_priors._types import TensorOrTuple
+from captum_priors.engine import AttributionPass
+from captum_priors.engine.random import STREAMS, seed_global
 
 _PASSED_AT_CALL = ("inputs", "target", "additional_forward_args")
 
@@ -76,7 +75,7 @@ def seed_from_global_state() -> int:
 @contextmanager
 def undisturbed(seed: int, *holders: Any) -> Iterator[None]:
     """Hold the modules behind the holders still, with random streams of the block's own."""
-    with swapped_in(seed), held(submodules_of(*holders)):
+    with AttributionPass(*holders, seed=seed, streams=STREAMS, replayed=True):
         yield
 
 
@@ -100,7 +99,7 @@ class Probe:
             stack.enter_context(
                 torch.set_grad_enabled(graph or not isinstance(self.explainer, Attribution))
             )
-            seed_global(seed)
+            seed_global(seed, STREAMS)
             found = self.explainer.attribute(like_inputs(self._like, points), **self._call)
         each = as_tuple(found)
         return each if graph else tuple(a.detach() for a in each)

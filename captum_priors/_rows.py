@@ -1,10 +1,35 @@
-"""Take some examples of what travels beside the inputs: targets, extra arguments, annotations."""
+"""The examples of a batch: what travels with them, and the model as a function of their rows."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from captum_priors._captum import output_error, run_forward, selected
+from captum_priors.engine import current_pass, refuse_coupled_examples
+
+
+@dataclass(frozen=True)
+class shared:  # noqa: N801  # reads as the function that it is used as
+    """Mark an annotation that is one for the whole batch, instead of an entry for each example.
+
+    Priors pass its value on whole, whatever its shape.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors import AttributionPrior, ExpectedGradients, shared
+        >>> def weighted(attributions, *, weights):
+        ...     return (attributions.abs() * weights).sum(1)
+        >>> x = torch.randn(4, 4)
+        >>> explainer = ExpectedGradients(torch.nn.Linear(4, 1))
+        >>> prior = AttributionPrior(explainer, weighted, baselines=x)
+        >>> prior(x, weights=shared(torch.zeros(4))).item()
+        0.0
+    """
+
+    value: Any
 
 
 def take(value: Any, rows: slice | Tensor, n_examples: int) -> Any:
@@ -50,3 +75,46 @@ def tile(value: Any, times: int, n_examples: int) -> Any:
 def length_of(rows: slice, n_examples: int) -> int:
     """Count the examples that a slice selects."""
     return len(range(*rows.indices(n_examples)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The explained output at points that repeat the examples of a batch any number of times."""
+
+    forward_func: Any
+    target: Any
+    args: tuple[Any, ...]
+    n: int
+
+    def __call__(self, points: tuple[Tensor, ...]) -> Tensor:
+        """Return the target output of each row."""
+        times = points[0].shape[0] // self.n
+        args = tuple(tile(arg, times, self.n) for arg in self.args)
+        output = run_forward(self.forward_func, points, None, args)
+        if self.target is None:
+            return output
+        if output.dim() == 0 or output.shape[0] != points[0].shape[0]:
+            raise output_error(output, points[0].shape[0])
+        return selected(output, tile(self.target, times, self.n))
+
+    def of(self, examples: slice) -> "Rows":
+        """Return the same for some of the examples."""
+        if examples == slice(0, self.n):
+            return self
+        return Rows(
+            self.forward_func,
+            take(self.target, examples, self.n),
+            tuple(take(arg, examples, self.n) for arg in self.args),
+            length_of(examples, self.n),
+        )
+
+    def refuse_coupled(self, inputs: tuple[Tensor, ...], *, always: bool = False) -> None:
+        """Refuse examples that influence each other, where their rows are about to be stacked.
+
+        Asked once, by priors; what is asked directly may explain models that couple them, as
+        Captum's classes do, but not (``always``) where the gradient comes later.
+        """
+        current = current_pass()
+        if current is None or not current.first or not (always or current.holds) or self.n < 2:
+            return
+        refuse_coupled_examples(lambda rows: self.of(rows)(tuple(x[rows] for x in inputs)), self.n)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_tensors
-from captum_priors._engine._modules import modules_of
-from captum_priors._engine._random import GlobalRandomState, seed_global
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._probe import check_explainer, check_options
+from captum_priors.engine import modules_of, run_modules
+from captum_priors.engine.random import STREAMS, GlobalState, seed_global
 
 __all__ = ["Certificate", "check_differentiable"]
 
@@ -99,11 +99,11 @@ def check_differentiable(
     check_tensors(inputs)
     tensors = _checked(explainer, inputs, parameters)
     directions = torch.Generator().manual_seed(seed)
-    state = GlobalRandomState.now()
+    state = GlobalState.now(STREAMS)
     weights: list[Tensor] = []
 
     def value() -> Tensor:
-        seed_global(seed)
+        seed_global(seed, STREAMS)
         attributions = as_tuple(explainer.attribute(inputs, **attribute_options))
         if not weights:
             weights.extend(_random_like(a, directions) for a in attributions)

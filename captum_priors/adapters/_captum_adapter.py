@@ -3,12 +3,9 @@
 import inspect
 from typing import Any, ClassVar
 
-from captum_priors._captum import log_usage
-from captum_priors._engine._first_order import marks_start
-from captum_priors._engine._inference import leaves_inference_mode
-from captum_priors._engine._mismatch import names_mismatch
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
+from captum_priors.engine import attribution_call
 
 
 class CaptumAdapter:
@@ -71,7 +68,7 @@ class CaptumAdapter:
         attribute.__doc__ = f"As :meth:`captum.attr.{cls._stock.__name__}.attribute`."
         attribute.__signature__ = stock  # type: ignore[attr-defined]  # what inspect reads
         attribute.__qualname__ = f"{cls.__name__}.attribute"
-        cls.attribute = log_usage()(names_mismatch(leaves_inference_mode(marks_start(attribute))))  # type: ignore[attr-defined]  # Captum's name
+        cls.attribute = attribution_call(attribute)  # type: ignore[attr-defined]  # Captum's name
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
         raise NotImplementedError

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from captum_priors._engine._first_order import with_second_derivative
+from captum_priors.engine import with_second_derivative
 
 _CAPTUM = ("captum.attr", "captum._utils")
 _DEEP_LIFT = "captum.attr._core.deep_lift"

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, like_inputs
 from captum_priors._checks import check_target, check_tensors
-from captum_priors._engine import Visit, recompute
-from captum_priors._engine._modules import submodules_of
 from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors.engine import Visit, recompute, submodules_of
 from captum_priors._types import Differentiation
 from captum_priors.adapters._captum_adapter import CaptumAdapter
 from captum_priors.adapters._graph_mode import DEEP_LIFT_EPS, KeepGraph

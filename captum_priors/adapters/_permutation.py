@@ -6,7 +6,8 @@ from typing import Any
 from captum.attr import LayerFeaturePermutation
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, run_repeated
+from captum_priors._captum import as_tuple
+from captum_priors._rows import Rows
 from captum_priors.adapters._mode_adapters import ModeAdapter
 
 
@@ -27,7 +28,7 @@ class DifferentiableLayerFeaturePermutation(ModeAdapter, LayerFeaturePermutation
             n_rows = as_tuple(given["inputs"])[0].shape[0]
 
             def selected(*inputs: Any) -> Tensor:
-                return run_repeated(self.forward_func, inputs, target, (), n_rows)
+                return Rows(self.forward_func, target, (), n_rows)(inputs)
 
             worker.forward_func = selected
         return super(DifferentiableLayerFeaturePermutation, worker)._run_stock(**given)

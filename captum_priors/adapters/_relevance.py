@@ -18,7 +18,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
 from captum_priors._captum import CAPTUM_RULES, PropagationRule, as_tuple, like_inputs
-from captum_priors._engine._graph import nodes
+from captum_priors.engine.gradients import nodes
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors.adapters._graph_mode import KeepGraph
 from captum_priors.adapters._mode_adapters import ModeAdapter

@@ -11,11 +11,11 @@ from captum_priors._captum import (
     compute_gradients,
     forward_args,
     like_inputs,
-    run_repeated,
 )
 from captum_priors._checks import check_inputs, check_target
-from captum_priors._engine import Visit, input_gradients, keep_graph, recompute
+from captum_priors.engine import Visit, input_gradients, keep_graph, recompute
 from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._rows import Rows
 from captum_priors._types import Differentiation
 from captum_priors.adapters._captum_adapter import CaptumAdapter
 
@@ -101,7 +101,7 @@ class SeamAdapter(CaptumAdapter):
         args, n = forward_args(additional_forward_args), as_tuple(inputs)[0].shape[0]
 
         def field(points: tuple[Tensor, ...]) -> Tensor:
-            return run_repeated(forward_fn, points, target_ind, args, n)
+            return Rows(forward_fn, target_ind, args, n)(points)
 
         way = "double_backprop" if self.differentiation == "recompute" else self.differentiation
         return input_gradients(field, as_tuple(inputs), way)

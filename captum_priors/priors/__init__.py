@@ -6,11 +6,9 @@ make them cheaper, and :class:`Guarded` keeps what has gone wrong out of the los
 priors stand here under their own names.
 """
 
-from captum_priors.priors._attribution_prior import AttributionPrior
-from captum_priors.priors._base import Prior
-from captum_priors.priors._guarded import Guarded
-from captum_priors.priors._lazy import Lazy
-from captum_priors.priors._named import (
+from captum_priors.priors.attribution import AttributionPrior
+from captum_priors.priors.base import Call, Prior, Term
+from captum_priors.priors.named import (
     HINT,
     EnergyPrior,
     GraphPrior,
@@ -19,12 +17,13 @@ from captum_priors.priors._named import (
     RRRGradCAM,
     SparsityPrior,
 )
-from captum_priors.priors._stability_prior import StabilityPrior
-from captum_priors.priors._subsample import Subsample
+from captum_priors.priors.stability import StabilityPrior
+from captum_priors.priors.wrappers import Guarded, Lazy, Subsample
 
 __all__ = [
     "HINT",
     "AttributionPrior",
+    "Call",
     "EnergyPrior",
     "GraphPrior",
     "Guarded",
@@ -36,4 +35,5 @@ __all__ = [
     "SparsityPrior",
     "StabilityPrior",
     "Subsample",
+    "Term",
 ]

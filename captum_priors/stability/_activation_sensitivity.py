@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_priors._checks import check_count
-from captum_priors._engine._modules import modules_of
+from captum_priors.engine import modules_of
 from captum_priors._errors import expected_found, one_of
-from captum_priors.priors._leaf_prior import Reduction
+from captum_priors.priors.base import Reduction
 from captum_priors.stability._regularizer import (
     Call,
     Regularizer,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_priors._checks import check_count
-from captum_priors._engine._first_order import differentiate
+from captum_priors.engine.gradients import differentiate
 from captum_priors._errors import expected_found
 from captum_priors.stability._regularizer import Tensors, check_number
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from dataclasses import replace
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from captum_priors._captum import as_tuple, like_inputs
 from captum_priors._checks import check_count
-from captum_priors._engine import input_gradients
+from captum_priors.engine import input_gradients
 from captum_priors._errors import expected_found
 from captum_priors._types import TensorOrTuple
-from captum_priors.priors._leaf_prior import Reduction
+from captum_priors.priors.base import Reduction
 from captum_priors.stability._classes import logits_of
 from captum_priors.stability._regularizer import (
     Call,
@@ -215,7 +216,7 @@ class ATEX(Regularizer):
     def _teacher_log_probabilities(self, call: Call, centres: Tensors) -> Tensor:
         if self._owns_teacher:
             self._follow()
-        outputs = Call(self.teacher, call.inputs, None, call.args).outputs(centres)
+        outputs = replace(call, forward_func=self.teacher, target=None).outputs(centres)
         return F.log_softmax(logits_of(outputs) / self.temperature, 1)
 
     def _follow(self) -> None:
@@ -228,7 +229,7 @@ class ATEX(Regularizer):
         ):
             self.teacher.to(theirs)
 
-    def _holders(self) -> tuple[Any, ...]:
+    def _explained(self) -> tuple[Any, ...]:
         return (self.forward_func, self.explainer, self.teacher)
 
     @property

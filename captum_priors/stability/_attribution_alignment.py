@@ -8,12 +8,12 @@ from torch import Tensor
 
 from captum_priors._captum import like_inputs
 from captum_priors._checks import check_count
-from captum_priors._engine import input_gradients
+from captum_priors.engine import input_gradients
 from captum_priors._lift import cosine_distance
 from captum_priors._types import Differentiation, TensorOrTuple
-from captum_priors.priors._leaf_prior import Reduction
+from captum_priors.priors.base import Reduction
 from captum_priors.stability._ascent import Ascent
-from captum_priors.stability._classes import check_labels, labels_of, logits_of
+from captum_priors.stability._classes import labels_of, logits_of
 from captum_priors.stability._regularizer import (
     Call,
     GradientRegularizer,
@@ -80,8 +80,7 @@ class AttributionAlignment(GradientRegularizer):
         check_count("top_k", top_k)
         self.top_k = top_k
 
-    def _check(self, call: Call) -> None:
-        check_labels(call)
+    labels = True
 
     def _scores(self, call: Call) -> Tensor:
         worst = self._climb(call)
@@ -101,8 +100,7 @@ class AttributionAlignment(GradientRegularizer):
         self, inputs: TensorOrTuple, target: Any, additional_forward_args: Any = None
     ) -> TensorOrTuple:
         """Return the perturbed inputs that the next call on this batch will compare."""
-        call = self._prepare(inputs, None, target, additional_forward_args, {})
-        with self._running(self._seed_now(count=False)):
+        with self.evaluating(inputs, None, target, additional_forward_args, advance=False) as call:
             worst = self._climb(call)
         return like_inputs(inputs, worst)
 

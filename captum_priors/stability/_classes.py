@@ -8,19 +8,6 @@ from captum_priors._errors import expected_found
 from captum_priors.stability._regularizer import Call
 
 
-def check_labels(call: Call) -> None:
-    """Require class labels as the target."""
-    if call.target is None or isinstance(call.target, tuple):
-        raise ValueError(
-            expected_found(
-                "`target`",
-                "the class labels",
-                "none" if call.target is None else "a tuple",
-                "Pass target=y, shape (batch,).",
-            )
-        )
-
-
 def labels_of(call: Call) -> Tensor:
     """Return one class label for each example, on the inputs' device."""
     target = torch.as_tensor(call.target, device=call.inputs[0].device)

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from captum_priors._checks import check_count
-from captum_priors._engine import input_gradients
-from captum_priors._engine._finite_difference import half_precision
-from captum_priors._engine._first_order import with_second_derivative
-from captum_priors._engine._graph import nodes
+from captum_priors.engine import input_gradients
+from captum_priors.engine.replay import computes_in_half as half_precision
+from captum_priors.engine import with_second_derivative
+from captum_priors.engine.gradients import nodes
 from captum_priors._errors import NotDifferentiableError, expected_found, one_of
 from captum_priors._types import Differentiation
-from captum_priors.priors._leaf_prior import Reduction
+from captum_priors.priors.base import Reduction
 from captum_priors.stability._regularizer import (
     Call,
     GradientRegularizer,

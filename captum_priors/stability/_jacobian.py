@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from captum_priors._checks import check_count
-from captum_priors._engine import input_gradients
+from captum_priors.engine import input_gradients
 from captum_priors._types import Differentiation
-from captum_priors.priors._leaf_prior import Reduction
+from captum_priors.priors.base import Reduction
 from captum_priors.stability._regularizer import (
     Call,
     GradientRegularizer,

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_priors._engine import input_gradients
+from captum_priors.engine import input_gradients
 from captum_priors._lift import safe_norm
-from captum_priors.stability._classes import check_labels, cross_entropies
+from captum_priors.stability._classes import cross_entropies
 from captum_priors.stability._regularizer import (
     Call,
     GradientRegularizer,
@@ -21,8 +21,7 @@ from captum_priors.stability._regularizer import (
 class _LossGradient(GradientRegularizer):
     """A regularizer of the input gradient of the cross entropy, with labels as the target."""
 
-    def _check(self, call: Call) -> None:
-        check_labels(call)
+    labels = True
 
     def _gradients(self, call: Call, points: Tensors) -> Tensors:
         return input_gradients(lambda p: cross_entropies(call, p), points, self.differentiation)

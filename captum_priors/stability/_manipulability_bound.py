@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from captum_priors._captum import as_tuple, forward_args
-from captum_priors._checks import check_count, check_inputs, check_target
-from captum_priors._engine import input_gradients
-from captum_priors._engine._first_order import check_points
-from captum_priors._engine._inference import leaves_inference_mode
-from captum_priors._engine._modules import submodules_of
-from captum_priors._engine._still import held
+from captum_priors._checks import check_count, check_floating, check_inputs, check_target
+from captum_priors.engine import input_gradients
+from captum_priors.engine import AttributionPass
 from captum_priors._errors import NotDifferentiableError, expected_found, one_of
 from captum_priors._types import TensorOrTuple
 from captum_priors.stability._curvature_bound import curvature_bound
@@ -21,7 +18,6 @@ from captum_priors.stability._regularizer import Call, Tensors, flat_rows, squar
 Norm = Literal["spectral", "frobenius"]
 
 
-@leaves_inference_mode
 def manipulability_bound(
     forward_func: Any,
     inputs: TensorOrTuple,
@@ -93,7 +89,7 @@ def manipulability_bound(
     check_count("n_probes", n_probes, optional=True)
     check_inputs(inputs)
     start, end = as_tuple(inputs), _checked_end(inputs, perturbed)
-    check_points(start)
+    check_floating(start)
     check_target(target, start[0].shape[0])
     if n_probes is not None and (form, norm) != ("path", "frobenius"):
         raise ValueError(
@@ -120,7 +116,7 @@ def manipulability_bound(
             bound: Tensor = distance * curvature_bound(forward_func, target, norm).to(distance)
             return bound
     call = Call(forward_func, start, target, forward_args(additional_forward_args))
-    with held(submodules_of(forward_func)), torch.enable_grad():
+    with AttributionPass(forward_func), torch.enable_grad():
         return _along_path(call, end, distance, norm, n_steps, n_probes)
 
 

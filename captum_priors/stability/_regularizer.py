@@ -1,166 +1,33 @@
 """What the regularizers share: a model that is run, not an explainer that is asked."""
 
-from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from captum_priors._captum import as_tuple, forward_args, output_error, run_repeated
-from captum_priors._checks import check_forward_func, check_inputs, check_target
-from captum_priors._engine._checkpointing import without_checkpointing
-from captum_priors._engine._first_order import check_points
-from captum_priors._engine._inference import leaves_inference_mode
-from captum_priors._engine._mismatch import names_mismatch
-from captum_priors._engine._modules import submodules_of
-from captum_priors._engine._random import swapped_in
-from captum_priors._engine._smooth import relu_as_softplus
-from captum_priors._engine._still import held
+from captum_priors._checks import check_floating, check_forward_func
+from captum_priors._captum import as_tuple
 from captum_priors._errors import expected_found, one_of
-from captum_priors._types import Differentiation, TensorOrTuple
-from captum_priors.priors._base import check_keywords
-from captum_priors.priors._leaf_prior import LeafPrior, Reduction
+from captum_priors._types import Differentiation
+from captum_priors.priors.base import Call, Reduction, Term
 
 Tensors = tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Call:
-    """One batch, and the model as a function of points that repeat it."""
-
-    forward_func: Any
-    inputs: Tensors
-    target: Any
-    args: tuple[Any, ...]
-    baselines: Any = None
-
-    @property
-    def n(self) -> int:
-        """Number of examples."""
-        return self.inputs[0].shape[0]
-
-    def output(self, points: Tensors) -> Tensor:
-        """Return the target output at points that repeat the batch any number of times."""
-        return run_repeated(self.forward_func, points, self.target, self.args, self.n)
-
-    def outputs(self, points: Tensors) -> Tensor:
-        """Return all outputs, shape (rows, outputs), in at least single precision."""
-        outputs = run_repeated(self.forward_func, points, None, self.args, self.n)
-        if outputs.dim() == 0 or outputs.shape[0] != points[0].shape[0]:
-            raise output_error(outputs, points[0].shape[0])
-        return full_precision(outputs.reshape(len(outputs), -1))
-
-
-class Regularizer(LeafPrior):
-    """A prior on a model's function, which it runs while holding it still.
-
-    The target is what the outputs are selected by, or the class labels, as each says.
-    """
+class Regularizer(Term):
+    """A prior on a model's function, which it runs while holding it still."""
 
     def __init__(
         self, forward_func: Any, *, reduction: Reduction = "mean", smooth: float | None = None
     ) -> None:
-        super().__init__(reduction=reduction, smooth=smooth)
         check_forward_func(forward_func)
-        # Past nn.Module's registration: the model's parameters are not the prior's.
-        self.__dict__["forward_func"] = forward_func
+        super().__init__(forward_func, reduction=reduction, smooth=smooth)
 
-    forward_func: Any
-
-    @names_mismatch
-    @leaves_inference_mode
-    def forward(
-        self,
-        inputs: TensorOrTuple,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        **annotations: Any,
-    ) -> Tensor:
-        """Return the value on a batch, shape ``()``."""
-        call = self._prepare(inputs, baselines, target, additional_forward_args, annotations)
-        with self._running(self._seed_now()):
-            scores = self._scores(call)
-        return self._reduce(scores, call.n)
-
-    def _prepare(
-        self,
-        inputs: TensorOrTuple,
-        baselines: Any,
-        target: Any,
-        additional_forward_args: Any,
-        annotations: dict[str, Any],
-    ) -> Call:
-        """Check a call before anything is computed or drawn."""
-        check_inputs(inputs)
-        tensors = as_tuple(inputs)
-        check_points(tensors)
-        check_target(target, tensors[0].shape[0])
-        check_keywords(self, baselines, annotations)
-        args = forward_args(additional_forward_args)
-        call = Call(self.forward_func, tensors, target, args, baselines)
-        self._check(call)
-        return call
-
-    @contextmanager
-    def _running(self, seed: int) -> Iterator[None]:
-        with swapped_in(seed), self._model_held(), torch.enable_grad():
-            yield
-
-    @abstractmethod
-    def _scores(self, call: Call) -> Tensor:
-        """Return one number for each example."""
-
-    def _check(self, call: Call) -> None:
-        """Refuse what this regularizer cannot take."""
-
-    def _holders(self) -> tuple[Any, ...]:
-        """Return what refers to the modules that run."""
-        return (self.forward_func,)
-
-    def differentiates_twice(self) -> bool:
-        """Whether the backward pass may run through input gradients."""
-        return not self._holds_again()
-
-    def explained_modules(self) -> Sequence[nn.Module]:
-        """Return every module that runs."""
-        return submodules_of(*self._holders())
-
-    @contextmanager
-    def _model_held(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(held(self.explained_modules()))
-            if self.smooth is not None:
-                stack.enter_context(relu_as_softplus(self.smooth))
-            if not self._holds_again():
-                stack.enter_context(
-                    without_checkpointing(
-                        "the backward pass would run the model again when the prior no longer "
-                        "holds it still. Run it without checkpointing for this prior."
-                    )
-                )
-            yield
-
-    def _holds_again(self) -> bool:
-        """Whether all of the backward pass holds the model still again."""
-        return False
-
-    def takes(self, name: str) -> bool:
-        """Whether a call may pass this keyword: there are none by default."""
-        return False
-
-    def formula(self) -> str:
-        """Return the prior as it would be written."""
-        options = {**self._options(), **self._shared_options()}
-        shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        return f"{type(self).__name__}({shown})"
-
-    def _options(self) -> dict[str, Any]:
-        """Options that identify the regularizer in its formula."""
-        return {}
+    def _check_call(
+        self, inputs: Any, baselines: Any, target: Any, annotations: dict[str, Any]
+    ) -> None:
+        super()._check_call(inputs, baselines, target, annotations)
+        check_floating(as_tuple(inputs))
 
 
 class GradientRegularizer(Regularizer):
@@ -177,9 +44,7 @@ class GradientRegularizer(Regularizer):
         super().__init__(forward_func, reduction=reduction, smooth=smooth)
         one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))
         self.differentiation: Differentiation = differentiation
-
-    def _holds_again(self) -> bool:
-        return self.differentiation == "finite_difference"
+        self.replayed = differentiation == "finite_difference"
 
 
 def check_number(name: str, value: Any, *, zero: bool = False) -> float:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from captum_priors._checks import check_count
-from captum_priors._engine import input_gradients
+from captum_priors.engine import input_gradients
 from captum_priors._errors import one_of
 from captum_priors._types import Differentiation
-from captum_priors.priors._leaf_prior import Reduction
+from captum_priors.priors.base import Reduction
 from captum_priors.stability._ascent import Ascent
-from captum_priors.stability._classes import check_labels, cross_entropies
+from captum_priors.stability._classes import cross_entropies
 from captum_priors.stability._regularizer import (
     Call,
     GradientRegularizer,
@@ -91,8 +91,7 @@ class RobustAttribution(GradientRegularizer):
         self.n_steps, self.attack_steps = n_steps, attack_steps
         self.weight = check_number("weight", weight)
 
-    def _check(self, call: Call) -> None:
-        check_labels(call)
+    labels = True
 
     def _scores(self, call: Call) -> Tensor:
         worst = self.ascent.climb(

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_priors._engine import input_gradients
+from captum_priors.engine import input_gradients
 from captum_priors._errors import expected_found
-from captum_priors.priors._leaf_prior import Reduction
+from captum_priors.priors.base import Reduction
 from captum_priors.stability._classes import logits_of
 from captum_priors.stability._regularizer import Call, Regularizer, Tensors, flat_rows
 

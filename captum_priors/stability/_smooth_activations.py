@@ -1,12 +1,12 @@
 """Softplus in place of ReLU (Dombrowski et al. 2019, 2022)."""
 
-from types import TracebackType
 from typing import Any
 
 from torch import nn
 
-from captum_priors._engine._smooth import SmoothedModule, check_beta, relu_as_softplus
+from captum_priors._checks import positive
 from captum_priors._errors import expected_found
+from captum_priors.engine.model import ReluMode
 
 
 class smooth_activations(nn.Module):  # noqa: N801  # used like a function, as torch.no_grad is
@@ -16,8 +16,8 @@ class smooth_activations(nn.Module):  # noqa: N801  # used like a function, as t
 
     tends to ReLU as :math:`\beta` grows and has curvature where ReLU has a kink, which bounds how
     far an explanation can be manipulated (Dombrowski et al. 2019, 2022).
-    Use the result in place of the model, whose parameters it shares, or as a context in which the
-    model itself runs smoothed. ReLU inside TorchScript stays as it is, and so do max-pooling
+    Use the result in place of the model, whose parameters it shares, or as a context in which
+    everything runs smoothed in this thread. ReLU inside TorchScript stays as it is, and so do max-pooling
     and other piecewise linear operations: the gradient still jumps where the largest entry of a
     window changes, and there no bound on its manipulation holds (:func:`manipulability_bound`
     refuses such models). Average-pooling is linear: take it where that matters.
@@ -55,28 +55,23 @@ class smooth_activations(nn.Module):  # noqa: N801  # used like a function, as t
                 )
             )
         self.model = model
-        self.beta = check_beta("beta", beta)
-        self._entered: list[SmoothedModule] = []
+        self.beta = positive("beta", beta)
+        self._entered: list[ReluMode] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model smoothed."""
-        with relu_as_softplus(self.beta):
+        with ReluMode(self.beta):
             return self.model(*args, **kwargs)
 
     def __enter__(self) -> nn.Module:
-        """Smooth the model itself until the block ends; returns the model."""
-        self._entered.append(SmoothedModule(self.model, self.beta))
-        self._entered[-1].enter()
+        """Smooth until the block ends; returns the model."""
+        self._entered.append(ReluMode(self.beta))
+        self._entered[-1].__enter__()
         return self.model
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         """Put ReLU back."""
-        self._entered.pop().leave()
+        self._entered.pop().__exit__(*error)
 
     def extra_repr(self) -> str:
         """Steepness for ``repr``."""

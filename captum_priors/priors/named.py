@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from captum.attr import InputXGradient, Saliency
+from captum.attr import InputXGradient, LayerGradCam, Saliency
 from torch import Tensor, nn
 
 from captum_priors._captum import select_error
@@ -13,7 +13,6 @@ from captum_priors._errors import expected_found
 from captum_priors._types import Differentiation, TensorOrTuple
 from captum_priors.adapters import differentiable
 from captum_priors.attr import ExpectedGradients
-from captum_priors.attr._grad_cam import GradCam
 from captum_priors.penalties import (
     GraphLaplacian,
     alignment,
@@ -22,7 +21,7 @@ from captum_priors.penalties import (
     outside,
     total_variation,
 )
-from captum_priors.priors._attribution_prior import AttributionPrior
+from captum_priors.priors.attribution import AttributionPrior
 
 
 class PixelPrior(AttributionPrior):
@@ -231,8 +230,8 @@ class HINT(AttributionPrior):
         differentiation: Differentiation = "double_backprop",
         **options: Any,
     ) -> None:
-        explainer = GradCam(forward_func, layer, differentiation=differentiation)
-        super().__init__(explainer, _like_annotation, **options)
+        explainer = _grad_cam(forward_func, layer, differentiation)
+        super().__init__(explainer, _like_annotation, relu_attributions=True, **options)
 
 
 class RRRGradCAM(AttributionPrior):
@@ -266,8 +265,20 @@ class RRRGradCAM(AttributionPrior):
         differentiation: Differentiation = "double_backprop",
         **options: Any,
     ) -> None:
-        explainer = GradCam(forward_func, layer, differentiation=differentiation)
-        super().__init__(explainer, _outside_annotation, **options)
+        explainer = _grad_cam(forward_func, layer, differentiation)
+        super().__init__(explainer, _outside_annotation, relu_attributions=True, **options)
+
+
+def _grad_cam(forward_func: Any, layer: nn.Module, differentiation: Differentiation) -> Any:
+    """Grad-CAM of a layer (Selvaraju et al. 2017), with its graph."""
+    if not isinstance(layer, nn.Module):
+        raise TypeError(
+            expected_found(
+                "`layer`", "a torch.nn.Module", type(layer).__name__, "Pass model.some_layer."
+            )
+        )
+    check_forward_func(forward_func)
+    return differentiable(LayerGradCam(forward_func, layer), differentiation=differentiation)
 
 
 class _SumOfLogProbabilities:

@@ -7,30 +7,22 @@ import torch
 from captum.attr import GradientAttribution
 from torch import Tensor
 
-from captum_priors._captum import (
-    as_tuple,
-    call_baselines,
-    forward_args,
-    like_inputs,
-    log_usage,
-    run_repeated,
-)
+from captum_priors._captum import as_tuple, call_baselines, forward_args, like_inputs
 from captum_priors._checks import (
     check_count,
     check_distribution,
+    check_floating,
     check_forward_func,
     check_inputs,
     check_reference,
     check_target,
 )
-from captum_priors._engine._first_order import check_points, marks_start
-from captum_priors._engine._inference import leaves_inference_mode
-from captum_priors._engine._mismatch import names_mismatch
 from captum_priors._errors import expected_found, one_of
-from captum_priors._rows import length_of, take
+from captum_priors._rows import Rows
 from captum_priors._types import DIFFERENTIATIONS, Differentiation, TensorOrTuple
-from captum_priors.attr._draws import Draws
-from captum_priors.attr._path_sum import FieldOf, PathSum
+from captum_priors.attr.draws import Draws
+from captum_priors.attr.path_sum import PathSum
+from captum_priors.engine import attribution_call
 
 Estimator = Literal["control_variate", "monte_carlo"]
 ESTIMATORS = ("control_variate", "monte_carlo")
@@ -68,6 +60,7 @@ class ExpectedGradients(GradientAttribution):
     """
 
     draws_baselines = True
+    draws: tuple[str, ...] = ()  # from its generator alone, which a prior hands to it
 
     def __init__(
         self,
@@ -82,10 +75,7 @@ class ExpectedGradients(GradientAttribution):
         self._multiply_by_inputs = multiply_by_inputs
         self.differentiation: Differentiation = differentiation
 
-    @log_usage()
-    @names_mismatch
-    @leaves_inference_mode
-    @marks_start
+    @attribution_call
     def attribute(
         self,
         inputs: TensorOrTuple,
@@ -132,51 +122,37 @@ class ExpectedGradients(GradientAttribution):
         """
         check_inputs(inputs)
         tensors = as_tuple(inputs)
-        check_points(tensors)
+        check_floating(tensors)
         check_target(target, tensors[0].shape[0])
-        noise = check_stdevs(stdevs, len(tensors))
-        check_count("internal_batch_size", internal_batch_size, optional=True)
         table = reference_rows(baselines, inputs)
-        args = forward_args(additional_forward_args)
-        draws, control_variate = self._draw(
-            tensors[0], tuple(t.shape[0] for t in table), n_samples, estimator, generator
+        rows = Rows(
+            self.forward_func, target, forward_args(additional_forward_args), tensors[0].shape[0]
         )
         path_sum = self._path_sum(
-            self._field_of(tensors[0].shape[0], target, args),
-            draws,
-            noise,
-            control_variate,
-            internal_batch_size,
+            rows,
+            tensors,
+            tuple([t.shape[0] for t in table]),
+            (n_samples, stdevs, estimator, internal_batch_size, generator),
         )
+        if path_sum.stacks():
+            rows.refuse_coupled(tensors, always=self.differentiation == "recompute")
         attributions = like_inputs(inputs, path_sum.attributions(tensors, table))
         if not return_convergence_delta:
             return attributions
         return attributions, path_sum.convergence_delta(tensors, table)
 
-    def _field_of(self, batch: int, target: Any, args: tuple[Any, ...]) -> FieldOf:
-        def field_of(examples: slice) -> Any:
-            n = length_of(examples, batch)
-
-            def field(points: tuple[Tensor, ...]) -> Tensor:
-                extra = tuple(take(arg, examples, batch) for arg in args)
-                return run_repeated(
-                    self.forward_func, points, take(target, examples, batch), extra, n
-                )
-
-            return field
-
-        return field_of
-
-    def _draw(
+    def _path_sum(
         self,
-        like: Tensor,
+        rows: Rows,
+        explained: tuple[Tensor, ...],
         n_rows: tuple[int, ...],
-        n_samples: int,
-        estimator: str,
-        generator: torch.Generator | None,
-    ) -> tuple[Draws, bool]:
-        """Draw references and positions; say whether there is a covariance to estimate."""
+        options: tuple[Any, ...],
+    ) -> PathSum:
+        """Check the options that both explainers share, and draw."""
+        n_samples, stdevs, estimator, internal_batch_size, generator = options
+        noise = _each_stdev(stdevs, len(explained))
         check_count("n_samples", n_samples)
+        check_count("internal_batch_size", internal_batch_size, optional=True)
         one_of("estimator", estimator, ESTIMATORS)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(
@@ -189,26 +165,16 @@ class ExpectedGradients(GradientAttribution):
             )
         control_variate = estimator == "control_variate" and n_samples > 1
         draws = Draws.new(
-            n_samples, like.shape[0], n_rows, stratified=control_variate, generator=generator
+            n_samples, rows.n, n_rows, stratified=control_variate, generator=generator
         )
-        return draws.to(like.device), control_variate
-
-    def _path_sum(
-        self,
-        field_of: FieldOf,
-        draws: Draws,
-        stdevs: tuple[float, ...],
-        control_variate: bool,
-        internal_batch_size: int | None,
-    ) -> PathSum:
         if internal_batch_size is None and self.differentiation == "recompute":
-            internal_batch_size = draws.alphas.shape[1]  # the memory of one pass over the batch
+            internal_batch_size = rows.n  # the memory of one pass over the batch
         if internal_batch_size is not None and self.differentiation == "finite_difference":
             internal_batch_size = max(1, internal_batch_size // 2)  # rows go through in pairs
         return PathSum(
-            field_of,
-            draws,
-            stdevs,
+            rows,
+            draws.to(explained[0].device),
+            noise,
             self._multiply_by_inputs,
             control_variate,
             self.differentiation,
@@ -246,7 +212,7 @@ def _returning_something(baselines: Any) -> Any:
     return called
 
 
-def check_stdevs(stdevs: float | tuple[float, ...], n_inputs: int) -> tuple[float, ...]:
+def _each_stdev(stdevs: float | tuple[float, ...], n_inputs: int) -> tuple[float, ...]:
     each = stdevs if isinstance(stdevs, tuple) else (stdevs,) * n_inputs
     if len(each) != n_inputs or any(
         not isinstance(s, (int, float)) or not 0 <= s < float("inf") for s in each

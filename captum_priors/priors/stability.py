@@ -1,17 +1,21 @@
 """The stability prior: attributions that stay when the input moves a little."""
 
 from inspect import Parameter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, like_inputs
-from captum_priors._engine._random import seed_global
+from captum_priors._captum import like_inputs
 from captum_priors._errors import expected_found
+from captum_priors._shown import shown
 from captum_priors._types import Distance, TensorOrTuple
-from captum_priors.priors._explainer_prior import ExplainerPrior, parameters_of
-from captum_priors.priors._leaf_prior import Reduction
+from captum_priors.engine import derive
+from captum_priors.priors.attribution import ExplainerPrior, parameters_of
+from captum_priors.priors.base import Call, Reduction
+
+GIVEN = ("target", "additional_forward_args", "baselines", "annotation")
+"""What a perturbation is given by keyword where it declares it."""
 
 
 class StabilityPrior(ExplainerPrior):
@@ -20,16 +24,18 @@ class StabilityPrior(ExplainerPrior):
     .. math:: \mathbb{E}\; d\left(\Phi(\theta, x), \Phi(\theta, \tilde x)\right),
         \qquad \tilde x = \mathrm{perturb}(x)
 
-    Both sides use the same random numbers: otherwise the prior would penalise the sampling of the
-    explainer. The perturbed inputs are constants; the gradient flows through both attributions.
+    Both sides use the same random numbers, and the perturbation others: the prior would penalise
+    the sampling of the explainer. The perturbed inputs are constants; the gradient flows through
+    both attributions.
 
     Args:
         explainer: An explainer that :func:`captum_priors.differentiable` takes.
         distance: ``distance(attributions, other)`` of shape ``(batch,)``.
         perturbation: A :class:`captum.robust.Perturbation`, such as those of
             :mod:`captum_priors.attacks`, or a function, of the inputs. It is also given ``target``,
-            ``additional_forward_args`` and ``baselines`` where it takes them; other arguments of an
-            attack are bound first, as in ``lambda x, target: fgsm.perturb(x, 0.1, target)``.
+            ``additional_forward_args``, ``baselines`` and ``annotation`` where it takes them; other
+            arguments of an attack are bound first, as in ``lambda x, target: fgsm.perturb(x, 0.1,
+            target)``. Its random numbers are torch's; ``perturbation.draws`` names others.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: As in :class:`AttributionPrior`.
         attribute_options: As in :class:`AttributionPrior`.
@@ -49,8 +55,9 @@ class StabilityPrior(ExplainerPrior):
         0.0
     """
 
-    _score_name = "distance"
-    _score_module = "distances"
+    _name_of_score: ClassVar[str] = "distance"
+    _module_of_score: ClassVar[str] = "distances"
+    perturbation: Any
 
     def __init__(
         self,
@@ -80,10 +87,7 @@ class StabilityPrior(ExplainerPrior):
         _check_bound(perturb)
         # Past nn.Module's registration, like the explainer: an attack may hold the model.
         self.__dict__["perturbation"] = perturbation
-        self.__dict__["_perturb"] = perturb
-
-    perturbation: Any
-    _perturb: Any
+        self.draws = tuple({*self.draws, *getattr(perturbation, "draws", ())})
 
     @property
     def distance(self) -> Distance:
@@ -91,29 +95,45 @@ class StabilityPrior(ExplainerPrior):
         distance: Distance = self.score
         return distance
 
-    def _scores(
-        self, inputs: TensorOrTuple, call: dict[str, Any], annotations: dict[str, Any], seed: int
-    ) -> Any:
-        generator: torch.Generator | None = call.get("generator")
-        with self.model_held():
-            moved = self._moved(inputs, call)
-            seed_global(seed)
-            state = generator.get_state() if generator is not None else torch.empty(0)
-            here = self.explain(inputs, call)
-            seed_global(seed)
-            if generator is not None:
-                generator.set_state(state)
-            there = self.explain(moved, call)
-        return self._score((here, there), annotations)
+    def takes(self, name: str) -> bool:
+        """Whether explainer, distance or perturbation takes the keyword."""
+        if name == "annotation" and name in parameters_of(self._perturb):
+            return True
+        return super().takes(name)
 
-    def _moved(self, inputs: TensorOrTuple, call: dict[str, Any]) -> TensorOrTuple:
+    @property
+    def _perturb(self) -> Any:
+        return getattr(self.perturbation, "perturb", self.perturbation)
+
+    def _described(self) -> list[str]:
+        explainer, distance, *options = super()._described()
+        return [explainer, distance, shown(self.perturbation), *options]
+
+    def _scores(self, call: Call) -> Any:
+        options, seed = self.options_of(call), derive(call.seed, 0)
+        moved = self._moved(call)
+        again = dict(options)
+        if isinstance(options.get("generator"), torch.Generator):
+            again["generator"] = options["generator"].clone_state()
+        here = self.explain(call.given, again, seed, call)
+        there = self.explain(moved, options, seed, call)
+        return self._score((here, there), call)
+
+    def _moved(self, call: Call) -> TensorOrTuple:
+        given = {
+            "target": call.target,
+            "additional_forward_args": call.args or None,
+            "baselines": self.options.get("baselines", call.baselines),
+            "annotation": call.keywords().get("annotation"),
+        }
         known = parameters_of(self._perturb)
-        extra = {k: call[k] for k in _GIVEN if k in call and k in known}
-        moved: TensorOrTuple = self._perturb(inputs, **extra)
+        extra = {k: v for k, v in given.items() if k in known and v is not None}
+        call.explaining.seed(derive(call.seed, 1))
+        moved: TensorOrTuple = self._perturb(_copies(call.given), **extra)
         if not self.takes_tensors:
             return moved
         each = moved if isinstance(moved, tuple) else (moved,)
-        shapes = [tuple(t.shape) for t in as_tuple(inputs)]
+        shapes = [tuple(t.shape) for t in call.inputs]
         found = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in each]
         if found != shapes:
             raise ValueError(
@@ -124,7 +144,7 @@ class StabilityPrior(ExplainerPrior):
                     "Return tensors like the inputs.",
                 )
             )
-        for tensor, like in zip(each, as_tuple(inputs), strict=True):
+        for tensor, like in zip(each, call.inputs, strict=True):
             if (tensor.dtype, tensor.device) != (like.dtype, like.device):
                 raise TypeError(
                     expected_found(
@@ -134,13 +154,15 @@ class StabilityPrior(ExplainerPrior):
                         "Return tensors like the inputs.",
                     )
                 )
-        return like_inputs(inputs, tuple(t.detach() for t in each))
-
-    def _described(self) -> list[Any]:
-        return [self.score, self.perturbation]
+        return like_inputs(call.given, tuple(t.detach() for t in each))
 
 
-_GIVEN = ("target", "additional_forward_args", "baselines")
+
+def _copies(inputs: Any) -> Any:
+    """Return copies, because a perturbation may work in place."""
+    if isinstance(inputs, tuple):
+        return tuple(map(_copies, inputs))
+    return inputs.clone() if isinstance(inputs, Tensor) else inputs
 
 
 def _check_bound(perturb: Any) -> None:
@@ -150,11 +172,11 @@ def _check_bound(perturb: Any) -> None:
     inputs = [p for p in needed if p.kind in positional][:1]
     for parameter in needed:
         variadic = parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-        if parameter not in inputs and not variadic and parameter.name not in _GIVEN:
+        if parameter not in inputs and not variadic and parameter.name not in GIVEN:
             raise TypeError(
                 expected_found(
                     "`perturbation`",
-                    f"a function of the inputs, which may also take {', '.join(_GIVEN)}",
+                    f"a function of the inputs, which may also take {', '.join(GIVEN)}",
                     f"one that needs `{parameter.name}`",
                     f"Bind it: lambda x, target: attack.perturb(x, {parameter.name}=..., "
                     "target=target).",

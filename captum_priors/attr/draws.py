@@ -31,7 +31,13 @@ class Draws:
         drawn: dict[int, Tensor] = {}
         for n in n_rows:
             if n not in drawn:
-                drawn[n] = _reference_rows(n_samples, batch, n, generator, device)
+                rows = _reference_rows(n_samples, batch, n, generator, device)
+                if drawn and n_samples >= n > 1:
+                    # Whole passes over a table come in order, which would pair its rows with those
+                    # of the tables before.
+                    order = torch.rand(n_samples, batch, generator=generator, device=device)
+                    rows = rows.gather(0, order.argsort(0))
+                drawn[n] = rows
         alphas = torch.rand(n_samples, batch, generator=generator, device=device)
         if stratified:
             # One position in each of n equal parts of the path, in random order.

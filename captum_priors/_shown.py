@@ -1,0 +1,72 @@
+"""Show objects as they would be written: priors, penalties, explainers, without their tensors."""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def shown(thing: Any) -> str:
+    """Name of a function, class or object, with the options that are not its defaults."""
+    if isinstance(thing, functools.partial):
+        options = [f"{k}={shown_value(v)}" for k, v in thing.keywords.items()]
+        return f"{shown(thing.func)}({', '.join(options)})" if options else shown(thing.func)
+    if isinstance(thing, nn.Module):
+        return repr(thing)
+    if hasattr(thing, "__name__"):
+        return str(thing.__name__)
+    name = type(thing).__name__.removeprefix("Differentiable")
+    inner = getattr(thing, "attribution_method", None)
+    parts = [] if inner is None else [shown(inner)]
+    parts += shown_options(thing)
+    return f"{name}({', '.join(parts)})" if parts else name
+
+
+def shown_options(thing: Any, skip: Sequence[str] = ()) -> list[str]:
+    """Options of the constructor's signature that are kept and are not the default."""
+    found = []
+    for name, default in _defaults(type(thing)).items():
+        value = getattr(thing, name, getattr(thing, f"_{name}", default))
+        if name not in skip and not same(value, default):
+            found.append(f"{name}={shown_value(value)}")
+    return found
+
+
+def shown_value(value: Any) -> str:
+    """Value as it would be written, without addresses: another process has others."""
+    if isinstance(value, Tensor):
+        return f"tensor{tuple(value.shape)}"
+    if isinstance(value, tuple):
+        inside = ", ".join(map(shown_value, value))
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    if isinstance(value, Callable) and not isinstance(value, type):  # type: ignore[arg-type]  # abstract
+        return shown(value)
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def same(value: Any, default: Any) -> bool:
+    """Whether an option has its default value; tensors never have."""
+    if value is default:
+        return True
+    if isinstance(value, Tensor) or type(value) is not type(default):
+        return False
+    return bool(value == default)
+
+
+@functools.lru_cache(maxsize=256)
+def _defaults(cls: type) -> dict[str, Any]:
+    """Options with their defaults: of the class's signature, and of those it hands the rest to."""
+    found: dict[str, Any] = {}
+    for each in cls.__mro__:
+        if "__init__" not in vars(each) or each in (nn.Module, object):
+            continue
+        parameters = inspect.signature(each.__init__).parameters  # type: ignore[misc]  # of a class
+        for name, parameter in parameters.items():
+            if parameter.default is not parameter.empty:
+                found.setdefault(name, parameter.default)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            break
+    return found

@@ -1,0 +1,382 @@
+"""The door: everything that must hold while a model is explained, put back afterwards."""
+
+import functools
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors.engine._failures import cause_of
+from captum_priors.engine._torch import Normalisation, saves_elsewhere
+from captum_priors.engine.processes import wrapper_classes
+from captum_priors.engine.random import GlobalState, seed_global
+
+T = TypeVar("T")
+
+# Attributes in which explainers, and objects around a model, keep what they run.
+_HOLDERS = ("forward_func", "model", "attribution_method", "attr_method", "explainer", "layer")
+# Modules' flags and buffers belong to the process: passes in several threads take turns.
+_turn = threading.RLock()
+_thread = threading.local()
+_explained_before: WeakSet[Any] = WeakSet()
+
+_CHECKPOINTED = (
+    "expected a model without activation checkpointing (or other saved-tensor hooks), found some: "
+    "the backward pass would run its blocks again in training mode, when the model is no longer "
+    "held still. Use differentiation='recompute' or 'finite_difference' without smoothing, or run "
+    "the model without checkpointing for this prior."
+)
+
+
+class AttributionPass:
+    """Everything that holds while a model is explained; put back in reverse order, also on errors.
+
+    The modules are in evaluation mode (recurrent ones lose their dropout instead, because cuDNN
+    refuses their backward pass there), with copies of running statistics, because the next training
+    step updates those in place under autograd's hands. Torch's global streams are put back;
+    inference mode is left; kernels without a second derivative are replaced by those that have one;
+    activation checkpointing is refused where the backward pass would find another model; failures
+    on device, dtype or an empty batch are worded. One pass at a time holds models in a process.
+
+    Args:
+        explained: Explainers, models, functions. A module, bound method or ``functools.partial`` is
+            held as a whole; what another function hides is held as soon as it runs.
+        seed: Seeds the global streams for the length of the pass.
+        streams: The global streams that are drawn from: ``"torch"``, ``"numpy"``, ``"python"``.
+        smooth: Run ReLU as Softplus of this steepness.
+        replayed: The backward pass holds the model again by itself (``recompute`` and
+            ``finite_difference``), so activation checkpointing is harmless.
+        exact: Replace kernels that have no second derivative.
+        holds: Hold modules and streams; without, only inference mode, kernels and wording.
+        owner: Whose first pass is checked more closely; by default what is explained.
+        given: The call's ``inputs``, ``target`` and ``baselines``, for the wording of failures.
+
+    Raises:
+        NotDifferentiableError: At a model that is checkpointed.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.engine import AttributionPass
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout())
+        >>> x = torch.randn(4, 3)
+        >>> with AttributionPass(model):
+        ...     torch.equal(model(x), model(x)), model.training
+        (True, False)
+        >>> model.training
+        True
+    """
+
+    def __init__(
+        self,
+        *explained: Any,
+        seed: int | None = None,
+        streams: Sequence[str] = ("torch",),
+        smooth: float | None = None,
+        replayed: bool = False,
+        exact: bool = True,
+        holds: bool = True,
+        owner: Any = None,
+        given: dict[str, Any] | None = None,
+    ) -> None:
+        self.explained = explained
+        self.streams = streams
+        self.smooth = smooth
+        self.exact = exact
+        self.holds = holds
+        self.left_inference = False
+        self.modules: set[nn.Module] = set()
+        self.seeded = 0 if seed is None else seed
+        self._seeds, self._replayed, self._given = seed is not None, replayed, given or {}
+        self._undo: list[tuple[nn.Module, str, Any]] = []
+        if owner is None and explained and explained[0].__hash__ is not None:
+            owner = explained[0]
+        self.owner = self if owner is None else owner
+        self.first = self.owner not in _explained_before
+
+    def __enter__(self) -> "AttributionPass":
+        self._outer, self._thread = current_pass(), threading.get_ident()
+        with ExitStack() as stack:
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+                self.left_inference = True
+            if self.holds:
+                self._hold(stack)
+            if self.exact:
+                stack.enter_context(exact_kernels(self.modules))
+            if self.smooth is not None:
+                stack.enter_context(ReluMode(self.smooth))
+            if self.smooth is not None or (
+                self.holds and not self._replayed and torch.is_grad_enabled()
+            ):
+                stack.enter_context(
+                    torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED)
+                )
+            _thread.current = self
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        _thread.current = self._outer
+        self._stack.close()
+        if error is None:
+            if self.first and torch.is_grad_enabled():
+                self.first = False
+                _explained_before.add(self.owner)
+        elif type(error) is RuntimeError and str(error) == _CHECKPOINTED:
+            raise NotDifferentiableError(_CHECKPOINTED) from error
+        elif self._outer is None:
+            cause = cause_of(error, submodules_of(*self.explained), self._given)
+            if cause is not None:
+                raise cause from error
+
+    def seed(self, seed: int) -> None:
+        """Seed the global streams again."""
+        seed_global(seed, self.streams)
+
+    def _hold(self, stack: ExitStack) -> None:
+        _turn.acquire()
+        stack.callback(_turn.release)
+        stack.callback(GlobalState.now(self.streams).restore)
+        if self._seeds:
+            self.seed(self.seeded)
+        roots, hidden = _plainly_in(self.explained)
+        stack.callback(self._put_back)
+        for root in roots:
+            self._take(root)
+        if hidden:
+            handle = register_module_forward_pre_hook(self._on_call)
+            stack.callback(handle.remove)
+
+    def _on_call(self, module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == self._thread:
+            self._take(module)
+
+    def _take(self, root: nn.Module) -> None:
+        """Hold a module and all below it; on each by itself, because users override ``train``."""
+        wrappers, stack = wrapper_classes(), [root]
+        while stack:
+            module = stack.pop()
+            if module in self.modules:
+                continue
+            if isinstance(module, wrappers):
+                raise _wrapped(module)
+            self.modules.add(module)
+            if isinstance(module, nn.RNNBase):
+                self._set(module, "dropout", 0.0)
+            elif module.training:
+                self._set(module, "training", False)
+            if isinstance(module, Normalisation):
+                for name, buffer in module.named_buffers(recurse=False):
+                    self._set(module, name, buffer.clone())
+            stack.extend(module.children())
+
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        self._undo.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+
+    def _put_back(self) -> None:
+        for module, name, value in reversed(self._undo):
+            setattr(module, name, value)
+        self._undo.clear()
+
+
+def current_pass() -> AttributionPass | None:
+    """Return the innermost pass of this thread."""
+    found: AttributionPass | None = getattr(_thread, "current", None)
+    return found
+
+
+@contextmanager
+def resumed(earlier: AttributionPass | None) -> Iterator[None]:
+    """Let the block count as part of an earlier pass, whose checks are done."""
+    before = current_pass()
+    _thread.current = earlier
+    try:
+        yield
+    finally:
+        _thread.current = before
+
+
+def attribution_call(function: Callable[..., T]) -> Callable[..., T]:
+    """Make a method ``attribute(self, inputs, ...)`` a pass of its own, or part of that around it.
+
+    It holds nothing: asked directly, an explainer explains the model as it is.
+    """
+
+    @functools.wraps(function)
+    def attribute(self: Any, *args: Any, **kwargs: Any) -> T:
+        if current_pass() is not None:
+            return function(self, *args, **kwargs)
+        given = {"inputs": args[0] if args else None, **kwargs}
+        exact = torch.is_grad_enabled() and _way(self) != "finite_difference"
+        with AttributionPass(self, holds=False, exact=exact, given=given) as explaining:
+            if explaining.left_inference:
+                args, kwargs = out_of_inference(args), out_of_inference(kwargs)
+            return function(self, *args, **kwargs)
+
+    return attribute
+
+
+def _way(explainer: Any) -> str:
+    return str(getattr(explainer, "differentiation", "double_backprop"))
+
+
+def out_of_inference(value: T) -> T:
+    """Replace tensors that were made in inference mode, which no graph may hold, by copies."""
+    found: Any = value
+    if isinstance(value, Tensor):
+        found = value.clone() if value.is_inference() else value
+    elif type(value) in (tuple, list):
+        found = type(value)(map(out_of_inference, found))
+    elif type(value) is dict:
+        found = {name: out_of_inference(each) for name, each in found.items()}
+    return found  # type: ignore[no-any-return]  # of the type that came in
+
+
+@contextmanager
+def exact_kernels(modules: Any) -> Iterator[None]:
+    """Compute the same functions by kernels that can be differentiated twice.
+
+    Which kernel computes a function is no part of the function: compiled modules run eagerly,
+    attention in plain matrix products, recurrent modules on a GPU without cuDNN.
+    """
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # nothing can be compiled where nobody imported it
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if torch.cuda.is_initialized() and any(isinstance(m, nn.RNNBase) for m in modules):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+# ---- The modules behind what is explained --------------------------------------------------
+
+
+def modules_of(*holders: Any) -> tuple[nn.Module, ...]:
+    """Return the root modules that are plainly there.
+
+    A module, a bound method's, a partial's, and those in an object's ``forward_func``, ``model``
+    and the like. What another function hides shows when it runs: see :func:`run_modules`.
+    """
+    return _plainly_in(holders)[0]
+
+
+def submodules_of(*holders: Any) -> tuple[nn.Module, ...]:
+    """Return every module below the roots that are plainly there, each once."""
+    return tuple(dict.fromkeys(m for root in modules_of(*holders) for m in root.modules()))
+
+
+def _plainly_in(holders: Sequence[Any]) -> tuple[tuple[nn.Module, ...], bool]:
+    """Root modules, and whether there are functions that may hide more."""
+    roots: dict[nn.Module, None] = {}
+    hidden, stack, seen = False, list(reversed(holders)), set[int]()
+    while stack:
+        holder = stack.pop()
+        if holder is None or id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        if isinstance(holder, nn.Module):
+            roots[holder] = None
+        elif isinstance(holder, functools.partial):
+            stack.extend([holder.func, *holder.args, *holder.keywords.values()])
+        elif isinstance(holder, types.MethodType):
+            stack.append(holder.__self__)
+        else:
+            inside = [getattr(holder, name, None) for name in _HOLDERS]
+            inside = [each for each in inside if each is not None]
+            stack.extend(inside)
+            hidden = hidden or (not inside and (callable(holder) or hasattr(holder, "attribute")))
+    return tuple(roots), hidden
+
+
+@contextmanager
+def run_modules() -> Iterator[list[nn.Module]]:
+    """Collect the root modules that run in this thread in the block."""
+    roots: list[nn.Module] = []
+    known: set[nn.Module] = set()
+    owner = threading.get_ident()
+
+    def on_call(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == owner and module not in known:
+            roots.append(module)
+            known.update(module.modules())
+
+    handle = register_module_forward_pre_hook(on_call)
+    try:
+        yield roots
+    finally:
+        handle.remove()
+
+
+def _wrapped(module: nn.Module) -> NotDifferentiableError:
+    return NotDifferentiableError(
+        expected_found(
+            "`forward_func`",
+            "the module that is trained",
+            f"the {type(module).__name__} around it, whose forward pass prepares the next backward "
+            "pass",
+            "Explain wrapper.module, call the wrapper for the training loss, and run one "
+            "backward() over both.",
+        )
+    )
+
+
+# ---- Activations ---------------------------------------------------------------------------
+
+_RELU = (F.relu, torch.relu, Tensor.relu)
+_RELU_IN_PLACE = (torch.relu_, Tensor.relu_, F.relu_)
+
+
+class ReluMode(TorchFunctionMode):
+    """ReLU as Softplus of some steepness, or (None) exactly, without a graph through zeros.
+
+    ``where(x <= 0, 0, x)`` has the values and derivatives of ReLU. Torch's own keeps a graph from
+    its slope to what it was taken at, through which a second backward pass carries zeros through
+    the whole model; this form has none, which saves a fifth of the time.
+    """
+
+    def __init__(self, beta: float | None) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def __enter__(self) -> Any:
+        self._before = current_beta()
+        _thread.beta = self.beta
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _thread.beta = self._before
+        super().__exit__(*error)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        always = func in _RELU_IN_PLACE
+        if (func in _RELU or always) and (self.beta is not None or not saves_elsewhere()):
+            x = args[0] if args else kwargs["input"]
+            in_place = always or (args[1] if len(args) > 1 else kwargs.get("inplace", False))
+            if self.beta is None:
+                found = torch.where(x <= 0, 0, x)
+            else:  # Softplus keeps its input for the way back
+                found = F.softplus(x.clone() if in_place else x, beta=self.beta)
+            return x.copy_(found) if in_place else found
+        return func(*args, **kwargs)
+
+
+def current_beta() -> float | None:
+    """Softplus steepness in force in this thread, or None."""
+    beta: float | None = getattr(_thread, "beta", None)
+    return beta

@@ -1,0 +1,153 @@
+"""Random streams: what a prior draws must not move the streams that training draws from."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from captum_priors.engine._torch import default_generator
+
+STREAMS = ("torch", "numpy", "python")
+"""Global generators that an explainer may draw from; see ``draws`` of the adapters."""
+
+
+@dataclass(frozen=True)
+class GlobalState:
+    """The state of global generators, read without moving them."""
+
+    cpu: Tensor
+    cuda: Sequence[Tensor]
+    numpy: Any
+    python: Any
+
+    @classmethod
+    def now(cls, streams: Sequence[str] = ("torch",)) -> "GlobalState":
+        """Read the generators: torch's, and the others that are named."""
+        return cls(
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else (),
+            np.random.get_state() if "numpy" in streams else None,
+            random.getstate() if "python" in streams else None,
+        )
+
+    def restore(self) -> None:
+        """Put the generators back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        if self.numpy is not None:
+            np.random.set_state(self.numpy)
+        if self.python is not None:
+            random.setstate(self.python)
+
+    def moved(self) -> bool:
+        """Whether torch's generators have been drawn from since."""
+        now = GlobalState.now()
+        pairs = zip((self.cpu, *self.cuda), (now.cpu, *now.cuda), strict=False)
+        return any(not torch.equal(a, b) for a, b in pairs)
+
+
+def seed_global(seed: int, streams: Sequence[str] = ("torch",)) -> None:
+    """Seed torch's global generators, and the others that are named."""
+    default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    if "numpy" in streams:
+        np.random.seed(seed & 0xFFFFFFFF)  # NumPy's seeds have 32 bits
+    if "python" in streams:
+        random.seed(seed)
+
+
+def derive(seed: int, place: int) -> int:
+    """Seed of a child at this place: (seed, place) spread over 63 bits.
+
+    The finaliser of SplitMix64 (Steele et al. 2014), a bijection of each place's seeds.
+    """
+    mask = (1 << 64) - 1
+    z = (seed + (place + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) & ((1 << 63) - 1)
+
+
+class GeneratorState(nn.Module):
+    """The state of a user's generator, kept in the ``state_dict`` of what draws from it."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def get_extra_state(self) -> Tensor:
+        """Return the generator's state, for the ``state_dict``."""
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Put the generator into a state, which may have been loaded to another device."""
+        self.generator.set_state(state.cpu())
+
+
+class Stream(GeneratorState):
+    """A stream of seeds, one for each training step, with its generator in the ``state_dict``.
+
+    It starts from the state of torch's global generator, which it does not move: seeding torch and
+    building again reproduces it. Streams that are alive together never start alike.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.engine import Stream
+        >>> first, second = Stream(), Stream()
+        >>> a, b = first.next_seed(advance=False), first.next_seed(advance=True)
+        >>> a == b, b == first.next_seed(advance=True), b == second.next_seed(advance=True)
+        (True, False, False)
+    """
+
+    def __init__(self) -> None:
+        state, place = crc32(torch.get_rng_state().numpy().tobytes()), 0
+        while (state, place) in _started:
+            place += 1
+        seed = derive(derive(torch.initial_seed() & ((1 << 63) - 1), state), place)
+        super().__init__(torch.Generator().manual_seed(seed))
+        _started[state, place] = self
+
+    def next_seed(self, *, advance: bool, rank: int = 0) -> int:
+        """Seed of this step, another for each process that has examples of its own.
+
+        Args:
+            advance: Go on to the next step; without, as in evaluation, nothing moves.
+            rank: The process's place among those that share a batch.
+        """
+        generator = self.generator if advance else self.generator.clone_state()
+        seed = int(torch.randint(1 << 62, (), generator=generator))
+        return derive(seed, rank) if rank else seed
+
+
+_started: WeakValueDictionary[tuple[int, int], Stream] = WeakValueDictionary()
+
+
+class Counter(nn.Module):
+    """A number kept in the ``state_dict``; no buffer, because those are moved and broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __int__(self) -> int:
+        return self.count
+
+    def advance(self) -> None:
+        """Count one."""
+        self.count += 1
+
+    def get_extra_state(self) -> Tensor:
+        """Return the number, for the ``state_dict``."""
+        return torch.tensor(self.count, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the number of a ``state_dict``."""
+        self.count = int(state)

@@ -1,0 +1,343 @@
+"""The attribution prior: an explainer and a penalty on what it says."""
+
+import inspect
+import types
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._probe import check_options
+from captum_priors._rows import for_each, shared
+from captum_priors._shown import shown, shown_value
+from captum_priors._types import Penalty
+from captum_priors.adapters import differentiable
+from captum_priors.engine import current_processes, derive
+from captum_priors.engine.random import STREAMS, GeneratorState
+from captum_priors.priors.base import Call, Reduction, Term
+
+Parameters = Mapping[str, inspect.Parameter]
+
+
+class ExplainerPrior(Term):
+    """A prior on what one explainer says; concrete priors say what they ask of it."""
+
+    explainer: Any
+    _records: ClassVar[bool] = False
+    _module_of_score: ClassVar[str] = "penalties"
+
+    def __init__(
+        self,
+        explainer: Any,
+        score: Any,
+        *,
+        reduction: Reduction,
+        smooth: float | None,
+        options: dict[str, Any],
+    ) -> None:
+        if isinstance(explainer, type):
+            raise TypeError(
+                expected_found(
+                    "`explainer`",
+                    "an explainer of a model",
+                    f"the class {explainer.__name__}",
+                    f"Pass {explainer.__name__}(model).",
+                )
+            )
+        if isinstance(score, type) or not callable(score):
+            is_class = isinstance(score, type)
+            raise TypeError(
+                expected_found(
+                    f"`{self._name_of_score}`",
+                    "a function of attributions",
+                    f"the class {score.__name__}" if is_class else type(score).__name__,
+                    f"Pass {score.__name__}(...), made with its options."
+                    if is_class
+                    else f"Pass one of captum_priors.{self._module_of_score}, or your own.",
+                )
+            )
+        explainer = differentiable(explainer)
+        super().__init__(explainer, reduction=reduction, smooth=smooth)
+        self.__dict__["explainer"] = explainer
+        self.takes_tensors = bool(getattr(explainer, "takes_tensors", True))
+        # What an explainer from elsewhere draws from is not known.
+        self.draws: Sequence[str] = ("torch", *getattr(explainer, "draws", STREAMS))
+        self.replayed = self._way() != "double_backprop"
+        self._check_options(options)
+        self.options = options
+        self.score = score
+        if isinstance(options.get("generator"), torch.Generator):
+            self.generator_state = GeneratorState(options["generator"])
+
+    def takes(self, name: str) -> bool:
+        """Whether the explainer takes baselines; whether the score takes this annotation."""
+        if name == "baselines":
+            parameters = _parameters_of_attribute(self.explainer)
+            return name in parameters or _is_open(parameters)
+        parameters = parameters_of(self.score)
+        maths = list(parameters)[: 1 if self._name_of_score == "penalty" else 2]
+        return _is_open(parameters) or (name in parameters and name not in maths)
+
+    @property
+    def draws_baselines(self) -> bool:
+        """Whether baselines are a distribution to draw from, rather than one for each example."""
+        return bool(getattr(self.explainer, "draws_baselines", False))
+
+    def _described(self) -> list[str]:
+        options = [f"{k}={shown_value(v)}" for k, v in self.options.items()]
+        return [shown(self.explainer), shown(self.score), *options]
+
+    def _way(self) -> str:
+        return str(getattr(self.explainer, "differentiation", "double_backprop"))
+
+    def _check_call(
+        self, inputs: Any, baselines: Any, target: Any, annotations: dict[str, Any]
+    ) -> None:
+        super()._check_call(inputs, baselines, target, annotations)
+        for name, parameter in parameters_of(self.score).items():
+            needed = (
+                parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+            )
+            if needed and name not in annotations:
+                raise TypeError(
+                    expected_found(
+                        f"`{name}`",
+                        f"what {shown(self.score)} compares the attributions with",
+                        "none",
+                        f"Call the prior with {name}=..., one entry for each example of the batch.",
+                    )
+                )
+        parameters = _parameters_of_attribute(self.explainer)
+        if target is not None and "target" not in parameters and not _is_open(parameters):
+            raise self._not_taken("target", target)
+        needed_baselines = parameters.get("baselines")
+        if (
+            needed_baselines is not None
+            and needed_baselines.default is needed_baselines.empty
+            and baselines is None
+            and "baselines" not in self.options
+        ):
+            raise TypeError(
+                expected_found(
+                    "`baselines`",
+                    f"the reference rows that {type(self.explainer).__name__} averages over",
+                    "none",
+                    "Pass baselines=... when the prior is made or when it is called; a few hundred "
+                    "training examples, or the batch itself, are common choices.",
+                )
+            )
+
+    def _not_taken(self, name: str, value: Any) -> TypeError:
+        return TypeError(
+            expected_found(
+                f"`{name}`",
+                "none",
+                type(value).__name__,
+                f"{type(self.explainer).__name__}.attribute does not take it: omit it.",
+            )
+        )
+
+    def options_of(self, call: Call) -> dict[str, Any]:
+        """Keywords of this call; Captum's positional orders differ from class to class."""
+        parameters = _parameters_of_attribute(self.explainer)
+        options = dict(self.options)
+        if call.baselines is not None:
+            options["baselines"] = call.baselines
+        if call.target is not None:
+            options["target"] = call.target
+        if call.args:
+            if "additional_forward_args" not in parameters and not _is_open(parameters):
+                raise self._not_taken("additional_forward_args", call.args)
+            options["additional_forward_args"] = call.args
+        generator = options.get("generator")
+        if isinstance(generator, torch.Generator) and not self.training_step():
+            options["generator"] = generator.clone_state()  # looking at a value moves nothing
+        return options
+
+    def explain(self, inputs: Any, options: dict[str, Any], seed: int, call: Call) -> Any:
+        """Attribute with the draws of a seed, and insist on a graph where there is one to have."""
+        call.explaining.seed(seed)
+        if "generator" not in options and "generator" in _parameters_of_attribute(self.explainer):
+            options = {**options, "generator": torch.Generator().manual_seed(seed)}
+        attributions = self.explainer.attribute(inputs, **options)
+        if hasattr(self.explainer, "tensors_of"):  # Captum's result object for language models
+            attributions = self.explainer.tensors_of(attributions)
+        if isinstance(attributions, list):  # one entry for each layer of a list
+            attributions = tuple(t for entry in attributions for t in _each(entry))
+        if torch.is_grad_enabled() and not any(
+            isinstance(t, Tensor) and t.requires_grad for t in _each(attributions)
+        ):
+            modules = call.explaining.modules
+            if any(p.requires_grad for m in modules for p in m.parameters(recurse=False)):
+                raise NotDifferentiableError(
+                    expected_found(
+                        "`explainer`",
+                        "attributions with a graph to the model's trainable parameters",
+                        f"none from {type(self.explainer).__name__}",
+                        "Look for detach() or torch.no_grad() in its attribute, and certify it "
+                        "with captum_priors.testing.check_differentiable.",
+                    )
+                )
+        return attributions
+
+    def _score(self, maps: tuple[Any, ...], call: Call) -> Any:
+        """Score attributions, over all processes where it is the batch that is scored."""
+        scores = self.score(*maps, **call.keywords())
+        self._check_graph(maps[0], scores)
+        processes = current_processes()
+        if processes is None or not isinstance(scores, Tensor) or scores.dim() > 0:
+            return scores
+        n = len(_each(maps[0])[0])
+        annotations = {
+            name: value.value if isinstance(value, shared) else for_each(processes.whole, value, n)
+            for name, value in call.annotations.items()
+        }
+        joined = [for_each(processes.whole, m, n) for m in maps]
+        # One statistic: what the score draws is to be the same everywhere.
+        call.explaining.seed(self.stream.next_seed(advance=False, rank=processes.size))
+        return self.score(*joined, **annotations)
+
+    def _check_graph(self, attributions: Any, scores: Any) -> None:
+        """Refuse a score that leaves nothing to train on of attributions that can be trained on."""
+        tensors = [t for t in _each(attributions) if isinstance(t, Tensor)]
+        if not isinstance(scores, Tensor) or scores.requires_grad or not scores.any():
+            return  # zeros: nothing in this batch that the penalty speaks of
+        fits = tuple(scores.shape) in {(), *(tuple(t.shape[:1]) for t in tensors)}
+        if fits and any(t.requires_grad for t in tensors):
+            raise NotDifferentiableError(
+                expected_found(
+                    f"`{self._name_of_score}`",
+                    "a value with a graph to the attributions",
+                    f"none from {shown(self.score)}",
+                    "Look for detach(), item(), NumPy or torch.no_grad() in it.",
+                )
+            )
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        for name in ("inputs", "target", "additional_forward_args"):
+            if name in options:
+                raise TypeError(
+                    expected_found(
+                        f"`{name}`", "it when the prior is called", "it at construction", "Move it."
+                    )
+                )
+        if "return_convergence_delta" in options:
+            raise TypeError(
+                expected_found(
+                    "`return_convergence_delta`",
+                    "attributions alone",
+                    "an option that returns more",
+                    "Ask the explainer for the deltas.",
+                )
+            )
+        check_options(self.explainer, options)
+
+
+class AttributionPrior(ExplainerPrior):
+    r"""Penalise the attributions of a model while it trains.
+
+    .. math:: \theta = \arg\min_\theta \mathcal L(\theta; X, y) + \lambda\, \Omega(\Phi(\theta, X))
+
+    (Erion et al. 2021): the prior is :math:`\Omega(\Phi)`, and :math:`\lambda` is
+    written ``weight * prior``. The attribution pass runs with the model held still: evaluation
+    mode, hence no dropout and stored BatchNorm statistics, put back afterwards.
+
+    Args:
+        explainer: An explainer that :func:`captum_priors.differentiable` takes.
+        penalty: ``penalty(attributions, **annotations)`` of shape ``(batch,)`` or ``()``.
+        reduction: ``"mean"`` or ``"sum"`` over the examples.
+        smooth: Run the attribution pass with ReLU as Softplus of this steepness (30 is a good
+            start), which gives hidden biases a gradient that double backpropagation through ReLU
+            does not. Off by default: at equal penalty, networks trained through ReLU as it is were
+            the more accurate on MNIST and digits (``benchmarks/relu_differentiation.py``).
+        attribute_options: What else ``explainer.attribute`` is to be given at every call, such as
+            ``baselines`` or ``n_samples``.
+
+    Raises:
+        NotDifferentiableError: If the explainer cannot be trained on.
+        TypeError: If an option is not one of the explainer's.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors import AttributionPrior, ExpectedGradients
+        >>> from captum_priors.penalties import l2
+        >>> model = torch.nn.Linear(3, 1)
+        >>> x, background = torch.randn(4, 3), torch.randn(9, 3)
+        >>> prior = AttributionPrior(ExpectedGradients(model), l2, baselines=background)
+        >>> expected = l2(model.weight * (x - background.mean(0))).mean()
+        >>> torch.allclose(prior(x), expected, rtol=1e-4)
+        True
+    """
+
+    def __init__(
+        self,
+        explainer: Any,
+        penalty: Penalty,
+        *,
+        reduction: Reduction = "mean",
+        smooth: float | None = None,
+        **attribute_options: Any,
+    ) -> None:
+        super().__init__(
+            explainer, penalty, reduction=reduction, smooth=smooth, options=attribute_options
+        )
+
+    _name_of_score: ClassVar[str] = "penalty"
+
+    @property
+    def penalty(self) -> Penalty:
+        """The penalty."""
+        penalty: Penalty = self.score
+        return penalty
+
+    def _scores(self, call: Call) -> Any:
+        seed = derive(call.seed, 0)
+        return self._score((self.explain(call.given, self.options_of(call), seed, call),), call)
+
+
+def _each(attributions: Any) -> tuple[Any, ...]:
+    return attributions if isinstance(attributions, tuple) else (attributions,)
+
+
+# Signatures take as long as a layer of a small model. Weakly, because closures hold models.
+_known_parameters: WeakKeyDictionary[Any, tuple[Parameters, Parameters]] = WeakKeyDictionary()
+
+
+def _parameters_of_attribute(explainer: Any) -> Parameters:
+    attribute = explainer.attribute
+    if isinstance(attribute, types.MethodType):
+        return _parameters_of_function(attribute.__func__)[1]
+    return inspect.signature(attribute).parameters
+
+
+def _parameters_of_function(function: Any) -> tuple[Parameters, Parameters]:
+    """All parameters, and all but the first."""
+    known = _known_parameters.get(function)
+    if known is None:
+        # Without the values: a default may hold the model that holds the prior and this function,
+        # and weak keys do not help against that.
+        every = {
+            name: p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else None)
+            for name, p in inspect.signature(function).parameters.items()
+        }
+        known = _known_parameters[function] = (every, dict(islice(every.items(), 1, None)))
+    return known
+
+
+def parameters_of(function: Any) -> Parameters:
+    """Parameters of a function or module; none where a builtin does not tell."""
+    if isinstance(function, types.FunctionType):
+        return _parameters_of_function(function)[0]
+    try:
+        called = function.forward if isinstance(function, nn.Module) else function
+        return inspect.signature(called).parameters
+    except ValueError:
+        return {}
+
+
+def _is_open(parameters: Parameters) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -1,0 +1,509 @@
+"""Priors compose: sums and multiples, with the formula as their ``repr``; terms say one number."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from captum_priors._captum import as_tuple, forward_args, like_inputs, output_error
+from captum_priors._checks import (
+    check_inputs,
+    check_labels,
+    check_target,
+    positive,
+)
+from captum_priors._errors import expected_found, one_of
+from captum_priors._rows import Rows, shared
+from captum_priors._shown import shown_options
+from captum_priors._types import TensorOrTuple
+from captum_priors.engine import AttributionPass, Stream, current_processes, world_size
+from captum_priors.engine.model import out_of_inference
+from captum_priors.engine.processes import (
+    needs_unsharded,
+    rank_of_draws,
+    refuse_spread_parameters,
+)
+
+Reduction = Literal["mean", "sum"]
+Tensors = tuple[Tensor, ...]
+
+
+class Prior(nn.Module, ABC):
+    r"""A scalar to add to the training loss.
+
+    ``prior(inputs, baselines, target, additional_forward_args, **annotations)`` returns shape
+    ``()``. ``prior + prior``, ``c * prior`` and ``sum(priors)`` are priors again, and ``repr`` is
+    the formula. A call leaves no trace in the training state: no gradient, flag, hook, statistic
+    or random number of it changes.
+
+    Subclass it for a value of your own: ``forward`` alone is needed. For one number for each
+    example, subclass :class:`Term`.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors import AttributionPrior, ExpectedGradients
+        >>> from captum_priors.penalties import l1, l2
+        >>> explainer = ExpectedGradients(torch.nn.Linear(3, 1))
+        >>> prior = 0.1 * AttributionPrior(explainer, l1) + AttributionPrior(explainer, l2)
+        >>> prior
+        0.1 * AttributionPrior(ExpectedGradients, l1) + AttributionPrior(ExpectedGradients, l2)
+        >>> x, background = torch.randn(4, 3), torch.randn(9, 3)
+        >>> prior(x, background).shape
+        torch.Size([])
+    """
+
+    @abstractmethod
+    def forward(
+        self,
+        inputs: TensorOrTuple,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        **annotations: Any,
+    ) -> Tensor:
+        """Return the value of the prior on a batch, shape ``()``."""
+
+    def takes(self, name: str) -> bool:
+        """Whether a call may pass this keyword: ``baselines``, or the name of an annotation."""
+        return name in inspect.signature(self.forward).parameters
+
+    def formula(self) -> str:
+        """Return the prior as it would be written."""
+        return f"{type(self).__name__}()"
+
+    def training_step(self) -> bool:
+        """Whether a call now is part of training, as opposed to looking at a value."""
+        return self.training and torch.is_grad_enabled()
+
+    def __add__(self, other: Any) -> "Prior":
+        if isinstance(other, (int, float)) and other == 0:
+            return self  # the start of sum(priors)
+        if not isinstance(other, Prior):
+            raise self._not_a_number("+", other)
+        return SumPrior((self, other))
+
+    __radd__ = __add__
+
+    def __mul__(self, weight: Any) -> "Prior":
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise self._not_a_number("*", weight)
+        return WeightedPrior(float(weight), self)
+
+    __rmul__ = __mul__
+
+    def _not_a_number(self, sign: str, other: Any) -> TypeError:
+        """Word the commonest slip: adding a prior to the loss without calling it."""
+        return TypeError(
+            expected_found(
+                f"{self.formula()} {sign}",
+                "another prior" if sign == "+" else "a number",
+                type(other).__name__,
+                "Call the prior on a batch, prior(inputs, target=...), and add its value to the "
+                "loss."
+                if sign == "+"
+                else "Write 0.1 * prior; a learned weight multiplies the value, w * prior(inputs).",
+            )
+        )
+
+    def __repr__(self) -> str:
+        return self.formula()
+
+
+class Wrapper(Prior):
+    """A prior around another: it takes what that takes."""
+
+    prior: Prior
+
+    def __init__(self, prior: Prior) -> None:
+        super().__init__()
+        if not isinstance(prior, Prior):
+            raise TypeError(
+                expected_found(
+                    "`prior`",
+                    "a prior",
+                    type(prior).__name__,
+                    "Pass an AttributionPrior, or a sum.",
+                )
+            )
+        self.prior = prior
+
+    def takes(self, name: str) -> bool:
+        """Whether the prior inside takes the keyword."""
+        return self.prior.takes(name)
+
+    def formula(self) -> str:
+        """Return the prior as it would be written."""
+        options = shown_options(self, skip=("prior",))
+        return f"{type(self).__name__}({', '.join([self.prior.formula(), *options])})"
+
+
+class WeightedPrior(Wrapper):
+    """``weight * prior``; write it like that.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors import AttributionPrior, ExpectedGradients
+        >>> from captum_priors.penalties import l1
+        >>> 2 * (0.5 * AttributionPrior(ExpectedGradients(torch.nn.Linear(3, 1)), l1))
+        1 * AttributionPrior(ExpectedGradients, l1)
+    """
+
+    weight: float
+
+    def __init__(self, weight: float, prior: Prior) -> None:
+        if not abs(weight) < float("inf"):
+            raise ValueError(
+                expected_found(
+                    "`weight`", "a finite number", repr(weight), "Check where it comes from."
+                )
+            )
+        if isinstance(prior, WeightedPrior):
+            weight, prior = weight * prior.weight, prior.prior
+        super().__init__(prior)
+        self.weight = weight
+
+    def forward(self, *data: Any, **named: Any) -> Tensor:
+        """Return the weighted value."""
+        value: Tensor = self.weight * self.prior(*data, **named)
+        return value
+
+    def formula(self) -> str:
+        """Return the prior as it would be written."""
+        inner = self.prior.formula()
+        return f"{self.weight:g} * " + (f"({inner})" if isinstance(self.prior, SumPrior) else inner)
+
+
+class SumPrior(Prior):
+    """``prior + prior``; write it like that. Each term takes the keywords that it knows.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors import AttributionPrior, ExpectedGradients
+        >>> from captum_priors.penalties import l1, outside
+        >>> explainer = ExpectedGradients(torch.nn.Linear(3, 1))
+        >>> prior = sum([AttributionPrior(explainer, l1), AttributionPrior(explainer, outside)])
+        >>> x, background = torch.randn(4, 3), torch.randn(9, 3)
+        >>> prior(x, background, annotation=torch.ones(4, 3)).shape
+        torch.Size([])
+    """
+
+    terms: Sequence[Prior]
+
+    def __init__(self, terms: Sequence[Prior]) -> None:
+        super().__init__()
+        flat = [t for term in terms for t in (term.terms if isinstance(term, SumPrior) else [term])]
+        self.terms = cast("Sequence[Prior]", nn.ModuleList(flat))
+
+    def forward(
+        self,
+        inputs: TensorOrTuple,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        **annotations: Any,
+    ) -> Tensor:
+        """Return the sum of the terms' values."""
+        check_keywords(self, baselines, annotations)
+        named = dict(annotations)
+        if baselines is not None:
+            named["baselines"] = baselines
+        values = [
+            term(
+                inputs,
+                target=target,
+                additional_forward_args=additional_forward_args,
+                **{name: value for name, value in named.items() if term.takes(name)},
+            )
+            for term in self.terms
+        ]
+        return torch.stack(values).sum()
+
+    def takes(self, name: str) -> bool:
+        """Whether any term takes the keyword."""
+        return any(term.takes(name) for term in self.terms)
+
+    def formula(self) -> str:
+        """Return the prior as it would be written."""
+        return " + ".join(term.formula() for term in self.terms)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One batch, and the model as a function of points that repeat it.
+
+    ``inputs`` are copies, with their graph: whoever works in place on them harms nobody.
+    """
+
+    forward_func: Any
+    given: Any  # the inputs as they were given: a tensor, a tuple, or what an explainer takes
+    inputs: Tensors
+    baselines: Any
+    target: Any
+    args: tuple[Any, ...]
+    annotations: dict[str, Any]
+    explaining: AttributionPass
+
+    @property
+    def seed(self) -> int:
+        """Seed of this call; derive a child of it for each thing that draws."""
+        return self.explaining.seeded
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the annotations by name, each as its penalty takes it."""
+        return {k: v.value if isinstance(v, shared) else v for k, v in self.annotations.items()}
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return self.inputs[0].shape[0]
+
+    def rows(self, points: Tensors, target: Any) -> Tensor:
+        """Run the model at points that repeat the batch, after a look at whether it may be."""
+        rows = Rows(self.forward_func, target, self.args, self.n)
+        if points[0].shape[0] != self.n:
+            rows.refuse_coupled(tuple(x.detach() for x in self.inputs))
+        return rows(points)
+
+    def output(self, points: Tensors) -> Tensor:
+        """Return the target output, shape ``(rows,)``, at points that repeat the batch."""
+        return self.rows(points, self.target)
+
+    def outputs(self, points: Tensors) -> Tensor:
+        """Return all outputs, shape ``(rows, outputs)``, in at least single precision."""
+        outputs = self.rows(points, None)
+        if outputs.dim() == 0 or outputs.shape[0] != points[0].shape[0]:
+            raise output_error(outputs, points[0].shape[0])
+        outputs = outputs.reshape(len(outputs), -1)
+        return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+
+
+class Term(Prior):
+    r"""A prior that is no combination of others: one number for each example, then reduced.
+
+    A subclass implements ``_scores(call)``, shape ``(batch,)``, or ``()`` for a statement about the
+    batch, which runs inside an :class:`captum_priors.engine.AttributionPass`. Its options are those
+    of its signature, kept by ``_set(locals(), name=check, ...)``; ``labels = True`` has the target
+    checked as class labels.
+
+    Args:
+        explained: The model, function or explainer.
+        reduction: ``"mean"`` or ``"sum"`` over the examples.
+        smooth: Run ReLU as Softplus of this steepness.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.engine import input_gradients
+        >>> from captum_priors.priors import Term
+        >>> class Slope(Term):
+        ...     def _scores(self, call):
+        ...         (g,) = input_gradients(call.output, call.inputs)
+        ...         return g.square().sum(1)
+        >>> model = torch.nn.Linear(3, 1)
+        >>> value = 0.5 * Slope(model)
+        >>> torch.allclose(value(torch.randn(4, 3)), model.weight.square().sum() / 2)
+        True
+    """
+
+    labels: ClassVar[bool] = False
+    takes_tensors: bool = True
+    draws: Sequence[str] = ("torch",)
+    replayed: bool = False
+    forward_func: Any
+    reduction: Reduction
+    smooth: float | None
+    _name_of_score: ClassVar[str] = "score"
+    _records: ClassVar[bool] = True
+
+    def __init__(
+        self, explained: Any, *, reduction: Reduction = "mean", smooth: float | None = None
+    ) -> None:
+        super().__init__()
+        one_of("reduction", reduction, ("mean", "sum"))
+        self.reduction = reduction
+        self.smooth = None if smooth is None else positive("smooth", smooth)
+        # Past nn.Module's registration: the explained model's parameters are not the prior's.
+        self.__dict__["forward_func"] = explained
+        self.stream = Stream()
+        self._told = False
+
+    def _set(self, given: dict[str, Any], **checks: Callable[[str, Any], Any]) -> None:
+        """Check and keep options of the subclass's signature, which its ``repr`` shows."""
+        for name, check in checks.items():
+            setattr(self, name, check(name, given[name]))
+
+    @abstractmethod
+    def _scores(self, call: Call) -> Tensor:
+        """Return one number for each example, or one for the batch."""
+
+    def _explained(self) -> tuple[Any, ...]:
+        """Return what refers to the modules that run."""
+        return (self.forward_func,)
+
+    def forward(
+        self,
+        inputs: TensorOrTuple,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        **annotations: Any,
+    ) -> Tensor:
+        """Return the value on a batch, shape ``()``."""
+        evaluating = self.evaluating(
+            inputs, baselines, target, additional_forward_args, annotations
+        )
+        with evaluating as call:
+            scores = self._scores(call)
+        return self._reduce(scores, call)
+
+    @contextmanager
+    def evaluating(
+        self,
+        inputs: Any,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        annotations: dict[str, Any] | None = None,
+        *,
+        advance: bool = True,
+    ) -> Iterator[Call]:
+        """Check a call, and hold the model for it; ``advance`` the stream if this is training."""
+        annotations = annotations or {}
+        self._check_call(inputs, baselines, target, annotations)
+        training = self.training_step()
+        rank = rank_of_draws() if training else 0
+        explaining = AttributionPass(
+            *self._explained(),
+            owner=self,
+            seed=self.stream.next_seed(advance=training and advance, rank=rank),
+            streams=self.draws,
+            smooth=self.smooth,
+            replayed=self.replayed,
+            exact=self._way() != "finite_difference",
+            given={"inputs": inputs, "baselines": baselines, "target": target},
+        )
+        with explaining, torch.enable_grad() if self._records else nullcontext():
+            batch = (inputs, baselines, target, forward_args(additional_forward_args), annotations)
+            if explaining.left_inference:
+                batch = out_of_inference(batch)
+            yield self._call(*batch, explaining)
+
+    def takes(self, name: str) -> bool:
+        """Whether a call may pass this keyword: there are none by default."""
+        return False
+
+    def formula(self) -> str:
+        """Return the prior as it would be written."""
+        return f"{type(self).__name__}({', '.join([*self._described(), *shown_options(self)])})"
+
+    def _described(self) -> list[str]:
+        """What the formula names before the options."""
+        return []
+
+    def _way(self) -> str:
+        """How gradients of input gradients are taken."""
+        return str(getattr(self, "differentiation", "double_backprop"))
+
+    def _check_call(
+        self, inputs: Any, baselines: Any, target: Any, annotations: dict[str, Any]
+    ) -> None:
+        """Check a call before anything is drawn or computed."""
+        check_keywords(self, baselines, annotations)
+        if not self.takes_tensors:
+            return
+        check_inputs(inputs)
+        n = as_tuple(inputs)[0].shape[0]
+        check_target(target, n)
+        if self.labels:
+            check_labels(target)
+        for name, value in annotations.items():
+            check_annotation(name, value, n)
+
+    def _call(
+        self,
+        inputs: Any,
+        baselines: Any,
+        target: Any,
+        args: tuple[Any, ...],
+        annotations: dict[str, Any],
+        explaining: AttributionPass,
+    ) -> Call:
+        tensors: Tensors = ()
+        if self.takes_tensors:
+            tensors = tuple([x.clone() for x in as_tuple(inputs)])
+            inputs = like_inputs(inputs, tensors)
+        return Call(
+            self.forward_func, inputs, tensors, baselines, target, args, annotations, explaining
+        )
+
+    def _reduce(self, scores: Any, call: Call) -> Tensor:
+        """Reduce the scores of a batch; what is no batch of tensors has any number of rows."""
+        batch = call.n if self.takes_tensors else None
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else None
+        if shape is None or shape not in ((), (shape[:1] if batch is None else (batch,))):
+            raise ValueError(
+                expected_found(
+                    f"`{self._name_of_score}`",
+                    f"a tensor of shape ({'n' if batch is None else batch},), or () for the batch",
+                    str(type(scores).__name__ if shape is None else shape),
+                    "Return one unreduced number for each example.",
+                )
+            )
+        reduced: Tensor = scores.mean() if self.reduction == "mean" else scores.sum()
+        return self._spread(reduced, shape == (), call) if world_size() > 1 else reduced
+
+    def _spread(self, reduced: Tensor, whole: bool, call: Call) -> Tensor:
+        """Weigh the value of this process's part of a batch."""
+        processes, training = current_processes(), self.training_step()
+        modules = tuple(call.explaining.modules)
+        if training and not self._told:
+            refuse_spread_parameters(modules, twice=self._way() != "finite_difference")
+            self._told = True
+        if whole:
+            if processes is None and training:
+                raise ValueError(_UNDECIDED)
+        elif processes is not None:
+            reduced = reduced * (processes.share if self.reduction == "mean" else processes.size)
+        return needs_unsharded(reduced, modules)
+
+
+_UNDECIDED = expected_found(
+    "statistic of a batch",
+    "to be told which examples make the batch, because several processes train together",
+    "nothing said",
+    "Write captum_priors.integrations.AcrossProcesses(prior) where the processes share each batch, "
+    "or AcrossProcesses(prior, 'self') where every process has a batch of its own.",
+)
+
+
+def check_keywords(prior: Prior, baselines: Any, annotations: dict[str, Any]) -> None:
+    """Refuse baselines or annotations that nobody would look at."""
+    given = [*annotations] if baselines is None else ["baselines", *annotations]
+    for name in given:
+        if not prior.takes(name):
+            raise TypeError(
+                expected_found(
+                    f"prior {prior!r}",
+                    "keywords that a term of it takes",
+                    repr(name),
+                    "Leave it out, or use a penalty that declares it.",
+                )
+            )
+
+
+def check_annotation(name: str, value: Any, n: int) -> None:
+    """Require an entry for each example, unless it is said that there is one for all."""
+    for each in value if isinstance(value, tuple) else (value,):
+        if isinstance(each, Tensor) and each.shape[:1] != (n,):
+            raise ValueError(
+                expected_found(
+                    f"`{name}`",
+                    f"an entry for each of the {n} examples",
+                    f"shape {tuple(each.shape)}",
+                    "Wrap what is one for the whole batch: captum_priors.shared(...).",
+                )
+            )
