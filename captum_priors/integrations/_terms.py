@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from captum_priors._errors import expected_found
-from captum_priors.priors._base import Prior
+from captum_priors.priors.base import Prior
 
 TOTAL = "prior"
 
@@ -18,19 +18,30 @@ TOTAL = "prior"
 def terms_of(prior: Prior) -> dict[str, Prior]:
     """Return the terms that are no combination of others, under names that every logger takes.
 
-    A name is made of the formula without its weights, so that runs with other weights compare.
+    A name is made of the formula without its weights and tensors, so that runs with others compare.
     """
     terms: dict[str, Prior] = {}
     for module in prior.modules():
         inside = [m for m in module.modules() if m is not module]
         if isinstance(module, Prior) and not any(isinstance(m, Prior) for m in inside):
-            name = stem = f"{TOTAL}/" + re.sub(r"\W+", "_", module.formula()).strip("_")
+            formula = re.sub(r", \w+=tensor\(.*?\)", "", module.formula())
+            name = stem = f"{TOTAL}/" + re.sub(r"\W+", "_", formula).strip("_")
             times = 1
             while name in terms:
                 times += 1
                 name = f"{stem}_{times}"
             terms[name] = module
     return terms
+
+
+def check_prior(prior: Any) -> None:
+    """Require a prior."""
+    if not isinstance(prior, Prior):
+        raise TypeError(
+            expected_found(
+                "`prior`", "a prior", type(prior).__name__, "Pass an AttributionPrior, or a sum."
+            )
+        )
 
 
 def evaluate(prior: Prior, arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from captum_priors._errors import expected_found
 from captum_priors.integrations._terms import Means, evaluate
-from captum_priors.priors._base import Prior, check_prior
+from captum_priors.priors.base import Prior, Wrapper
 
 __all__ = ["AcceleratedPrior"]
 
 
-class AcceleratedPrior(Prior):
+class AcceleratedPrior(Wrapper):
     r"""A prior whose state ``accelerator.save_state`` keeps and whose terms it logs.
 
     Make it from the model as it was before ``accelerator.prepare``, and add it to the loss that
@@ -49,8 +49,7 @@ class AcceleratedPrior(Prior):
     """
 
     def __init__(self, prior: Prior, accelerator: Any) -> None:
-        super().__init__()
-        check_prior(prior)
+        super().__init__(prior)
         if not hasattr(accelerator, "register_for_checkpointing"):
             raise TypeError(
                 expected_found(
@@ -60,7 +59,7 @@ class AcceleratedPrior(Prior):
                     "Pass the one that prepares the model.",
                 )
             )
-        self.prior = prior.to(accelerator.device)
+        self.to(accelerator.device)
         self.accelerator = accelerator
         self._training, self._looks = Means(accelerator.device), Means(accelerator.device)
         accelerator.register_for_checkpointing(self.prior)
@@ -96,10 +95,6 @@ class AcceleratedPrior(Prior):
         means |= {f"val_{name}": value for name, value in looks.items()}
         self.accelerator.log(means, step=step, **log_options)
         return means
-
-    def takes(self, name: str) -> bool:
-        """Whether the prior inside takes the keyword."""
-        return self.prior.takes(name)
 
     def formula(self) -> str:
         """Return the prior as it would be written."""

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from captum_priors._engine._modules import modules_of
 from captum_priors._errors import expected_found
 from captum_priors._extras import extra
-from captum_priors.integrations._terms import Means, evaluate
-from captum_priors.priors._base import Prior, check_prior
+from captum_priors.engine import modules_of
+from captum_priors.integrations._terms import Means, check_prior, evaluate
+from captum_priors.priors.base import Prior
 
 __all__ = ["LogitsOf", "PriorTrainerMixin", "classification_arguments"]
 
@@ -120,8 +120,7 @@ class PriorTrainerMixin:
         ...     intermediate_size=8))
         >>> def make_prior(model):
         ...     words = model.bert.embeddings.word_embeddings
-        ...     explainer = LayerExpectedGradients(
-        ...         LogitsOf(model), words, differentiation="finite_difference")
+        ...     explainer = LayerExpectedGradients(LogitsOf(model), words)
         ...     padding = torch.zeros(1, 5, dtype=torch.long)
         ...     return 0.1 * AttributionPrior(explainer, l1, baselines=padding)
         >>> data = [{"input_ids": torch.randint(20, (5,)), "labels": i % 2} for i in range(4)]

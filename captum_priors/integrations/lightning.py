@@ -13,8 +13,8 @@ from torch import Tensor
 
 from captum_priors._captum import as_tuple
 from captum_priors._errors import expected_found
-from captum_priors.integrations._terms import evaluate
-from captum_priors.priors._base import Prior, check_prior
+from captum_priors.integrations._terms import check_prior, evaluate
+from captum_priors.priors.base import Prior
 
 __all__ = ["PriorMixin"]
 

@@ -15,10 +15,10 @@ from captum_priors._errors import expected_found
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine.processes import Processes, spread_over, world_rank, world_size
 from captum_priors.engine.random import Counter, Stream
-from captum_priors.priors._base import Prior, check_prior
+from captum_priors.priors.base import Prior, Wrapper
 
 
-class AcrossProcesses(Prior):
+class AcrossProcesses(Wrapper):
     r"""Evaluate a prior on the batch that all processes share, not on each one's part of it.
 
     With :math:`W` processes that hold :math:`n_r` of :math:`N` examples and whose gradients
@@ -59,12 +59,8 @@ class AcrossProcesses(Prior):
         True
     """
 
-    prior: Prior
-
     def __init__(self, prior: Prior, ddp_or_group: Any = None) -> None:
-        super().__init__()
-        check_prior(prior)
-        self.prior = prior
+        super().__init__(prior)
         self.process_group = _group_of(ddp_or_group)
         self._started_together = False
 
@@ -102,15 +98,14 @@ class AcrossProcesses(Prior):
     def _processes(self, like: Tensor) -> Processes:
         """Tell the others how many examples there are, and see that all are at the same step."""
         if self._size() == 1:
-            rank = 0 if isinstance(self.process_group, dist.ProcessGroup) else world_rank()
-            return Processes(None, rank, 1, 1.0)
+            return Processes(None, world_rank() if self.process_group == "self" else 0, 1, 1.0)
         parts: list[Stream | Counter] = [
             module for module in self.modules() if isinstance(module, (Stream, Counter))
         ]
         if not self._started_together:
             told = [[part.get_extra_state() for part in parts]]
-            first = dist.get_global_rank(self.process_group or dist.group.WORLD, 0)
-            dist.broadcast_object_list(told, first, self.process_group)
+            group: Any = self.process_group or dist.group.WORLD
+            dist.broadcast_object_list(told, dist.get_global_rank(group, 0), group)
             for part, state in zip(parts, told[0], strict=False):  # another prior: see below
                 part.set_extra_state(state)
             self._started_together = True
@@ -143,14 +138,6 @@ class AcrossProcesses(Prior):
         if self.process_group == "self" or world_size() == 1:
             return 1
         return dist.get_world_size(self.process_group)
-
-    def takes(self, name: str) -> bool:
-        """Whether the prior inside takes the keyword."""
-        return self.prior.takes(name)
-
-    def formula(self) -> str:
-        """Return the prior as it would be written."""
-        return f"AcrossProcesses({self.prior.formula()})"
 
 
 def _group_of(ddp_or_group: Any) -> Any:

@@ -18,12 +18,12 @@ class StepGuard:
     r"""Let an optimizer step only where the norm of its gradient is finite, and not too large.
 
     A step that is not right raises before parameters change, or is skipped: without gradients an
-    optimizer leaves parameters and its own state alone. ``clip_grad_norm_(error_if_nonfinite=True)``
-    raises, too; this also skips, works wherever the framework steps (in Lightning, guard the
-    optimizer in ``configure_optimizers``; in Hugging Face, in a callback's ``on_train_begin``) and
-    puts running statistics back. Gradients that processes average are alike on all of them, and so
-    is the decision. A ``GradScaler`` skips overflows itself; those of a fused optimizer are left to
-    it.
+    optimizer leaves parameters and its own state alone. Torch's
+    ``clip_grad_norm_(error_if_nonfinite=True)`` raises, too; this also skips, wherever the framework
+    steps (in Lightning, guard the optimizer in ``configure_optimizers``; in Hugging Face, in a
+    callback's ``on_train_begin``), and puts running statistics back. Gradients that processes
+    average are alike on all of them, and so is the decision. A ``GradScaler`` skips overflows
+    itself; the steps of a fused optimizer are left to it.
 
     Args:
         optimizer: The optimizer.
