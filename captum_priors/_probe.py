@@ -11,8 +11,9 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, forward_args, like_inputs, run_forward
+from captum_priors._captum import as_tuple, forward_args, like_inputs
 from captum_priors._errors import expected_found
+from captum_priors._rows import run_forward
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine import AttributionPass
 from captum_priors.engine.random import STREAMS, seed_global

@@ -39,9 +39,7 @@ def cause_of(
     return _of_captum(error, tensors, given) or _of_the_model(error, modules, tensors)
 
 
-def _of_captum(
-    error: Exception, tensors: list[Tensor], given: dict[str, Any]
-) -> Exception | None:
+def _of_captum(error: Exception, tensors: list[Tensor], given: dict[str, Any]) -> Exception | None:
     """Word failed assertions of Captum's, and its failure to select a target."""
     frames = [f for f in _frames(error) if str(f.f_globals.get("__name__")).startswith("captum.")]
     for frame in reversed(frames):

@@ -17,7 +17,7 @@ the accumulators of its matrix products, before their results are rounded.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -30,8 +30,8 @@ from captum_priors.engine.model import (
     ReluMode,
     current_beta,
     current_pass,
-    exact_kernels,
-    modules_of,
+    enter_exact_kernels,
+    plainly_in,
     resumed,
     run_modules,
 )
@@ -346,7 +346,7 @@ class Conditions:
 
     def __init__(self, forward_func: Any, streams: Sequence[str]) -> None:
         self._pass = current_pass()
-        self._roots = modules_of(forward_func)
+        self._roots, self._hidden = plainly_in((forward_func,))
         for root in self._roots:
             for module in root.modules():
                 if isinstance(module, Normalisation) and module.training:
@@ -360,13 +360,12 @@ class Conditions:
         self._autocast_cache = torch.is_autocast_cache_enabled()
 
     def __enter__(self) -> "Conditions":
-        with ExitStack() as stack:
-            self._running = stack.enter_context(run_modules())
-            self._stack = stack.pop_all()
+        self._watch: Any = run_modules() if self._hidden else nullcontext(())
+        self._running = self._watch.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stack.close()
+        self._watch.__exit__(*error)
         held = self._pass.modules if self._pass is not None else ()
         roots = (*self._roots, *self._running)
         self.modules = tuple({*held, *(m for root in roots for m in root.modules())})
@@ -388,7 +387,7 @@ class Conditions:
             stack.callback(_set_all, undo)
             _set_all(self._states)
             if self._pass is None or self._pass.exact:
-                stack.enter_context(exact_kernels(self.modules))
+                enter_exact_kernels(stack, self.modules)
             stack.enter_context(ReluMode(self._beta))
             for device, enabled, dtype in self._autocast:
                 if enabled or torch.is_autocast_enabled(device):
