@@ -19,7 +19,7 @@ class StepGuard:
 
     A step that is not right raises before parameters change, or is skipped: without gradients an
     optimizer leaves parameters and its own state alone. Torch's
-    ``clip_grad_norm_(error_if_nonfinite=True)`` raises, too; this also skips, wherever the framework
+    ``clip_grad_norm_(error_if_nonfinite=True)`` raises, too; this also skips, wherever a framework
     steps (in Lightning, guard the optimizer in ``configure_optimizers``; in Hugging Face, in a
     callback's ``on_train_begin``), and puts running statistics back. Gradients that processes
     average are alike on all of them, and so is the decision. A ``GradScaler`` skips overflows

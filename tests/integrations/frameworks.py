@@ -1,4 +1,4 @@
-"""Frameworks that train on two processes: cases of ``two_processes``, with tasks of their own.
+"""Cases of frameworks that train on two processes, with tasks of their own.
 
 Each trains with the batches that its framework gave the processes, and is compared with one process
 that has both.
@@ -27,7 +27,7 @@ from captum_priors.integrations.lightning import PriorMixin
 from captum_priors.penalties import l2
 from captum_priors.priors import Prior
 from tests.integrations import test_huggingface as hf
-from tests.integrations.two_processes import Case, alike, values_of
+from tests.integrations.scenarios import alike, case, values_of
 
 STEPS, LR = 3, 0.3
 
@@ -92,7 +92,9 @@ class PriorModule(PriorMixin, Module):
         self.prior = prior_of(self.net)
 
 
-def lightning(*, static_graph: bool) -> Any:
+@case(False)
+@case(True, name="static_graph")
+def lightning(static_graph: bool) -> Any:
     """The training step runs inside the wrapper's forward pass."""
     module, twin = PriorModule(), net()
     LightningTrainer(
@@ -110,6 +112,7 @@ def lightning(*, static_graph: bool) -> Any:
     )
 
 
+@case()
 def accelerate() -> Any:
     accelerator = Accelerator(cpu=True)
     model, twin, seen = net(), net(), []
@@ -129,52 +132,34 @@ def accelerate() -> Any:
 
 
 def words_prior(model: Any) -> Prior:
-    """Without draws; it needs double backpropagation, and so attention that is not fused."""
+    """Without draws; attention is fused where the model trains."""
     explainer = LayerGradientXActivation(LogitsOf(model), model.bert.embeddings.word_embeddings)
     return AttributionPrior(differentiable(explainer), l2)
 
 
-def _hf_train(model: nn.Module, prior: Callable[[Any], Prior], **options: Any) -> None:
-    recorder = options.pop("prior_arguments", hf.classification_arguments)
+@case(False)
+@case(True, name="static_graph")
+def huggingface(static_graph: bool) -> Any:
+    """The trainer hands its loss a wrapped model; the prior runs the one inside."""
+    seen, model, twin = hf.Recorder(), hf.bert(), hf.bert()
     with tempfile.TemporaryDirectory() as folder:
-        args = hf.arguments(
+        options = hf.arguments(
             Path(folder),
             max_steps=STEPS,
             ddp_backend="gloo",
+            ddp_static_graph=static_graph,
             average_tokens_across_devices=False,
-            **options,
         )
         hf.PriorTrainer(
-            model, args, train_dataset=hf.data(), prior=prior, prior_arguments=recorder
+            model,
+            options,
+            train_dataset=hf.data(),
+            prior=words_prior,
+            prior_arguments=seen,
         ).train()
-
-
-def huggingface(*, static_graph: bool) -> Any:
-    """The trainer hands its loss a wrapped model; the prior runs the one inside."""
-    seen, model, twin = hf.Recorder(), hf.bert(attention="eager"), hf.bert(attention="eager")
-    _hf_train(model, words_prior, prior_arguments=seen, ddp_static_graph=static_graph)
 
     def logits(call: dict[str, Any]) -> Tensor:
         out: Tensor = LogitsOf(twin)(call["inputs"], call["additional_forward_args"])
         return out
 
     return compared(model, twin, words_prior(twin), seen.calls, logits, lr=0.5)
-
-
-def huggingface_fused() -> Any:
-    """Each process draws for itself: they stay together, and no other process can say the same."""
-    model = hf.bert()
-    start = values_of(model)
-    _hf_train(model, hf.make_prior, ddp_static_graph=True)
-    found = values_of(model)
-    return {"together": alike(found) == 0, "trained": float((found - start).abs().max()) > 0.1}
-
-
-CASES = {
-    "huggingface": Case(lambda: huggingface(static_graph=False)),
-    "huggingface static_graph": Case(lambda: huggingface(static_graph=True)),
-    "huggingface fused": Case(huggingface_fused),
-    "accelerate": Case(accelerate),
-    "lightning": Case(lambda: lightning(static_graph=False)),
-    "lightning static_graph": Case(lambda: lightning(static_graph=True)),
-}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_priors import AttributionPrior, ExpectedGradients, Lazy
@@ -166,9 +166,7 @@ def assert_same_parameters(a: nn.Module, b: nn.Module, tolerance: float = 1e-12)
         torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    "kind", [Regularized, RegularizedDict, AddedOnce, InTheStep, Manual]
-)
+@pytest.mark.parametrize("kind", [Regularized, RegularizedDict, AddedOnce, InTheStep, Manual])
 def test_fit_is_the_loop_written_by_hand(kind: Any) -> None:
     """Under accumulation, with validation in between, which must move nothing."""
     module = kind()
@@ -241,16 +239,6 @@ def test_checkpoint_continues_draws_and_counters(tmp_path: Path) -> None:
     assert int(whole.prior.prior.terms[1].counter) == 18
 
 
-def test_lazy_counts_micro_batches() -> None:
-    """Two micro-batches in each optimizer step: one of them is due."""
-    module = Regularized()
-    values: list[Tensor] = []
-    module.prior.prior.terms[1].prior.register_forward_hook(lambda *a: values.append(a[2]))
-    fitted = trainer(max_epochs=1)
-    fitted.fit(module, loader())
-    assert fitted.global_step == len(values) == 3
-
-
 @pytest.mark.parametrize("kind", [Forgetful, ForgetfulManual])
 def test_step_that_goes_without_the_prior_is_refused(kind: Any) -> None:
     text = (
@@ -264,7 +252,9 @@ def test_mistakes() -> None:
     with pytest.raises(TypeError, match=r"bases of Late: expected PriorMixin before .* Change"):
         type("Late", (Classifier, PriorMixin), {})
     module = Regularized()
-    text = r"batch: expected a pair of inputs and targets, found list of 3 entries\. Define prior_arg"
+    text = (
+        r"batch: expected a pair of inputs and targets, found list of 3 entries\. Define prior_arg"
+    )
     with pytest.raises(TypeError, match=text):
         module.prior_loss([1, 2, 3])
     module.prior = nn.ReLU()

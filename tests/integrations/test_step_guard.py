@@ -18,7 +18,6 @@ from transformers import TrainerCallback, TrainingArguments
 
 from captum_priors import AttributionPrior, Guarded
 from captum_priors.integrations import StepGuard
-from captum_priors.penalties import l2
 from tests.asserts import assert_same_state
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from captum.attr import IntegratedGradients
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from captum_priors import AttributionPrior, NotDifferentiableError, differentiable
@@ -146,6 +147,27 @@ for _cell in (nn.RNN, nn.LSTM, nn.GRU):
         return found, of(l2(explainer.attribute(x, target=1, n_steps=4)).mean(), model)
 
     GRADIENTS[_cell.__name__] = recurrent
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(6, 18)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.project(x).unflatten(2, (3, 2, 3)).permute(2, 0, 3, 1, 4)
+        out: Tensor = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
+        return self.head(out.mean(1))  # type: ignore[no-any-return]  # a module's
+
+
+@setting
+def fused_attention(way: Any) -> Pair:
+    """Explained exactly, although the kernel that trains has no second derivative."""
+    model, x = Attention(), torch.randn(5, 4, 6)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = of(prior_of(model)(x, target=1), model)
+    return of(prior_of(model, way)(x, target=1), model), expected
 
 
 def compiled(way: Any, in_place: bool) -> Pair:

@@ -4,14 +4,11 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.frameworks import CASES as FRAMEWORKS
 from tests.integrations.launch import results_of
-from tests.integrations.two_processes import CASES as NATIVE
+from tests.integrations.two_processes import CASES
 
 # The same sums in another order, in float64, with attributions by finite differences among them.
 ROUNDING = 1e-12
-
-CASES = {**NATIVE, **FRAMEWORKS}
 
 
 @pytest.fixture(scope="session")
@@ -39,11 +36,5 @@ def test_as_one_process(name: str, found: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("name", [name for name, row in CASES.items() if row.refused])
 def test_refused_with_the_pattern_that_works(name: str, found: list[dict[str, Any]]) -> None:
     for each in found:  # on both: neither is left waiting
-        assert each[name] is not None
-        assert each[name]["raised"] in {
-            "NotDifferentiableError",
-            "RuntimeError",
-            "TypeError",
-            "ValueError",
-        }
+        assert "message" in (each[name] or {}), "it went on"
         assert str(CASES[name].refused) in each[name]["message"]
