@@ -1,5 +1,6 @@
 """The examples of a batch: what travels with them, and the model as a function of their rows."""
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors._captum import output_error, run_function, select_error, select_targets
-from captum_priors.engine import current_pass, refuse_coupled_examples
+from captum_priors.engine import current_pass, refuse_coupled_examples, submodules_of
+from captum_priors.engine.gradients import refuse_batch_statistics
 from captum_priors.engine.model import ReluMode, current_beta
 
 
@@ -93,10 +95,15 @@ class Rows:
 
     def __call__(self, points: tuple[Any, ...]) -> Tensor:
         """Return the target output of each row, selected as Captum does."""
-        given, constant = [], torch.is_grad_enabled()
+        current = current_pass()
+        exact = current is None or current.exact
+        given, constant = [], torch.is_grad_enabled() and exact
         for point in points:
-            given.append(point.clone() if isinstance(point, Tensor) else point)
-            constant = constant and getattr(point, "is_leaf", True)
+            leaf = getattr(point, "is_leaf", True)
+            constant = constant and leaf
+            # A compiled model warns of what is no leaf, and torch protects those that are.
+            protected = leaf and not exact and "torch._dynamo" in sys.modules
+            given.append(point if protected or not isinstance(point, Tensor) else point.clone())
         times = points[0].shape[0] // self.n if self.args or self.target is not None else 1
         args = [tile(arg, times, self.n) for arg in self.args] if self.args else ()
         # Nobody will ask for a second derivative by leaves: no graph through its zeros.
@@ -134,7 +141,17 @@ class Rows:
         current = current_pass()
         if current is None or not current.first or not (always or current.holds) or self.n < 2:
             return
-        refuse_coupled_examples(lambda rows: self.of(rows)(tuple(x[rows] for x in inputs)), self.n)
+        if not current.holds:
+            refuse_batch_statistics(submodules_of(self.forward_func))
+
+        def run(rows: slice) -> Tensor:
+            points = (x[rows].detach() for x in inputs)
+            found = self.of(rows)(
+                tuple(p.requires_grad_() if p.is_floating_point() else p for p in points)
+            )
+            return found.detach()
+
+        refuse_coupled_examples(run, self.n)
 
 
 def run_forward(

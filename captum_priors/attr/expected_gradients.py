@@ -125,7 +125,7 @@ class ExpectedGradients(GradientAttribution):
         check_floating(tensors)
         check_target(target, n)
         table = reference_rows(baselines, inputs)
-        args = forward_args(additional_forward_args) if additional_forward_args else ()
+        args = () if additional_forward_args is None else forward_args(additional_forward_args)
         rows = Rows(self.forward_func, target, args, n)
         path_sum = self._path_sum(
             rows, tensors, table, (n_samples, stdevs, estimator, internal_batch_size, generator)

@@ -47,6 +47,15 @@ def _of_captum(error: Exception, tensors: list[Tensor], given: dict[str, Any]) -
             return select_error(frame.f_locals["output"], frame.f_locals["target"])
     if not frames or not isinstance(error, AssertionError):
         return None
+    if "Forward hook did not obtain" in str(error):
+        return ValueError(
+            expected_found(
+                "`layer`",
+                "a layer that runs in each forward pass",
+                "one that does not",
+                "Pass a layer of the model behind forward_func.",
+            )
+        )
     if "Target not provided" in str(error):
         return TargetError(
             expected_found(

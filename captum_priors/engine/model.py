@@ -33,8 +33,8 @@ _explained_before: WeakSet[Any] = WeakSet()
 
 _CHECKPOINTED = (
     "expected a model without activation checkpointing (or other saved-tensor hooks), found some: "
-    "the backward pass would run its blocks again with ReLU and in training mode, when the prior "
-    "no longer holds it still. Use differentiation='recompute' or 'finite_difference' without "
+    "in the backward pass its blocks would be run again with ReLU and in training mode, when the "
+    "prior no longer holds it still. Use differentiation='recompute' or 'finite_difference' without "
     "smoothing, or run the model without checkpointing for this prior."
 )
 
@@ -117,9 +117,7 @@ class AttributionPass:
                 enter_exact_kernels(stack, self.modules)
             if self.smooth is not None:
                 stack.enter_context(ReluMode(self.smooth))
-            if self.smooth is not None or (
-                self.holds and not self._replayed and torch.is_grad_enabled()
-            ):
+            if self.holds and not self._replayed and torch.is_grad_enabled():
                 stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED))
             _thread.current = self
             self._stack = stack.pop_all()
@@ -265,7 +263,8 @@ def modules_of(*holders: Any) -> tuple[nn.Module, ...]:
     """Return the root modules that are plainly there.
 
     A module, a bound method's, a partial's, and those that an object has as attributes, or in its
-    ``forward_func``, ``model`` and the like. What another function hides shows when it runs: see :func:`run_modules`.
+    ``forward_func``, ``model`` and the like. What another function hides shows when it runs: see
+    :func:`run_modules`.
     """
     return plainly_in(holders)[0]
 
@@ -292,7 +291,7 @@ def plainly_in(holders: Sequence[Any]) -> tuple[tuple[nn.Module, ...], bool]:
             stack.append(holder.__self__)
         else:
             before = len(stack)
-            for name, inside in getattr(holder, "__dict__", {}).items():
+            for name, inside in reversed(getattr(holder, "__dict__", {}).items()):
                 if inside is not None and (name in _HOLDERS or isinstance(inside, nn.Module)):
                     stack.append(inside)
             if len(stack) == before:
@@ -352,12 +351,19 @@ class ReluMode(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         self._before = current_beta()
+        if self.beta is not None:
+            self._ban = torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED)
+            self._ban.__enter__()
         _thread.beta = self.beta
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         _thread.beta = self._before
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if self.beta is not None:
+            self._ban.__exit__(*error)
+            if error[0] is RuntimeError and str(error[1]) == _CHECKPOINTED:
+                raise NotDifferentiableError(_CHECKPOINTED) from error[1]
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

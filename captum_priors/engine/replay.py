@@ -24,8 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors._errors import NotDifferentiableError, expected_found
-from captum_priors.engine._torch import Normalisation, without_hooks
-from captum_priors.engine.gradients import Field, check_rows, nodes, values, without_graph
+from captum_priors.engine._torch import without_hooks
+from captum_priors.engine.gradients import (
+    Field,
+    check_rows,
+    nodes,
+    refuse_batch_statistics,
+    values,
+    without_graph,
+)
 from captum_priors.engine.model import (
     ReluMode,
     current_beta,
@@ -346,11 +353,9 @@ class Conditions:
 
     def __init__(self, forward_func: Any, streams: Sequence[str]) -> None:
         self._pass = current_pass()
+        self._exact = self._pass is None or self._pass.exact
         self._roots, self._hidden = plainly_in((forward_func,))
-        for root in self._roots:
-            for module in root.modules():
-                if isinstance(module, Normalisation) and module.training:
-                    raise _train_mode(module)
+        refuse_batch_statistics(m for root in self._roots for m in root.modules())
         self._random, self._streams = GlobalState.now(streams), streams
         self._beta = current_beta()
         self._autocast = [
@@ -386,9 +391,10 @@ class Conditions:
             undo = [(module, name, getattr(module, name)) for module, name, _ in self._states]
             stack.callback(_set_all, undo)
             _set_all(self._states)
-            if self._pass is None or self._pass.exact:
+            if self._exact:
                 enter_exact_kernels(stack, self.modules)
-            stack.enter_context(ReluMode(self._beta))
+            if self._beta is not None or current_beta() is not None or self._exact:
+                stack.enter_context(ReluMode(self._beta))
             for device, enabled, dtype in self._autocast:
                 if enabled or torch.is_autocast_enabled(device):
                     stack.enter_context(
@@ -411,15 +417,3 @@ def _state_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def _set_all(states: Sequence[tuple[nn.Module, str, Any]]) -> None:
     for module, name, value in states:
         setattr(module, name, value)
-
-
-def _train_mode(module: nn.Module) -> NotDifferentiableError:
-    return NotDifferentiableError(
-        expected_found(
-            "a gradient that comes later",
-            "examples that do not influence each other",
-            f"{type(module).__name__} in train mode",
-            "Call model.eval(), use a prior (which holds the model still), or "
-            "differentiation='double_backprop'.",
-        )
-    )

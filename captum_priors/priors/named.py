@@ -313,6 +313,15 @@ def _outside_annotation(attributions: Tensor, *, annotation: Tensor) -> Tensor:
 
 def _scaled(cam: Tensor) -> Tensor:
     """Scale each map to a maximum of 1; a map of zeros stays one."""
+    if cam.dim() < 3:
+        raise ValueError(
+            expected_found(
+                "`layer`",
+                "a layer that returns one tensor (batch, channels, ...)",
+                f"maps of shape {tuple(cam.shape)}",
+                "Pass a convolutional layer.",
+            )
+        )
     top = cam.flatten(1).amax(1).reshape(-1, *[1] * (cam.dim() - 1))
     counts = top > torch.finfo(cam.dtype).tiny ** 0.5
     return torch.where(counts, cam, 0) / torch.where(counts, top, 1)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from captum.attr import Saliency
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +31,6 @@ from captum_priors.stability import (
     RobustAttribution,
     SaliencyGuided,
 )
-from captum_priors.stability._atex import SmoothGrad
 from captum_priors.testing import check_differentiable
 from tests.asserts import assert_same_numbers, leaves_no_trace, relative_error
 from tests.cases import REGULARIZERS, Case, Everything, RegularizerRow, cnn, mlp, rows, tuple_inputs
@@ -70,11 +70,8 @@ def made(row: RegularizerRow, case: Case, way: str = "double_backprop", **option
         with torch.no_grad():
             for parameter in teacher.parameters():
                 parameter.mul_(1.3)
-        options = {
-            "explainer": SmoothGrad(teacher, 0.1, clamp=False),
-            "teacher": teacher,
-            **options,
-        }
+        explainer = {"explainer": Saliency(teacher), "abs": False}
+        options = {**explainer, "teacher": teacher, **options}
     return row.make(case.model, way, **options)
 
 
@@ -276,12 +273,13 @@ def test_labels_are_needed(name: str) -> None:
     assert_same_numbers(prior(case.inputs, target=1), prior(case.inputs, target=[1] * 5))
 
 
-@pytest.mark.parametrize("name", ["InputGradient", "CURE", "IG-NORM"])
+@pytest.mark.parametrize("name", ["InputGradient", "CURE", "IG-NORM", "ART"])
 def test_labels_beyond_the_classes_are_refused(name: str) -> None:
     row = next(row for row in REGULARIZERS if row.name == name)
     case = mlp()
-    with pytest.raises(ValueError, match="labels below the 3 classes"):
-        row.make(case.model)(case.inputs, target=3)
+    for wrong in (3, -1, torch.tensor([0, 1, 2, 3, 0]), torch.tensor([0, 1, 2, -100, 0])):
+        with pytest.raises(ValueError, match="labels below the 3 classes"):
+            row.make(case.model)(case.inputs, target=wrong)
 
 
 @pytest.mark.parametrize(
@@ -328,10 +326,10 @@ def test_wrong_types_are_refused(make: Any) -> None:
         lambda m: SaliencyGuided(m, 0),
         lambda m: SaliencyGuided(m, 1.5),
         lambda m: RobustAttribution(m, "ig"),
-        lambda m: RobustAttribution(m, bounds=(1, 0)),
-        lambda m: RobustAttribution(m, n_iter=0),
+        lambda m: RobustAttribution(m, step_size=0),
+        lambda m: RobustAttribution(m, step_num=0),
         lambda m: AttributionAlignment(m, top_k=0),
-        lambda m: AttributionAlignment(m, radius=-1),
+        lambda m: AttributionAlignment(m, radius=(0.1, -1)),
     ],
 )
 def test_bad_options_are_refused(make: Any) -> None:
