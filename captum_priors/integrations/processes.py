@@ -14,7 +14,7 @@ from captum_priors._checks import check_inputs
 from captum_priors._errors import expected_found
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine.processes import Processes, spread_over, world_rank, world_size
-from captum_priors.engine.random import Counter, Stream
+from captum_priors.engine.random import Counter  # streams are counters, too
 from captum_priors.priors.base import Prior, Wrapper
 
 
@@ -99,9 +99,7 @@ class AcrossProcesses(Wrapper):
         """Tell the others how many examples there are, and see that all are at the same step."""
         if self._size() == 1:
             return Processes(None, world_rank() if self.process_group == "self" else 0, 1, 1.0)
-        parts: list[Stream | Counter] = [
-            module for module in self.modules() if isinstance(module, (Stream, Counter))
-        ]
+        parts = [module for module in self.modules() if isinstance(module, Counter)]
         if not self._started_together:
             told = [[part.get_extra_state() for part in parts]]
             group: Any = self.process_group or dist.group.WORLD

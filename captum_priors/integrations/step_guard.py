@@ -4,7 +4,7 @@ import logging
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
@@ -75,18 +75,15 @@ class StepGuard:
                 )
             )
         self.on_nonfinite = on_nonfinite
-        self.max_norm = max_norm
+        self.max_norm = float("inf") if max_norm is None else max_norm
         self.skipped = 0
-        self._norms = [
-            module
-            for module in (() if model is None else model.modules())
-            if getattr(module, "track_running_stats", False)
-        ]
-        self._keep()
+        modules = [] if model is None else list(model.modules())
+        self._normalising = [m for m in modules if getattr(m, "track_running_stats", False)]
+        self._good = [buffer.clone() for buffer in self._statistics()]
         self.remove = optimizer.register_step_pre_hook(self._before_step).remove
 
-    def _keep(self) -> None:
-        self._good = [{n: b.clone() for n, b in m.named_buffers()} for m in self._norms]
+    def _statistics(self) -> list[Tensor]:
+        return [buffer for module in self._normalising for buffer in module.buffers()]
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         """Check now, or after the closure that will compute the gradients."""
@@ -110,16 +107,15 @@ class StepGuard:
         grads = [p.grad for p in parameters if p.grad is not None]
         norm: Any = get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        limit = torch.finfo(torch.float64).max if self.max_norm is None else self.max_norm
-        if norm <= limit:
-            self._keep()
+        if norm <= self.max_norm and norm != float("inf"):
+            self._good = [buffer.clone() for buffer in self._statistics()]
             return
-        for module, good in zip(self._norms, self._good, strict=True):
-            for name, buffer in module.named_buffers():
-                buffer.copy_(good[name])
+        for buffer, good in zip(self._statistics(), self._good, strict=True):
+            buffer.copy_(good)
+        limit = "" if self.max_norm == float("inf") else f" of at most {self.max_norm:g}"
         message = expected_found(
             "norm of the gradient",
-            "a finite number" + ("" if self.max_norm is None else f" of at most {limit:g}"),
+            f"a finite number{limit}",
             f"{norm:g}",
             "Look at the batch and the terms of the loss; clip gradients or lower the learning "
             "rate if it grew.",

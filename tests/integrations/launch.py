@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 
 from captum_priors.engine import Stream
@@ -39,5 +40,5 @@ def results_of(script: str, tmp_path_factory: pytest.TempPathFactory, worker_id:
 def restarted(prior: Prior) -> Prior:
     """Start all streams of a prior as those of its twin, which are others while both live."""
     for place, stream in enumerate(m for m in prior.modules() if isinstance(m, Stream)):
-        stream.generator.manual_seed(place)
+        stream.set_extra_state(torch.tensor([place, 0]))
     return prior

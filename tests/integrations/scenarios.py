@@ -22,6 +22,7 @@ from captum_priors.distances import mse
 from captum_priors.integrations import AcrossProcesses, check_synchronised
 from captum_priors.penalties import l2, total_variation
 from captum_priors.stability import InputGradientRegularization, JacobianRegularization
+from tests.integrations.launch import restarted
 
 WAYS = ("double_backprop", "recompute", "finite_difference")
 STEPS, EXAMPLES, FEATURES = 3, 8, 6
@@ -109,8 +110,7 @@ def prior_of(model: Any, way: str = "double_backprop", penalty: Any = l2, **opti
 def drawing(model: Any, way: str = "double_backprop") -> Any:
     explainer = ExpectedGradients(model, differentiation=way)
     prior = AttributionPrior(explainer, l2, baselines=data()[0][0], n_samples=2)
-    prior.stream.generator.manual_seed(3)  # another prior's start is another
-    return prior
+    return restarted(prior)
 
 
 def drawn(prior: Any, x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ PRIORS: dict[str, Callable[[nn.Module], Any]] = {
         + Lazy(prior_of(m), every=2)
     ),
     "StabilityPrior": lambda m: StabilityPrior(Saliency(m), mse, lambda x: 1.1 * x),
-    "JacobianRegularization": lambda m: JacobianRegularization(m, n_probes=None),
+    "JacobianRegularization": lambda m: JacobianRegularization(m, n_samples=None),
     "InputGradientRegularization": lambda m: InputGradientRegularization(m),
     "finite_difference regularizer": lambda m: InputGradientRegularization(
         m, differentiation="finite_difference"

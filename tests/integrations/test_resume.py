@@ -55,6 +55,7 @@ def test_killed_run_continues_bit_identically(tmp_path: Path) -> None:
     assert counts.pop("prior.terms.0.counter._extra_state") == STEPS
     assert 0 < counts.pop("prior.terms.2.skips._extra_state") < STEPS
     assert not counts
+    assert end["prior"]["prior.terms.0.prior.stream._extra_state"][1] == STEPS / 3
 
 
 @pytest.mark.parametrize("part", ["prior", "order", "global"])
