@@ -31,7 +31,7 @@ def shown_options(thing: Any, skip: Sequence[str] = ()) -> list[str]:
     Of those without a default, the numbers and words: models and data have no short form.
     """
     found = []
-    options = _options(type(thing))
+    options: dict[str, Any] = _options(type(thing))  # type: ignore[arg-type]  # a class is hashable
     for name, default in options.items():
         value = getattr(thing, name, getattr(thing, f"_{name}", default))
         needed = default is inspect.Parameter.empty

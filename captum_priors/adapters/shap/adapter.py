@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from captum_priors._captum import as_tuple, like_inputs
-from captum_priors._rows import selected
 from captum_priors._checks import check_inputs, check_target
 from captum_priors._errors import NotDifferentiableError, TargetError, expected_found
+from captum_priors._rows import selected
 from captum_priors._types import Differentiation, Target, TensorOrTuple
 from captum_priors.adapters.shap.model import TorchModel, imported, numbers, stock_function
 from captum_priors.engine import attribution_call
