@@ -34,7 +34,7 @@ _explained_before: WeakSet[Any] = WeakSet()
 _CHECKPOINTED = (
     "expected a model without activation checkpointing (or other saved-tensor hooks), found some: "
     "in the backward pass its blocks would be run again with ReLU and in training mode, when the "
-    "prior no longer holds it still. Use differentiation='recompute' or 'finite_difference' without "
+    "prior no longer holds it still. Use differentiation='recompute' or 'finite_difference' and no "
     "smoothing, or run the model without checkpointing for this prior."
 )
 
