@@ -498,12 +498,12 @@ TYPES: dict[str, Bad] = {
     ),
 }
 VALUES: dict[str, Bad] = {
-    r"`attributions`: expected shape \(batch, \.\.\.\).*, found shape \(3,\)\. Unsqueeze": lambda: (
+    r"`attributions`: expected shape \(batch, \.\.\.\).*, found shapes \[\(3,\)\]\. Unsqueeze": lambda: (
         l2(TWO[0])
     ),
-    r"`attributions`: expected .*, found shape \(2, 0\)\. .* one feature": lambda: gini(TWO[:, :0]),
+    r"`attributions`: expected .*, found shapes \[\(2, 0\)\]\. .* one feature": lambda: gini(TWO[:, :0]),
     r"one batch size, found shapes \[\(2, 3\), \(1, 3\)\]": lambda: l2((TWO, TWO[:1])),
-    r"`attributions`: expected .*, found shapes \[\]": lambda: l2(()),
+    r"`attributions`: expected at least one tensor, found an empty tuple": lambda: l2(()),
     **{
         rf"`dim`: expected which of the {n - 1} .*, found None .* Pass dim=\(1, 2\)": lambda n=n: (
             total_variation(torch.ones([2] * n))
