@@ -211,7 +211,10 @@ def refuse_coupled_examples(run: Callable[[slice], Tensor], n_examples: int) -> 
     """
     some = slice(0, max(1, n_examples // 2))
     state = GlobalState.now()
-    together, alone, again = run(slice(0, n_examples))[some], run(some), run(some)
+    every = run(slice(0, n_examples))
+    if every.dim() == 0 or len(every) != n_examples:
+        check_rows(every, n_examples)
+    together, alone, again = every[some], run(some), run(some)
     state.restore()
     if together.shape == alone.shape and alone.is_floating_point() and alone.numel():
         # Kernels of other sizes add up in another order.

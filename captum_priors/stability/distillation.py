@@ -16,7 +16,7 @@ from captum_priors._checks import fraction as check_fraction
 from captum_priors._errors import expected_found
 from captum_priors._probe import check_explainer, check_options
 from captum_priors._shown import shown, shown_options, shown_value
-from captum_priors.engine import derive, input_gradients
+from captum_priors.engine import derive
 from captum_priors.engine.random import STREAMS
 from captum_priors.priors.base import Call, Reduction
 from captum_priors.stability.base import Regularizer, Tensors, flat_rows, logits_of, repeated
@@ -217,7 +217,7 @@ class ATEX(Regularizer):
             x + stdev * torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
             for x in repeated(call.inputs, n)
         )
-        gradients = input_gradients(call.output, noisy)
+        gradients = self._input_gradients(call, noisy)
         return tuple(g.unflatten(0, (n, -1)).mean(0) for g in gradients)
 
     def _log_probabilities(
@@ -283,7 +283,7 @@ class SaliencyGuided(Regularizer):
 
     def _masked(self, call: Call) -> Tensors:
         """Replace the least salient features, all tensors of an example ranked together."""
-        saliency = flat_rows(input_gradients(call.output, call.inputs))
+        saliency = flat_rows(self._input_gradients(call, call.inputs))
         saliency = saliency.abs() if self.abs else saliency
         least = max(1, round(self.fraction * saliency.shape[1]))
         chosen = saliency.topk(least, dim=1, largest=False).indices

@@ -6,19 +6,22 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from captum_priors._captum import like_inputs
 from captum_priors._checks import count, positive
 from captum_priors._errors import one_of
-from captum_priors._types import Differentiation, TensorOrTuple
+from captum_priors._types import TensorOrTuple
 from captum_priors.attacks.ball import Ball, ascend, balls, check_sizes, draw, for_each
-from captum_priors.engine import derive, input_gradients
+from captum_priors.engine import derive
 from captum_priors.engine.gradients import differentiate
 from captum_priors.penalties.maths import cosine_distance
 from captum_priors.priors.base import Call, Reduction
 from captum_priors.stability.base import (
     GradientRegularizer,
+    Shared,
     Tensors,
+    Way,
     cross_entropies,
     flat_rows,
     logits_and_labels,
@@ -97,12 +100,11 @@ class RobustAttribution(_WorstCase):
         lower_bound: Least valid input, a number or a tensor that broadcasts; a tuple has one for
             each input.
         upper_bound: Largest valid input, likewise.
-        differentiation: ``"double_backprop"`` or ``"finite_difference"``.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: Run the model with ReLU as Softplus of this steepness.
+        shared: As in :class:`InputGradientRegularization`.
 
     Raises:
-        ValueError: If an option is not one of those above.
+        ValueError: If an option is not one of those above, a label is none of the classes, or the
+            inputs leave the bounds.
 
     Example:
         >>> import torch
@@ -125,11 +127,8 @@ class RobustAttribution(_WorstCase):
         weight: float = 0.1,
         lower_bound: Any = float("-inf"),
         upper_bound: Any = float("inf"),
-        differentiation: Differentiation = "double_backprop",
-        reduction: Reduction = "mean",
-        smooth: float | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
-        shared = {"differentiation": differentiation, "reduction": reduction, "smooth": smooth}
         bounds = (lower_bound, upper_bound)
         super().__init__(forward_func, radius, step_size, step_num, bounds, **shared)
         one_of("objective", objective, ("ig_norm", "ig_sum_norm"))
@@ -157,8 +156,7 @@ class RobustAttribution(_WorstCase):
         alphas = (torch.arange(n_steps, dtype=like.dtype, device=like.device) + 0.5) / n_steps
         pairs = list(zip(call.inputs, ends, strict=True))
         path = tuple(torch.cat([torch.lerp(x, z, a.to(x.dtype)) for a in alphas]) for x, z in pairs)
-        loss = lambda points: cross_entropies(call, points)  # noqa: E731  # the field
-        gradients = input_gradients(loss, path, self.differentiation)
+        gradients = self._input_gradients(call, path)
         means = [g.unflatten(0, (n_steps, -1)).mean(0) for g in gradients]
         return tuple((z - x) * mean for (x, z), mean in zip(pairs, means, strict=True))
 
@@ -192,7 +190,8 @@ class AttributionAlignment(_WorstCase):
             whose gradients the ascent cannot move.
 
     Raises:
-        ValueError: If an option is not one of those above.
+        ValueError: If an option is not one of those above, a label is none of the classes, or the
+            inputs leave the bounds.
 
     Example:
         >>> import torch
@@ -214,7 +213,7 @@ class AttributionAlignment(_WorstCase):
         top_k: int = 1000,
         lower_bound: Any = float("-inf"),
         upper_bound: Any = float("inf"),
-        differentiation: Differentiation = "double_backprop",
+        differentiation: Way = "double_backprop",
         reduction: Reduction = "mean",
         smooth: float | None = 50.0,
     ) -> None:
@@ -256,7 +255,7 @@ class AttributionAlignment(_WorstCase):
 
         return self._climb(region, start, loss)
 
-    def _gradients(self, call: Call, points: Tensors) -> tuple[Tensors, Tensors]:
+    def _gradients(self, call: Call, points: Tensors) -> tuple[Tensors, ...]:
         """Input gradients of the true class and of the runner-up."""
 
         def own(points: Tensors) -> Tensor:
@@ -267,8 +266,7 @@ class AttributionAlignment(_WorstCase):
             logits, true = _logits_and_class(call, points)
             return logits.masked_fill(true, -torch.inf).amax(1)
 
-        way = self.differentiation
-        return input_gradients(own, points, way), input_gradients(other, points, way)
+        return tuple(self._input_gradients(call, points, field) for field in (own, other))
 
 
 def _logits_and_class(call: Call, points: Tensors) -> tuple[Tensor, Tensor]:
