@@ -130,7 +130,7 @@ PRIORS: dict[str, Callable[[nn.Module], Any]] = {
         + Lazy(prior_of(m), every=2)
     ),
     "StabilityPrior": lambda m: StabilityPrior(Saliency(m), mse, lambda x: 1.1 * x),
-    "JacobianRegularization": lambda m: JacobianRegularization(m, n_probes=None),
+    "JacobianRegularization": lambda m: JacobianRegularization(m, n_samples=None),
     "InputGradientRegularization": lambda m: InputGradientRegularization(m),
     "finite_difference regularizer": lambda m: InputGradientRegularization(
         m, differentiation="finite_difference"
