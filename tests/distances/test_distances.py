@@ -256,8 +256,8 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
     ),
     r"`attributions`: expected a tensor .*, found list\. Pass what": lambda: mse([[1.0]], [[1.0]]),
     r"`other`: expected a tensor .*, found list": lambda: mse(ONES, [[1.0]]),
-    r"`attributions`: expected shape \(batch, .*, found shape \(3,\)\. Unsqueeze": lambda: pearson(
-        ONES[0], ONES[0]
+    r"`attributions`: expected shape \(batch, .*, found shapes \[\(3,\)\]\. Unsqueeze": lambda: (
+        pearson(ONES[0], ONES[0])
     ),
     r"`attributions`: expected maps .*, found shape \(2, 3\)\. Use mse": lambda: ssim(ONES, ONES),
     r"`attributions`: expected maps .*, found shape \(2, 3, 1\), dim=1\. Use": lambda: ssim(
