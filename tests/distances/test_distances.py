@@ -270,7 +270,7 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
     r"`k`: expected an integer of at least 1, found 0\. Pass k=1": lambda: SoftTopK(0),
     r"`k`: expected fewer than the 3 features, found 3\. Lower k": lambda: SoftTopK(3)(ONES, ONES),
     **{
-        rf"`temperature`: expected a positive number, found {value}\. Pass": (
+        rf"`temperature`: expected a positive finite number, found {value}\. Pass": (
             lambda value=value: SoftTopK(1, temperature=value)
         )
         for value in (0.0, -1.0, math.inf, math.nan)
