@@ -263,10 +263,10 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
     "double_backprop": {"curvature": "difference"},
     "finite_difference": {"curvature": "difference_twice"},
 }
-_SMALL = {"n_iter": 2, "radius": 0.2, "step_size": 0.15}
+_SMALL = {"step_num": 2, "radius": 0.2, "step_size": 0.15}
 REGULARIZERS = [
     RegularizerRow("ATEX", ATEX, {"n_samples": 2, "radius": 0.3}),
-    RegularizerRow("ATEX-published", ATEX, {"n_samples": 2, "radius": 0.3, "paper_compat": True}),
+    RegularizerRow("ATEX-published", ATEX, {"n_samples": 2, "radius": 0.3, "positions": (-1, 0)}),
     RegularizerRow("Hessian", HessianPenalty, {"n_samples": 2}),
     RegularizerRow("Hessian-differences", HessianPenalty, {}, _DIFFERENCES),
     RegularizerRow("Sensitivity", ActivationSensitivity, {"n_samples": 2}),
@@ -277,12 +277,12 @@ REGULARIZERS = [
     RegularizerRow("SSR", SmoothSurface, {}, _WAYS, False),
     RegularizerRow("SGT", SaliencyGuided),
     RegularizerRow(
-        "IG-NORM", RobustAttribution, {**_SMALL, "n_steps": 5, "attack_steps": 3}, _WAYS
+        "IG-NORM", RobustAttribution, {**_SMALL, "n_steps": 5, "attack_n_steps": 3}, _WAYS
     ),
     RegularizerRow(
         "IG-SUM-NORM",
         RobustAttribution,
-        {**_SMALL, "n_steps": 5, "attack_steps": 3, "objective": "ig_sum_norm"},
+        {**_SMALL, "n_steps": 5, "attack_n_steps": 3, "objective": "ig_sum_norm"},
         _WAYS,
     ),
     RegularizerRow("ART", AttributionAlignment, {**_SMALL, "top_k": 5}, _WAYS),

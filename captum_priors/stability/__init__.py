@@ -17,11 +17,8 @@ the training state.
     >>> loss.backward()
 """
 
-from captum_priors.stability._atex import ATEX
-from captum_priors.stability._attribution_alignment import AttributionAlignment
-from captum_priors.stability._robust_attribution import RobustAttribution
-from captum_priors.stability._saliency_guided import SaliencyGuided
 from captum_priors.stability.bound import manipulability_bound
+from captum_priors.stability.distillation import ATEX, SaliencyGuided
 from captum_priors.stability.gradients import (
     CurvatureRegularization,
     InputGradientRegularization,
@@ -29,6 +26,7 @@ from captum_priors.stability.gradients import (
     SmoothSurface,
 )
 from captum_priors.stability.hessian import HessianPenalty
+from captum_priors.stability.robust import AttributionAlignment, RobustAttribution
 from captum_priors.stability.sensitivity import ActivationSensitivity
 from captum_priors.stability.smooth import smooth_activations, weight_decay_groups
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from captum_priors._captum import as_tuple, forward_args, selected
+from captum_priors._captum import as_tuple, forward_args
 from captum_priors._checks import check_floating, check_inputs, check_target, count
 from captum_priors._errors import NotDifferentiableError, expected_found, one_of
-from captum_priors._rows import Rows
+from captum_priors._rows import Rows, selected
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine import AttributionPass, check_rows, input_gradients
 from captum_priors.engine.model import current_beta

@@ -8,8 +8,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from captum_priors._checks import count, positive
-from captum_priors._lift import safe_norm
 from captum_priors.engine import input_gradients
+from captum_priors.penalties.maths import safe_norm
 from captum_priors.priors.base import Call
 from captum_priors.stability.base import (
     GradientRegularizer,

@@ -16,7 +16,7 @@ from captum.attr._utils.lrp_rules import EpsilonRule, GammaRule
 from torch import Tensor, nn
 
 from captum_priors import AttributionPrior, NotDifferentiableError, StabilityPrior, differentiable
-from captum_priors.adapters._table import ADAPTERS, REFUSED, exported
+from captum_priors.adapters.captum import ADAPTERS, REFUSED, exported
 from captum_priors.distances import mse
 from captum_priors.penalties import l2
 from captum_priors.testing import check_differentiable
@@ -46,6 +46,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You are providing multiple inputs for Lime / Kernel SHAP",
     # Where the lasso is asked for more than float64 holds; the certificate says if it was enough.
     "ignore:Objective did not converge",
+    # DeepLIFT over a recurrent layer: differentiated as it is.
+    "ignore:.*found lstm in",
 )
 
 # Steps of the test for growth of each class; 2000 take about a minute for each.

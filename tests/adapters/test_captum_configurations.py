@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from captum_priors import differentiable
-from captum_priors.adapters._table import ADAPTERS
+from captum_priors.adapters.captum import ADAPTERS
 from tests.adapters.captum_table import flat
 from tests.asserts import assert_same_numbers
 

@@ -172,7 +172,7 @@ def test_smooth_surface_of_a_certain_prediction_is_flat() -> None:
 @pytest.mark.parametrize("absolute", [True, False])
 def test_saliency_guided(model: nn.Module, net: Any, x: Tensor, y: Tensor, absolute: bool) -> None:
     recorder = Recorder(model)
-    value = SaliencyGuided(recorder, 0.5, absolute=absolute)(x, target=y)
+    value = SaliencyGuided(recorder, 0.5, abs=absolute)(x, target=y)
     masked = recorder.seen[-1][N:].numpy()
     expected = []
     for (a, c), m in zip(pairs(x, y), masked, strict=True):
@@ -191,7 +191,7 @@ def test_robust_attribution(
 ) -> None:
     recorder = Recorder(model)
     prior = RobustAttribution(
-        recorder, objective, radius=0.3, step_size=0.1, n_iter=4, n_steps=30, weight=0.5
+        recorder, objective, radius=0.3, step_size=0.1, step_num=4, n_steps=30, weight=0.5
     ).eval()
     value = prior(x, target=y)
     # The last midpoint lies 59 sixtieths of the way to the worst point.
@@ -211,15 +211,6 @@ def test_robust_attribution(
     assert max(completeness) < 1e-3  # 30 midpoints
 
 
-def test_robust_attribution_climbs(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    values = []
-    for n_iter, step in ((1, 1e-9), (20, 0.03)):
-        torch.manual_seed(0)
-        prior = RobustAttribution(model, radius=0.3, step_size=step, n_iter=n_iter).eval()
-        values.append(prior(x, target=y).item())
-    assert values[1] > 1.3 * values[0]  # a random point of the ball, and one that is sought
-
-
 def test_attribution_alignment(model: nn.Module, net: Any, x: Tensor, y: Tensor) -> None:
     prior = AttributionAlignment(model, radius=0.3, step_size=0.1, top_k=3)
     state = prior.state_dict()
@@ -234,21 +225,25 @@ def test_attribution_alignment(model: nn.Module, net: Any, x: Tensor, y: Tensor)
     assert_mean(prior(x, target=y), triplets)
 
 
-def test_attribution_alignment_climbs(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    values = []
-    for n_iter, step in ((1, 1e-9), (10, 0.1)):
+@pytest.mark.parametrize(
+    ("cls", "step_num", "gain"), [(RobustAttribution, 20, 0.1), (AttributionAlignment, 10, 0.02)]
+)
+def test_ascent_climbs_in_the_valid_range(
+    model: nn.Module, x: Tensor, y: Tensor, cls: Any, step_num: int, gain: float
+) -> None:
+    recorder, values = Recorder(model), []
+    options = {"radius": 0.3, "lower_bound": x.amin(0), "upper_bound": float(x.max())}
+    for n, step in ((1, 1e-9), (step_num, 0.1)):
         torch.manual_seed(0)
-        prior = AttributionAlignment(model, radius=0.3, step_size=step, n_iter=n_iter).eval()
+        prior = cls(recorder, step_size=step, step_num=n, **options).eval()
         values.append(prior(x, target=y).item())
-    assert values[1] > values[0] + 0.02
-
-
-def test_ascent_stays_in_the_valid_range(model: nn.Module, y: Tensor) -> None:
-    x = torch.rand(N, 4)
-    moved = AttributionAlignment(model, radius=0.5, step_size=0.3, bounds=(0, 1)).perturb(x, y)
-    assert moved.min() >= 0
-    assert moved.max() <= 1
-    assert not torch.equal(moved, x)
+    # A random point of the ball, and one that is sought.
+    assert values[1] > values[0] + gain
+    seen = torch.cat(recorder.seen)
+    assert bool((seen >= x.amin(0) - 1e-12).all())
+    assert float(seen.max()) <= float(x.max())
+    with pytest.raises(ValueError, match="between `lower_bound` and `upper_bound`"):
+        cls(model, lower_bound=float(x.min()) + 0.1)(x, target=y)
 
 
 @pytest.mark.parametrize("scale", ["noise", None])

@@ -70,7 +70,8 @@ def made(row: RegularizerRow, case: Case, way: str = "double_backprop", **option
         with torch.no_grad():
             for parameter in teacher.parameters():
                 parameter.mul_(1.3)
-        options = {"explainer": Saliency(teacher), "teacher": teacher, **options}
+        explainer = {"explainer": Saliency(teacher), "abs": False}
+        options = {**explainer, "teacher": teacher, **options}
     return row.make(case.model, way, **options)
 
 
@@ -353,10 +354,10 @@ def test_wrong_types_are_refused(make: Any) -> None:
         lambda m: SaliencyGuided(m, 0),
         lambda m: SaliencyGuided(m, 1.5),
         lambda m: RobustAttribution(m, "ig"),
-        lambda m: RobustAttribution(m, bounds=(1, 0)),
-        lambda m: RobustAttribution(m, n_iter=0),
+        lambda m: RobustAttribution(m, step_size=0),
+        lambda m: RobustAttribution(m, step_num=0),
         lambda m: AttributionAlignment(m, top_k=0),
-        lambda m: AttributionAlignment(m, radius=-1),
+        lambda m: AttributionAlignment(m, radius=(0.1, -1)),
     ],
 )
 def test_bad_options_are_refused(make: Any) -> None:
