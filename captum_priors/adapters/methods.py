@@ -58,7 +58,7 @@ class ModeAdapter(CaptumAdapter):
             shape[:] = [_flatten(self._with_graph(self._copies(given, arguments)), leaves)]
             return visit(tuple(leaves))
 
-        values = recompute(program, tensors, forward_func=self)
+        values = recompute(program, tensors, forward_func=self, streams=self.draws or ("torch",))
         return _unflatten(shape[0], iter(values))
 
     def _without_graph(self, given: dict[str, Any]) -> Any:
@@ -203,7 +203,8 @@ class DifferentiableNoiseTunnel(ModeAdapter, NoiseTunnel):
     """:class:`captum.attr.NoiseTunnel` with its graph: what it averages keeps its own."""
 
     _stock = NoiseTunnel
-    draws: ClassVar[tuple[str, ...]] = ("torch", "numpy")  # those of what it averages, too
+    # Those of what it averages, too.
+    draws: ClassVar[tuple[str, ...]] = ("torch", "numpy", "python")
     attribution_method: Any
 
     def _check(self) -> None:

@@ -100,7 +100,8 @@ class KeepCoefficients(KeepGraph):
 class SurrogateAdapter(ModeAdapter):
     """Runs LIME's own code around a differentiable stand-in for its linear model."""
 
-    draws: ClassVar[tuple[str, ...]] = ("torch", "numpy")  # the samples; scikit-learn's lasso
+    # The samples; scikit-learn's lasso; the import of scikit-learn, which Captum leaves to a fit.
+    draws: ClassVar[tuple[str, ...]] = ("torch", "numpy", "python")
     _mode: ClassVar[type[KeepGraph]] = KeepCoefficients
     interpretable_model: Any
     _weights_depend_on_inputs: ClassVar[bool] = True
@@ -152,5 +153,4 @@ class DifferentiableKernelShap(SurrogateAdapter, KernelShap):
     """:class:`captum.attr.KernelShap` with its graph; its weights depend on coalitions alone."""
 
     _stock = KernelShap
-    draws: ClassVar[tuple[str, ...]] = ("torch",)
     _weights_depend_on_inputs = False

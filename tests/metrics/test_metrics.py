@@ -171,10 +171,10 @@ def test_wrong_reason_rate_by_hand() -> None:
     assert wrong_reason_rate(phi, shared(torch.ones(4))).isnan().all()
     parts = ((phi[:, :1], phi[:, 1:]), (allowed[:, :1], allowed[:, 1:]))
     torch.testing.assert_close(wrong_reason_rate(*parts), wrong_reason_rate(phi, allowed))
-    # A map that is not finite is no part of the mean.
-    broken = torch.cat([phi, torch.tensor([[math.nan, 1.0, 2.0, 3.0]])])
-    found = wrong_reason_rate(broken, torch.cat([allowed, allowed[:1]]))
-    torch.testing.assert_close(found, torch.tensor([2 / 3, 1 / 2, 0.0, math.nan]), equal_nan=True)
+    # A map that is not finite is no part of the mean, which is .3 and not .15.
+    broken = torch.tensor([[0.0, 5.0, 1.0, 0.0], [math.nan, 1.0, 2.0, 3.0]])
+    found = wrong_reason_rate(broken, shared(torch.tensor([1, 0, 0, 0])))
+    torch.testing.assert_close(found, torch.tensor([1 / 3, math.nan]), equal_nan=True)
     everywhere = torch.ones(2, 4)
     assert wrong_reason_rate(everywhere, shared(torch.tensor([1, 1, 0, 0]))).tolist() == [1, 1]
 

@@ -323,6 +323,9 @@ def test_values_at_the_ends() -> None:
     assert gini(torch.eye(5)[2:3]).item() == pytest.approx(-(1 - 1 / 5), abs=1e-15)
     assert gini(torch.ones(2, 5)).item() == pytest.approx(0, abs=1e-15)
     assert entropy(torch.ones(1, 8)).item() == pytest.approx(math.log(8), rel=1e-14)
+    # -(log(1 - q) (1 - q) + q log q) for q = 1e-9, to the first order.
+    small = entropy(torch.tensor([[1.0, 1e-9]])).item()
+    assert small == pytest.approx(1e-9 * (1 - math.log(1e-9)), rel=1e-6)
     nothing = energy_outside(-torch.rand(2, 6), annotation=torch.zeros(2, 6))
     assert nothing.tolist() == [0, 0]  # no attribution is positive
     # 2e5 is beyond float16, whose largest number is 65504.
@@ -498,12 +501,12 @@ TYPES: dict[str, Bad] = {
     ),
 }
 VALUES: dict[str, Bad] = {
-    r"`attributions`: expected shape \(batch, \.\.\.\).*, found shape \(3,\)\. Unsqueeze": lambda: (
+    r"`attributions`: expected shape \(batch, \.\.\.\).*, found shapes \[\(3,\)\]\. Unsqueeze": lambda: (
         l2(TWO[0])
     ),
-    r"`attributions`: expected .*, found shape \(2, 0\)\. .* one feature": lambda: gini(TWO[:, :0]),
+    r"`attributions`: expected .*, found shapes \[\(2, 0\)\]\. .* one feature": lambda: gini(TWO[:, :0]),
     r"one batch size, found shapes \[\(2, 3\), \(1, 3\)\]": lambda: l2((TWO, TWO[:1])),
-    r"`attributions`: expected .*, found shapes \[\]": lambda: l2(()),
+    r"`attributions`: expected at least one tensor, found an empty tuple": lambda: l2(()),
     **{
         rf"`dim`: expected which of the {n - 1} .*, found None .* Pass dim=\(1, 2\)": lambda n=n: (
             total_variation(torch.ones([2] * n))
