@@ -76,6 +76,7 @@ for _label, _flags in {"": (False, False), "sharded": (True, False), "whole": (T
 def backward_sharded(loss: Tensor, model: nn.Module, *, last: bool = True) -> None:
     with unsharded(model, synchronise=last):
         loss.backward()
+    assert last or all(p.grad is None for p in model.parameters())  # kept back
 
 
 def sharded(model: Any, *, layers: bool = True, reshard: bool = True, **options: Any) -> nn.Module:
