@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_priors.attacks import RandomAttack, TopKAttack
-from captum_priors.metrics import StabilityReport, gini, stability_report
+from captum_priors.metrics import StabilityReport, gini, spearman, stability_report
 from captum_priors.stability import (
     ATEX,
     ActivationSensitivity,
@@ -130,7 +130,8 @@ class Study:
         """Train with the activation-sensitivity term."""
         torch.manual_seed(seed)
         model = network()
-        prior = ActivationSensitivity(model, radius)
+        relus = [layer for layer in model if isinstance(layer, nn.ReLU)]
+        prior = ActivationSensitivity(model, radius, layers=relus)
         return self.fit(model, seed, term=lambda x, _: weight * prior(x))
 
     def adversarial(self, seed: int, *, radius: float) -> nn.Module:
@@ -152,19 +153,14 @@ class Study:
         self, model: nn.Module, part: str, radius: float, n: int, steps: int
     ) -> StabilityReport:
         """Attack the gradient maps of the first images of a part."""
-        ball = {"radius": radius, "lower_bound": 0.0, "upper_bound": 1.0, "seed": 0}
+        explainer = Saliency(model)
         return stability_report(
-            model,
-            Saliency,
-            {
-                "noise": lambda e: RandomAttack(e, **ball),
-                "attack": lambda e: TopKAttack(e, TOP, step_num=steps, **ball),
-            },
+            {"model": explainer},
+            {"model": attacks(explainer, radius, steps)},
             DataLoader(TensorDataset(*(t[:n] for t in self.data[part])), batch_size=100),
             k=TOP,
-            metrics=("spearman",),
-            show_progress=False,
-            show_table=False,
+            metrics={"spearman": spearman},
+            control="noise",
         )
 
     def timed(self, name: str, run: Callable[[], Any]) -> Any:
@@ -173,6 +169,15 @@ class Study:
         result = run()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         return result
+
+
+def attacks(explainer: Saliency, radius: float, steps: int) -> dict[str, Any]:
+    """The attack, and noise of its size."""
+    ball: dict[str, Any] = {"radius": radius, "lower_bound": 0.0, "upper_bound": 1.0, "seed": 0}
+    return {
+        "noise": RandomAttack(explainer, **ball),
+        "attack": TopKAttack(explainer, TOP, step_num=steps, **ball),
+    }
 
 
 def _pgd(model: nn.Module) -> PGD:
@@ -265,8 +270,8 @@ def evaluate(study: Study, model: nn.Module, radius: float, options: Any) -> dic
     }
 
 
-def draw(results: dict[str, Any], reports: dict[str, StabilityReport], output: Any) -> None:
-    """Draw top-50 intersections under noise and attack, and maps before and after."""
+def draw(results: dict[str, Any], output: Any) -> None:
+    """Draw top-50 intersections under noise and attack."""
     figure = Figure(figsize=(9, 4))
     axes = figure.subplots()
     names = list(results)
@@ -279,8 +284,29 @@ def draw(results: dict[str, Any], reports: dict[str, StabilityReport], output: A
     axes.set_ylabel("top-50 intersection with the clean map")
     axes.legend()
     save_plot(output, "stability_study", figure)
-    for name in ("standard", "softplus + hessian"):
-        save_plot(output, f"stability_maps_{name.partition(' ')[0]}", reports[name].figure())
+
+
+def draw_maps(model: nn.Module, x: Tensor, radius: float, steps: int) -> Figure:
+    """Draw images and their maps, clean, under noise and under attack."""
+    explainer = Saliency(model)
+    target = model(x).argmax(1)
+    found = {
+        name: a.perturb(x, target=target) for name, a in attacks(explainer, radius, steps).items()
+    }
+    figure = Figure(figsize=(6, 1.2 * len(x)), layout="constrained")
+    for row, (images, axes) in enumerate(
+        zip(zip(x, *found.values(), strict=True), figure.subplots(len(x), 6), strict=True)
+    ):
+        batch = torch.stack(images).requires_grad_()
+        maps = explainer.attribute(batch, target=int(target[row])).detach()
+        for i, name in enumerate(("clean", *found)):
+            axes[i].imshow(images[i][0], cmap="gray", vmin=0, vmax=1)
+            axes[3 + i].imshow(maps[i, 0], cmap="magma", vmin=0, vmax=float(maps.max()))
+            for axis, what in ((axes[i], "image"), (axes[3 + i], "map")):
+                axis.set_axis_off()
+                if row == 0:
+                    axis.set_title(f"{what}, {name}", fontsize=9)
+    return figure
 
 
 def main() -> None:
@@ -293,14 +319,14 @@ def main() -> None:
     study = Study(options.data, 1 if options.quick else options.epochs)
     radius, chosen, tried = choose(study, options)
     figures: dict[str, list[dict[str, float]]] = {}
-    reports: dict[str, StabilityReport] = {}
     for seed in range(options.seeds):
         for name in ("standard", *chosen):
             setting = chosen.get(name, {})
             model = study.timed(name, functools.partial(train, study, name, seed, setting))
             figures.setdefault(name, []).append(evaluate(study, model, radius, options))
             if seed == 0 and name in ("standard", "softplus + hessian"):
-                reports[name] = study.report(model, "test", radius, 4, 50)
+                maps = draw_maps(model, study.data["test"][0][:2], radius, 50)
+                save_plot(options.output, f"stability_maps_{name.partition(' ')[0]}", maps)
     results = {
         name: {
             column: {
@@ -320,7 +346,7 @@ def main() -> None:
     settings_used = {**vars(options), "radius": radius, "beta": BETA, "chosen": chosen}
     document = {"results": results, "tried": tried, "seconds": study.seconds}
     save(options.output, "stability_study", settings_used, document)
-    draw(results, reports, options.output)
+    draw(results, options.output)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The only module that touches Captum's private helpers, so that an upgrade is checked here."""
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from captum._utils.common import (
     _format_additional_forward_args,
     _format_output,
@@ -18,6 +18,7 @@ from captum._utils.models.linear_model import (
 )
 from captum._utils.progress import progress
 from captum.attr._core.dataloader_attr import SUPPORTED_METHODS
+from captum.attr._core.deep_lift import SUPPORTED_NON_LINEAR
 from captum.attr._core.llm_attr import GradientForwardFunc
 from captum.attr._utils.common import _format_callable_baseline
 from captum.attr._utils.lrp_rules import (
@@ -27,14 +28,14 @@ from captum.attr._utils.lrp_rules import (
     IdentityRule,
     PropagationRule,
 )
-from captum.log import log_usage
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_priors._errors import TargetError, expected_found
 from captum_priors._types import TensorOrTuple
 
 __all__ = [
     "CAPTUM_RULES",
+    "RESCALED",
     "SUPPORTED_METHODS",
     "GradientForwardFunc",
     "PropagationRule",
@@ -46,20 +47,24 @@ __all__ = [
     "compute_gradients",
     "forward_args",
     "like_inputs",
-    "log_usage",
     "output_error",
     "progress",
-    "run_forward",
+    "run_function",
     "select_error",
+    "select_targets",
 ]
 
 CAPTUM_RULES = (EpsilonRule, GammaRule, Alpha1_Beta0_Rule, IdentityRule)
+# The modules that DeepLIFT has a rule for, by their exact types.
+RESCALED = tuple(SUPPORTED_NON_LINEAR)
 
 
-def as_tuple(tensors: TensorOrTuple) -> tuple[Tensor, ...]:
-    """Wrap one tensor into a tuple; a tuple stays as it is."""
-    formatted: tuple[Tensor, ...] = _format_tensor_into_tuples(tensors)
-    return formatted
+as_tuple: Callable[[Any], tuple[Tensor, ...]] = _format_tensor_into_tuples
+"""Wrap one tensor into a tuple; a tuple stays as it is."""
+run_function: Callable[..., Any] = _run_forward
+"""Call a function of the inputs and additional arguments, or of nothing."""
+select_targets: Callable[[Tensor, Any], Tensor] = _select_targets
+"""Select the target outputs, shape ``(rows,)``."""
 
 
 def like_inputs(inputs: TensorOrTuple, tensors: tuple[Tensor, ...]) -> TensorOrTuple:
@@ -77,36 +82,6 @@ def call_baselines(baselines: Any, inputs: TensorOrTuple) -> tuple[Any, ...]:
     """Call baselines given as a function of nothing or of the inputs; return a tuple."""
     formatted: tuple[Any, ...] = _format_callable_baseline(baselines, inputs)
     return formatted
-
-
-def run_forward(
-    forward_func: Any, inputs: tuple[Any, ...], target: Any, args: tuple[Any, ...]
-) -> Tensor:
-    """Run the model on copies, which it may work in place on; select the target as Captum does."""
-    output: Any
-    inputs = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
-    if isinstance(forward_func, nn.Module):
-        # Captum looks up the signature, for functions of nothing; no module is one, and the look-up
-        # takes as long as a layer of a small model.
-        output = forward_func(*inputs, *args)
-    else:
-        output = _run_forward(forward_func, inputs, None, args or None)
-    if not isinstance(output, Tensor):
-        raise select_error(output, target)
-    return output if target is None else selected(output, target)
-
-
-def selected(output: Tensor, target: Any) -> Tensor:
-    """Select the target outputs as Captum does, or say what does not fit."""
-    if isinstance(target, Tensor) and target.numel() > 1 and target.device != output.device:
-        raise select_error(output, target)
-    try:
-        chosen: Tensor = _select_targets(output, target)
-    except (AssertionError, IndexError, RuntimeError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        raise select_error(output, target) from error
-    return chosen
 
 
 def output_error(output: Tensor, n_rows: int) -> Exception:

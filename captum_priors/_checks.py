@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from captum_priors._errors import TargetError, expected_found
 
@@ -17,38 +18,46 @@ def check_tensors(inputs: Any) -> None:
         raise ValueError(
             expected_found("`inputs`", "at least one tensor", "an empty tuple", "Pass a batch.")
         )
-    for name, tensor in _named(inputs):
+    for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 expected_found(
-                    name,
+                    _named(inputs, i),
                     "a torch.Tensor",
                     type(tensor).__name__,
-                    "Pass a tuple of tensors for several inputs."
-                    if isinstance(tensor, list) and any(isinstance(t, Tensor) for t in tensor)
-                    else "Convert it with torch.as_tensor(..., dtype=..., device=...)."
-                    if hasattr(tensor, "__array__") or isinstance(tensor, (list, int, float))
-                    else "Pass the tensor that the model is called with.",
+                    _remedy_of_type(tensor),
                 )
             )
 
 
-def _named(inputs: Any) -> list[tuple[str, Any]]:
-    if not isinstance(inputs, tuple):
-        return [("`inputs`", inputs)]
-    return [(f"`inputs[{i}]`", tensor) for i, tensor in enumerate(inputs)]
+def _named(inputs: Any, i: int) -> str:
+    return f"`inputs[{i}]`" if isinstance(inputs, tuple) else "`inputs`"
 
 
-def check_inputs(inputs: Any) -> None:
-    """Require a tensor, or a tuple of tensors of one non-empty batch."""
-    check_tensors(inputs)
-    named = _named(inputs)
-    n_examples = named[0][1].shape[:1]
-    for name, tensor in named:
+def _remedy_of_type(found: Any) -> str:
+    if isinstance(found, PackedSequence):
+        return (
+            "Pass the padded tensor, and the lengths in additional_forward_args; pack them inside "
+            "forward_func."
+        )
+    if isinstance(found, list) and any(isinstance(t, Tensor) for t in found):
+        return "Pass a tuple of tensors for several inputs."
+    if hasattr(found, "__array__") or isinstance(found, (list, int, float)):
+        return "Convert it with torch.as_tensor(..., dtype=..., device=...)."
+    return "Pass the tensor that the model is called with."
+
+
+def check_inputs(inputs: Any) -> int:
+    """Require a tensor, or a tuple of tensors of one non-empty batch; return its length."""
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    if not tensors or not isinstance(tensors[0], Tensor) or len(tensors) > 1:
+        check_tensors(inputs)
+    n_examples = tensors[0].shape[:1]
+    for i, tensor in enumerate(tensors):
         if tensor.dim() == 0 or tensor.shape[0] == 0:
             raise ValueError(
                 expected_found(
-                    name,
+                    _named(inputs, i),
                     "a non-empty batch (dimension 0)",
                     f"shape {tuple(tensor.shape)}",
                     "Skip empty batches; unsqueeze a single example.",
@@ -57,42 +66,25 @@ def check_inputs(inputs: Any) -> None:
         if tensor.shape[:1] != n_examples:
             raise ValueError(
                 expected_found(
-                    name,
+                    _named(inputs, i),
                     f"{n_examples[0]} examples as in `inputs[0]`",
                     str(tensor.shape[0]),
                     "Inputs of one call share their batch dimension.",
                 )
             )
+    return int(n_examples[0])
 
 
 def check_target(target: Any, n_examples: int) -> None:
     """Require one target for all examples, or one for each."""
     if target is None or (isinstance(target, (int, tuple)) and not isinstance(target, bool)):
         return
-    if isinstance(target, (list, Tensor)):
-        if isinstance(target, Tensor) and target.dim() > 1:
-            raise TargetError(
-                expected_found(
-                    "`target`",
-                    "at most one dimension",
-                    f"shape {tuple(target.shape)}",
-                    "Pass class indices of shape (batch,): target.argmax(1) for one-hot rows, "
-                    "target.flatten() for shape (batch, 1).",
-                )
-            )
-        length = len(target) if isinstance(target, list) or target.dim() else 1
-        single = isinstance(target, Tensor) and target.numel() == 1
-        if not single and length != n_examples:
-            raise TargetError(
-                expected_found(
-                    "`target`",
-                    f"one for each of the {n_examples} examples",
-                    str(length),
-                    "Match it to the rows of the inputs.",
-                )
-            )
-        entries = target if isinstance(target, list) else []
-        odd = [t for t in entries if not isinstance(t, (int, tuple))]
+    if isinstance(target, Tensor):
+        if target.dim() == 1 and len(target) == n_examples and target.dtype == torch.long:
+            return
+        _check_target_tensor(target, n_examples)
+    elif isinstance(target, list):
+        odd = [t for t in target if not isinstance(t, (int, tuple))]
         if odd:
             raise TypeError(
                 expected_found(
@@ -102,24 +94,55 @@ def check_target(target: Any, n_examples: int) -> None:
                     "Pass torch.as_tensor(target).long(), or plain ints.",
                 )
             )
-        if isinstance(target, Tensor) and (
-            target.is_floating_point() or target.dtype == torch.bool
-        ):
-            raise TypeError(
-                expected_found(
-                    "`target`",
-                    "integer class indices",
-                    str(target.dtype),
-                    "For regression with one output leave target out; otherwise use target.long().",
-                )
+        if len(target) != n_examples:
+            raise _other_length(len(target), n_examples)
+    else:
+        raise TypeError(
+            expected_found(
+                "`target`",
+                "an int, a tuple of ints, a tensor or a list of them",
+                type(target).__name__,
+                "Pass class indices, torch.as_tensor(target).long().",
             )
-        return
-    raise TypeError(
+        )
+
+
+def _check_target_tensor(target: Tensor, n_examples: int) -> None:
+    if target.dim() > 1:
+        several = target.dim() == 2 and bool((target != 0).sum(1).ne(1).any())
+        raise TargetError(
+            expected_found(
+                "`target`",
+                "at most one dimension",
+                f"shape {tuple(target.shape)}",
+                "It selects one output for each example. For labels of several classes or of each "
+                "pixel, pass the index of one output, target=(class, row, column), or let "
+                "forward_func return the sum of those that are meant."
+                if several or target.dim() > 2
+                else "Pass class indices of shape (batch,): target.argmax(1) for one-hot rows, "
+                "target.flatten() for shape (batch, 1).",
+            )
+        )
+    if target.numel() != 1 and len(target) != n_examples:
+        raise _other_length(len(target), n_examples)
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise TypeError(
+            expected_found(
+                "`target`",
+                "integer class indices",
+                str(target.dtype),
+                "For regression with one output leave target out; otherwise use target.long().",
+            )
+        )
+
+
+def _other_length(found: int, n_examples: int) -> TargetError:
+    return TargetError(
         expected_found(
             "`target`",
-            "an int, a tuple of ints, a tensor or a list of them",
-            type(target).__name__,
-            "Pass class indices, torch.as_tensor(target).long().",
+            f"one for each of the {n_examples} examples",
+            str(found),
+            "Match it to the rows of the inputs.",
         )
     )
 
@@ -183,19 +206,19 @@ def check_floating(tensors: Sequence[Tensor]) -> None:
             )
 
 
-def positive(name: str, value: Any) -> float:
+def positive(name: str, value: Any, *, example: float = 0.1) -> float:
     """Require a positive finite number, and return it."""
-    return _number(name, value, value_is=lambda v: v > 0, kind="a positive finite number")
+    return _number(name, value, lambda v: v > 0, "a positive finite number", example)
 
 
 def nonnegative(name: str, value: Any) -> float:
     """Require a finite number of at least 0, and return it."""
-    return _number(name, value, value_is=lambda v: v >= 0, kind="a finite number of at least 0")
+    return _number(name, value, lambda v: v >= 0, "a finite number of at least 0", 0.1)
 
 
 def fraction(name: str, value: Any) -> float:
     """Require a number in (0, 1], and return it."""
-    return _number(name, value, value_is=lambda v: 0 < v <= 1, kind="a number in (0, 1]")
+    return _number(name, value, lambda v: 0 < v <= 1, "a number in (0, 1]", 0.25)
 
 
 def count(name: str, value: Any, *, least: int = 1) -> int:
@@ -204,14 +227,16 @@ def count(name: str, value: Any, *, least: int = 1) -> int:
     return int(value)
 
 
-def _number(name: str, value: Any, *, value_is: Callable[[float], bool], kind: str) -> float:
+def _number(
+    name: str, value: Any, value_is: Callable[[float], bool], kind: str, example: float
+) -> float:
     if (
         isinstance(value, bool)
         or not isinstance(value, Real)
         or not (value_is(float(value)) and float(value) < float("inf"))
     ):
         raise ValueError(
-            expected_found(f"`{name}`", kind, repr(value), f"Pass for example {name}=0.1.")
+            expected_found(f"`{name}`", kind, repr(value), f"Pass for example {name}={example:g}.")
         )
     return float(value)
 
@@ -227,10 +252,10 @@ def check_distribution(baselines: Sequence[Any], inputs: Sequence[Tensor]) -> tu
                 "Pass a tuple with one distribution of reference rows for each input.",
             )
         )
-    return tuple(
-        _distribution(f"`baselines[{i}]`", baseline, tensor)
-        for i, (baseline, tensor) in enumerate(zip(baselines, inputs, strict=True))
-    )
+    found = []
+    for i, (baseline, tensor) in enumerate(zip(baselines, inputs, strict=True)):
+        found.append(_distribution(f"`baselines[{i}]`", baseline, tensor))
+    return tuple(found)
 
 
 def _remedy(baseline: Tensor, inputs: Tensor) -> str:

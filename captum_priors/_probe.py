@@ -11,8 +11,9 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, forward_args, like_inputs, run_forward
+from captum_priors._captum import as_tuple, forward_args, like_inputs
 from captum_priors._errors import expected_found
+from captum_priors._rows import run_forward
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine import AttributionPass
 from captum_priors.engine.random import STREAMS, seed_global
@@ -121,7 +122,8 @@ def check_outputs(outputs: Tensor, n_examples: int) -> Tensor:
                 "`forward_func`",
                 f"outputs for each of the {n_examples} examples",
                 f"shape {tuple(outputs.shape)}",
-                "Return shape (batch, classes), or (batch,) for one logit.",
+                "Return shape (batch, classes), or (batch,) for one logit; a loss takes "
+                'reduction="none".',
             )
         )
     return outputs

@@ -1,21 +1,26 @@
 """The examples of a batch: what travels with them, and the model as a function of their rows."""
 
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from captum_priors._captum import output_error, run_forward, selected
-from captum_priors.engine import current_pass, refuse_coupled_examples
+from captum_priors._captum import output_error, run_function, select_error, select_targets
+from captum_priors.engine import current_pass, refuse_coupled_examples, submodules_of
+from captum_priors.engine.gradients import refuse_batch_statistics
+from captum_priors.engine.model import ReluMode, current_beta
 
 
 @dataclass(frozen=True)
 class shared:  # noqa: N801  # reads as the function that it is used as
     """Mark an annotation that is one for the whole batch, instead of an entry for each example.
 
-    Priors pass its value on whole, whatever its shape.
+    Priors pass its value on whole, whatever its shape; a shared ``annotation``, of which every
+    penalty wants one for each example, is repeated for them.
 
     Example:
         >>> import torch
@@ -79,18 +84,38 @@ def length_of(rows: slice, n_examples: int) -> int:
 
 @dataclass(frozen=True)
 class Rows:
-    """The explained output at points that repeat the examples of a batch any number of times."""
+    """The explained output at points that repeat the examples of a batch any number of times.
+
+    The one place where this package runs a model: on copies, which it may work in place on.
+    """
 
     forward_func: Any
     target: Any
     args: tuple[Any, ...]
     n: int
 
-    def __call__(self, points: tuple[Tensor, ...]) -> Tensor:
-        """Return the target output of each row."""
-        times = points[0].shape[0] // self.n
-        args = tuple(tile(arg, times, self.n) for arg in self.args)
-        output = run_forward(self.forward_func, points, None, args)
+    def __call__(self, points: tuple[Any, ...]) -> Tensor:
+        """Return the target output of each row, selected as Captum does."""
+        current = current_pass()
+        exact = current is None or current.exact
+        given, constant = [], torch.is_grad_enabled() and exact
+        for point in points:
+            leaf = getattr(point, "is_leaf", True)
+            constant = constant and leaf
+            # A compiled model warns of what is no leaf, and torch protects those that are.
+            protected = leaf and not exact and "torch._dynamo" in sys.modules
+            given.append(point if protected or not isinstance(point, Tensor) else point.clone())
+        times = points[0].shape[0] // self.n if self.args or self.target is not None else 1
+        args = [tile(arg, times, self.n) for arg in self.args] if self.args else ()
+        # Nobody will ask for a second derivative by leaves: no graph through its zeros.
+        mode = ReluMode(current_beta()) if constant else nullcontext()
+        with mode:
+            if isinstance(self.forward_func, nn.Module):
+                output = self.forward_func(*given, *args)
+            else:  # Captum looks up the signature, for functions of nothing
+                output = run_function(self.forward_func, tuple(given), None, tuple(args) or None)
+        if not isinstance(output, Tensor):
+            raise select_error(output, self.target)
         if self.target is None:
             return output
         if output.dim() == 0 or output.shape[0] != points[0].shape[0]:
@@ -115,6 +140,39 @@ class Rows:
         Captum's classes do, but not (``always``) where the gradient comes later.
         """
         current = current_pass()
-        if current is None or not current.first or not (always or current.holds) or self.n < 2:
+        if current is None or current.judged or not current.first or self.n < 2:
             return
-        refuse_coupled_examples(lambda rows: self.of(rows)(tuple(x[rows] for x in inputs)), self.n)
+        if not (always or current.holds):
+            return
+        current.judged = True
+        if not current.holds:
+            refuse_batch_statistics(submodules_of(self.forward_func))
+
+        def run(rows: slice) -> Tensor:
+            points = (x[rows].detach() for x in inputs)
+            found = self.of(rows)(
+                tuple(p.requires_grad_() if p.is_floating_point() else p for p in points)
+            )
+            return found.detach()
+
+        refuse_coupled_examples(run, self.n)
+
+
+def run_forward(
+    forward_func: Any, inputs: tuple[Any, ...], target: Any, args: tuple[Any, ...]
+) -> Tensor:
+    """Run a model on copies of its inputs, and select the target outputs."""
+    n = inputs[0].shape[0] if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() else 1
+    return Rows(forward_func, target, args, n)(inputs)
+
+
+def selected(output: Tensor, target: Any) -> Tensor:
+    """Select the target outputs as Captum does, or say what does not fit."""
+    if isinstance(target, Tensor) and target.numel() > 1 and target.device != output.device:
+        raise select_error(output, target)
+    try:
+        return select_targets(output, target)
+    except (AssertionError, IndexError, RuntimeError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise select_error(output, target) from error

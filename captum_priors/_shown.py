@@ -26,19 +26,29 @@ def shown(thing: Any) -> str:
 
 
 def shown_options(thing: Any, skip: Sequence[str] = ()) -> list[str]:
-    """Options of the constructor's signature that are kept and are not the default."""
+    """Options of the constructor's signature that are kept and are not the default.
+
+    Of those without a default, the numbers and words: models and data have no short form.
+    """
     found = []
-    for name, default in _defaults(type(thing)).items():
+    options: dict[str, Any] = _options(type(thing))  # type: ignore[arg-type]  # a class is hashable
+    for name, default in options.items():
         value = getattr(thing, name, getattr(thing, f"_{name}", default))
-        if name not in skip and not same(value, default):
+        needed = default is inspect.Parameter.empty
+        if name in skip or same(value, default):
+            continue
+        if not needed or isinstance(value, (bool, int, float, str)):
             found.append(f"{name}={shown_value(value)}")
+    way = getattr(thing, "differentiation", "double_backprop")
+    if "differentiation" not in options and way != "double_backprop":  # an adapter's
+        found.append(f"differentiation={way!r}")
     return found
 
 
 def shown_value(value: Any) -> str:
     """Value as it would be written, without addresses: another process has others."""
-    if isinstance(value, Tensor):
-        return f"tensor{tuple(value.shape)}"
+    if isinstance(value, Tensor) or value is ...:
+        return "..."
     if isinstance(value, tuple):
         inside = ", ".join(map(shown_value, value))
         return f"({inside},)" if len(value) == 1 else f"({inside})"
@@ -57,16 +67,16 @@ def same(value: Any, default: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _defaults(cls: type) -> dict[str, Any]:
+def _options(cls: type) -> dict[str, Any]:
     """Options with their defaults: of the class's signature, and of those it hands the rest to."""
     found: dict[str, Any] = {}
     for each in cls.__mro__:
         if "__init__" not in vars(each) or each in (nn.Module, object):
             continue
-        parameters = inspect.signature(each.__init__).parameters  # type: ignore[misc]  # of a class
-        for name, parameter in parameters.items():
-            if parameter.default is not parameter.empty:
-                found.setdefault(name, parameter.default)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        parameters = [*inspect.signature(each.__init__).parameters.values()][1:]  # type: ignore[misc]  # of a class
+        for parameter in parameters:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                found.setdefault(parameter.name, parameter.default)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return found

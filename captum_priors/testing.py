@@ -1,5 +1,6 @@
 """The certificate: is the gradient of an attribution the derivative of its value?"""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,9 +98,12 @@ def check_differentiable(
     check_explainer(explainer)
     check_options(explainer, attribute_options)
     check_tensors(inputs)
-    tensors = _checked(explainer, inputs, parameters)
-    directions = torch.Generator().manual_seed(seed)
     state = GlobalState.now(STREAMS)
+    try:
+        tensors = _checked(explainer, inputs, parameters, attribute_options)
+    finally:
+        state.restore()
+    directions = torch.Generator().manual_seed(seed)
     weights: list[Tensor] = []
 
     def value() -> Tensor:
@@ -136,8 +140,9 @@ def _verdict(
     tolerance: float,
     raise_exception: bool,
 ) -> Certificate:
-    scale = max(map(abs, [*analytic, *numeric]))
-    if scale == 0:
+    scale = max([abs(v) for v in (*analytic, *numeric) if math.isfinite(v)], default=1.0)
+    finite = all(map(math.isfinite, (*analytic, *numeric)))
+    if scale == 0 and finite:
         raise ValueError(
             expected_found(
                 "`explainer`",
@@ -146,7 +151,9 @@ def _verdict(
                 "Choose a nonlinear model, or other parameters.",
             )
         )
-    each = [abs(a - n) / scale for a, n in zip(analytic, numeric, strict=True)]
+    each = [abs(a - n) / (scale or 1.0) for a, n in zip(analytic, numeric, strict=True)]
+    # Whatever is not a number is no derivative, wherever it stands.
+    each = [e if math.isfinite(e) else math.inf for e in each]
     worst = names[each.index(max(each))]
     certificate = Certificate(max(each), dict(zip(names, each, strict=True)), tolerance)
     if raise_exception and not certificate.passed:
@@ -163,10 +170,17 @@ def _verdict(
 
 
 def _checked(
-    explainer: Any, inputs: Any, parameters: Iterable[tuple[str, Tensor]] | None
+    explainer: Any,
+    inputs: Any,
+    parameters: Iterable[tuple[str, Tensor]] | None,
+    options: dict[str, Any],
 ) -> list[tuple[str, Tensor]]:
     if parameters is None:
+        with run_modules() as running:  # what a function hides shows when it runs
+            explainer.attribute(inputs, **options)
         modules = modules_of(explainer)
+        known = {m for root in modules for m in root.modules()}
+        modules = (*modules, *(m for m in running if m not in known))
         parameters = [
             # Several modules may have parameters of one name.
             (f"{i}:{type(module).__name__}.{name}" if len(modules) > 1 else name, parameter)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captum_priors.engine import Stream
+
 
 def as_tuple(value: Any) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
@@ -98,3 +100,14 @@ def assert_unbiased(draw: Callable[[], Tensor], expected: Tensor, n: int) -> Non
     draws = torch.stack([draw().detach() for _ in range(n)])
     error = (draws.mean(0) - expected).abs()
     assert float((error / (draws.std(0) / n**0.5 + 1e-12)).max()) < 4
+
+
+def draw_alike(first: nn.Module, *others: nn.Module) -> None:
+    """Let other priors draw what the first one draws: streams that are alive together differ."""
+
+    def streams(prior: nn.Module) -> list[Stream]:
+        return [module for module in prior.modules() if isinstance(module, Stream)]
+
+    for other in others:
+        for ours, theirs in zip(streams(first), streams(other), strict=True):
+            theirs.set_extra_state(ours.get_extra_state())

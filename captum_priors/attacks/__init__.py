@@ -7,12 +7,14 @@ importance lies, :class:`DistanceAttack` at any distance; :class:`RandomAttack` 
 :class:`AttributionAttack` is what they share, for attacks of your own.
 """
 
-from captum_priors.attacks._base import AttributionAttack
-from captum_priors.attacks._distance import DistanceAttack
-from captum_priors.attacks._manipulation import ManipulationAttack
-from captum_priors.attacks._mass_center import MassCenterAttack
-from captum_priors.attacks._random import RandomAttack
-from captum_priors.attacks._top_k import TopKAttack
+from captum_priors.attacks.attack import AttributionAttack
+from captum_priors.attacks.objectives import (
+    DistanceAttack,
+    ManipulationAttack,
+    MassCenterAttack,
+    RandomAttack,
+    TopKAttack,
+)
 
 __all__ = [
     "AttributionAttack",

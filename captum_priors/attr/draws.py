@@ -1,5 +1,6 @@
 """The random choices of expected gradients: reference rows, path positions, noise."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class Draws:
         cls,
         n_samples: int,
         batch: int,
-        n_rows: tuple[int, ...],
+        n_rows: Sequence[int],
         *,
         stratified: bool,
         generator: torch.Generator | None,
@@ -44,7 +45,7 @@ class Draws:
             order = torch.rand(n_samples, batch, generator=generator, device=device).argsort(0)
             alphas = (order + alphas) / n_samples
         seed = int(torch.randint(_SEEDS, (), generator=generator, device=device))
-        return cls(tuple(drawn[n] for n in n_rows), alphas, seed)
+        return cls(tuple(map(drawn.__getitem__, n_rows)), alphas, seed)
 
     def to(self, device: torch.device) -> "Draws":
         """Move what was drawn next to the inputs."""

@@ -7,7 +7,7 @@ import torch
 from captum.attr import GradientAttribution
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, call_baselines, forward_args, like_inputs
+from captum_priors._captum import call_baselines, forward_args
 from captum_priors._checks import (
     check_count,
     check_distribution,
@@ -120,23 +120,20 @@ class ExpectedGradients(GradientAttribution):
             ValueError: If shapes, devices or counts do not match.
             NotDifferentiableError: If no correct parameter gradient exists.
         """
-        check_inputs(inputs)
-        tensors = as_tuple(inputs)
+        n = check_inputs(inputs)
+        tensors: tuple[Tensor, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
         check_floating(tensors)
-        check_target(target, tensors[0].shape[0])
+        check_target(target, n)
         table = reference_rows(baselines, inputs)
-        rows = Rows(
-            self.forward_func, target, forward_args(additional_forward_args), tensors[0].shape[0]
-        )
+        args = () if additional_forward_args is None else forward_args(additional_forward_args)
+        rows = Rows(self.forward_func, target, args, n)
         path_sum = self._path_sum(
-            rows,
-            tensors,
-            tuple([t.shape[0] for t in table]),
-            (n_samples, stdevs, estimator, internal_batch_size, generator),
+            rows, tensors, table, (n_samples, stdevs, estimator, internal_batch_size, generator)
         )
         if path_sum.stacks():
             rows.refuse_coupled(tensors, always=self.differentiation == "recompute")
-        attributions = like_inputs(inputs, path_sum.attributions(tensors, table))
+        found = path_sum.attributions(tensors, table)
+        attributions = found if isinstance(inputs, tuple) else found[0]
         if not return_convergence_delta:
             return attributions
         return attributions, path_sum.convergence_delta(tensors, table)
@@ -145,15 +142,17 @@ class ExpectedGradients(GradientAttribution):
         self,
         rows: Rows,
         explained: tuple[Tensor, ...],
-        n_rows: tuple[int, ...],
+        table: tuple[Tensor, ...],
         options: tuple[Any, ...],
     ) -> PathSum:
         """Check the options that both explainers share, and draw."""
         n_samples, stdevs, estimator, internal_batch_size, generator = options
         noise = _each_stdev(stdevs, len(explained))
         check_count("n_samples", n_samples)
-        check_count("internal_batch_size", internal_batch_size, optional=True)
-        one_of("estimator", estimator, ESTIMATORS)
+        if internal_batch_size is not None:
+            check_count("internal_batch_size", internal_batch_size)
+        if estimator not in ESTIMATORS:
+            one_of("estimator", estimator, ESTIMATORS)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(
                 expected_found(
@@ -165,7 +164,7 @@ class ExpectedGradients(GradientAttribution):
             )
         control_variate = estimator == "control_variate" and n_samples > 1
         draws = Draws.new(
-            n_samples, rows.n, n_rows, stratified=control_variate, generator=generator
+            n_samples, rows.n, [*map(len, table)], stratified=control_variate, generator=generator
         )
         if internal_batch_size is None and self.differentiation == "recompute":
             internal_batch_size = rows.n  # the memory of one pass over the batch
@@ -193,12 +192,10 @@ class ExpectedGradients(GradientAttribution):
 
 def reference_rows(baselines: Any, inputs: TensorOrTuple) -> tuple[Tensor, ...]:
     """Evaluate and check the reference distribution: one table of rows for each input."""
-    if not callable(baselines):
-        for each in baselines if isinstance(baselines, tuple) else (baselines,):
-            check_reference(each)
     if callable(baselines):
-        baselines = _returning_something(baselines)
-    return check_distribution(call_baselines(baselines, inputs), as_tuple(inputs))
+        baselines = call_baselines(_returning_something(baselines), inputs)
+    each = baselines if isinstance(baselines, tuple) else (baselines,)
+    return check_distribution(each, inputs if isinstance(inputs, tuple) else (inputs,))
 
 
 def _returning_something(baselines: Any) -> Any:
@@ -212,17 +209,19 @@ def _returning_something(baselines: Any) -> Any:
     return called
 
 
-def _each_stdev(stdevs: float | tuple[float, ...], n_inputs: int) -> tuple[float, ...]:
+def _each_stdev(stdevs: Any, n_inputs: int) -> tuple[float, ...]:
     each = stdevs if isinstance(stdevs, tuple) else (stdevs,) * n_inputs
-    if len(each) != n_inputs or any(
-        not isinstance(s, (int, float)) or not 0 <= s < float("inf") for s in each
-    ):
-        raise ValueError(
-            expected_found(
-                "`stdevs`",
-                f"a non-negative number, or a tuple of {n_inputs}",
-                repr(stdevs),
-                "Pass 0.0 for no noise.",
-            )
+    for stdev in each:
+        if not isinstance(stdev, (int, float)) or not 0 <= stdev < float("inf"):
+            break
+    else:
+        if len(each) == n_inputs:
+            return each
+    raise ValueError(
+        expected_found(
+            "`stdevs`",
+            f"a non-negative number, or a tuple of {n_inputs}",
+            repr(stdevs),
+            "Pass 0.0 for no noise.",
         )
-    return tuple(float(s) for s in each)
+    )

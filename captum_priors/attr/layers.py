@@ -9,10 +9,10 @@ import torch
 from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
-from captum_priors._captum import as_tuple, forward_args, run_forward
+from captum_priors._captum import as_tuple, forward_args
 from captum_priors._checks import check_inputs, check_target
 from captum_priors._errors import expected_found
-from captum_priors._rows import Rows, length_of, take, tile
+from captum_priors._rows import Rows, length_of, run_forward, take, tile
 from captum_priors._types import Differentiation, TensorOrTuple
 from captum_priors.attr.expected_gradients import Estimator, ExpectedGradients, reference_rows
 from captum_priors.engine import attribution_call, current_pass
@@ -116,9 +116,8 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
             ValueError: If shapes, devices or counts do not match, or the layer runs twice.
             NotDifferentiableError: If no correct parameter gradient exists.
         """
-        check_inputs(inputs)
+        batch = check_inputs(inputs)
         tensors = as_tuple(inputs)
-        batch = tensors[0].shape[0]
         check_target(target, batch)
         table = reference_rows(baselines, inputs)
         args = forward_args(additional_forward_args)
@@ -131,7 +130,7 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         path_sum = self._path_sum(
             rows,
             activations,
-            n_rows,
+            table,
             (
                 n_samples,
                 stdevs,
@@ -190,7 +189,9 @@ class _Layer:
             half = self._recorded(
                 tuple(x[some] for x in inputs), tuple(take(arg, some, batch) for arg in args)
             )
-            if any(h.shape != a[: times * (batch // 2)].shape for h, a in zip(half, found)):
+            if any(
+                h.shape != a[: times * (batch // 2)].shape for h, a in zip(half, found, strict=True)
+            ):
                 raise _not_examples(found, batch)
         if times > 1:
             found = tuple(a.unflatten(0, (batch, times)) for a in found)

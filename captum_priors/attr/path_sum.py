@@ -9,17 +9,17 @@ d_k)` and differ in the weights: :math:`w_k = d_k` for the paper's, and for the 
 which is :math:`(x - \mu) \odot \bar g` plus the sample covariance of :math:`d` and :math:`g`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from captum_priors._rows import Rows, take
+from captum_priors._rows import Rows
 from captum_priors._types import Differentiation
 from captum_priors.attr.draws import Draws, covariance_factor
-from captum_priors.engine import Visit, input_gradients, keep_graph, recompute
+from captum_priors.engine import Visit, input_gradients, recompute
 
 Tensors = tuple[Tensor, ...]
 
@@ -47,7 +47,7 @@ class _Terms(NamedTuple):
     gradients: list[Tensor]
 
 
-_Centres = list[_Centre | None]
+_Centres = list[_Centre]
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,40 @@ class PathSum:
     differentiation: Differentiation
     rows_at_once: int | None
 
-    def attributions(self, inputs: Tensors, baselines: Tensors) -> Tensors:
-        """Evaluate the sum, with its graph where gradients are recorded."""
-        if self.differentiation != "recompute":
-            return self._total(inputs, baselines, keep_graph)
-        n = len(inputs)
-        return recompute(
-            lambda arguments, visit: self._total(arguments[:n], arguments[n:], visit),
-            (*inputs, *baselines),
-            forward_func=self.rows,
-        )
+    def attributions(
+        self, inputs: Tensors, baselines: Tensors, visit: Visit | None = None
+    ) -> Tensors:
+        """Evaluate the sum, with its graph where gradients are recorded.
+
+        Where graphs come later, ``recompute`` evaluates it with a ``visit`` for each term.
+        """
+        if self.differentiation == "recompute" and visit is None:
+            n_inputs = len(inputs)
+            return recompute(
+                lambda given, visit: self.attributions(given[:n_inputs], given[n_inputs:], visit),
+                (*inputs, *baselines),
+                forward_func=self.rows,
+            )
+        n = self.n_samples
+        total: Tensors = ()
+        block: list[Tensors] = []
+        centres = self._centres(inputs, baselines) if self.control_variate else None
+        for chunk in self._chunks():
+            terms = self._terms(inputs, baselines, centres, chunk)
+            share = len(chunk.samples) / n
+            term = []
+            for weight, gradient in zip(terms.weights, terms.gradients, strict=True):
+                each = gradient if weight is None else weight * gradient
+                mean = each.squeeze(0) if each.shape[0] == 1 else each.mean(0)
+                term.append(mean if share == 1 else share * mean)
+            block.append(visit(tuple(term), chunk.examples) if visit else tuple(term))
+            if chunk.examples.stop == self.rows.n:
+                whole = block[0]
+                if len(block) > 1:
+                    whole = tuple(map(torch.cat, zip(*block, strict=True)))
+                total = tuple(map(torch.add, total, whole)) if total else whole
+                block = []
+        return total
 
     @property
     def n_samples(self) -> int:
@@ -80,13 +104,13 @@ class PathSum:
 
     def stacks(self) -> bool:
         """Whether points of other examples, or several of one, decide which rows run together."""
-        return self.n_samples > 1 or (self.rows_at_once or self.rows.n) < self.rows.n
+        return len(self.draws.alphas) > 1 or (self.rows_at_once or self.rows.n) < self.rows.n
 
     @torch.no_grad()
     def convergence_delta(self, inputs: Tensors, baselines: Tensors) -> Tensor:
         """Per sample, what the attributions miss of f(x) - f(x'), in Captum's order of rows."""
         deltas: list[list[Tensor]] = []
-        centres = self._centres(inputs, baselines)
+        centres = self._centres(inputs, baselines) if self.control_variate else None
         for chunk in self._chunks():
             terms = self._terms(inputs, baselines, centres, chunk)
             explained = torch.stack(
@@ -106,80 +130,57 @@ class PathSum:
             deltas[-1].append(explained - (end - start))
         return torch.cat([torch.cat(parts, 1) for parts in deltas]).T.reshape(-1)
 
-    def _chunks(self) -> Iterator[_Chunk]:
+    def _chunks(self) -> list[_Chunk]:
         """Split the rows, at most ``rows_at_once`` in each chunk."""
-        n, batch = self.n_samples, self.rows.n
+        n, batch = self.draws.alphas.shape
         at_once = self.rows_at_once or n * batch
+        if at_once >= n * batch:
+            return [_Chunk(range(n), slice(0, batch))]
         if at_once >= batch:
             width = at_once // batch
-            for start in range(0, n, width):
-                yield _Chunk(range(start, min(start + width, n)), slice(0, batch))
-        else:
-            for k in range(n):
-                for start in range(0, batch, at_once):
-                    yield _Chunk(range(k, k + 1), slice(start, min(start + at_once, batch)))
-
-    def _total(self, inputs: Tensors, baselines: Tensors, visit: Visit) -> Tensors:
-        """Add up the terms, passing each through ``visit``."""
-        total: Tensors = ()
-        block: list[Tensors] = []
-        centres = self._centres(inputs, baselines)
-        for chunk in self._chunks():
-            terms = self._terms(inputs, baselines, centres, chunk)
-            share = len(chunk.samples) / self.n_samples
-            term = []
-            for weight, gradient in zip(terms.weights, terms.gradients, strict=True):
-                each = gradient if weight is None else weight * gradient
-                mean = each.squeeze(0) if each.shape[0] == 1 else each.mean(0)
-                term.append(mean if share == 1 else share * mean)
-            block.append(visit(tuple(term), chunk.examples))
-            if chunk.examples.stop == self.rows.n:
-                whole = block[0]
-                if len(block) > 1:
-                    whole = tuple(map(torch.cat, zip(*block, strict=True)))
-                total = tuple(map(torch.add, total, whole)) if total else whole
-                block = []
-        return total
+            starts = range(0, n, width)
+            return [_Chunk(range(k, min(k + width, n)), slice(0, batch)) for k in starts]
+        return [
+            _Chunk(range(k, k + 1), slice(start, min(start + at_once, batch)))
+            for k in range(n)
+            for start in range(0, batch, at_once)
+        ]
 
     def _terms(
-        self, inputs: Tensors, baselines: Tensors, centres: _Centres, chunk: _Chunk
+        self, inputs: Tensors, baselines: Tensors, centres: _Centres | None, chunk: _Chunk
     ) -> _Terms:
         examples = chunk.examples
         terms, points = _Terms([], [], [], []), []
-        alphas = _drawn(self.draws.alphas, chunk)
+        drawn = slice(chunk.samples.start, chunk.samples.stop), examples
+        alphas = self.draws.alphas[drawn]
         for t, (x, table) in enumerate(zip(inputs, baselines, strict=True)):
-            end = take(x, examples, x.shape[0]).unsqueeze(0)
+            end = x[examples].unsqueeze(0)
             noise = self._noise(x, t, chunk) if self.stdevs[t] > 0 else None
             end = end if noise is None else end + noise
-            rows = _drawn(self.draws.rows[t], chunk)
+            rows = self.draws.rows[t][drawn]
             # Whole rows: three times as fast on a CPU as indexing by (samples, examples).
             reference = table.index_select(0, rows.reshape(-1)).view(*rows.shape, *x.shape[1:])
             alpha = alphas.to(x.dtype).reshape(*alphas.shape, *[1] * (x.dim() - 1))
             terms.ends.append(end)
             terms.references.append(reference)
-            points.append(torch.lerp(reference, end, alpha))
-            if self.multiply_by_inputs:
-                centre = centres[t]
-                weight = (
-                    end - reference
-                    if centre is None
-                    else self._centred(centre, reference, noise, examples)
-                )
-                terms.weights.append(weight)
-            else:
+            points.append(torch.lerp(reference, end, alpha).flatten(0, 1))
+            if not self.multiply_by_inputs:
                 terms.weights.append(None)
+            elif centres is None:
+                terms.weights.append(end - reference)
+            else:
+                terms.weights.append(self._centred(centres[t], reference, noise, examples))
         flat = input_gradients(
             self.rows.of(examples),
-            tuple([p.flatten(0, 1) for p in points]),
+            tuple(points),
             "double_backprop" if self.differentiation == "recompute" else self.differentiation,
         )
-        terms.gradients.extend([g.reshape(p.shape) for g, p in zip(flat, points, strict=True)])
+        for gradient, reference in zip(flat, terms.references, strict=True):
+            terms.gradients.append(gradient.reshape(reference.shape))
         return terms
 
     def _centres(self, inputs: Tensors, baselines: Tensors) -> _Centres:
         """Means over all samples that the weights of every chunk refer to, taken once."""
-        if not (self.multiply_by_inputs and self.control_variate):
-            return [None] * len(inputs)
         whole = slice(0, self.rows.n)
         n = self.n_samples
         centres: _Centres = []
@@ -209,11 +210,6 @@ class PathSum:
         return torch.stack(
             [self.draws.noise(like, k, t, stdev)[chunk.examples] for k in chunk.samples]
         )
-
-
-def _drawn(drawn: Tensor, chunk: _Chunk) -> Tensor:
-    """Of what was drawn for every sample of every example, the chunk's."""
-    return drawn[chunk.samples.start : chunk.samples.stop, chunk.examples]
 
 
 def _mean(tensors: Iterable[Tensor]) -> Tensor:

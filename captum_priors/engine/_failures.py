@@ -39,9 +39,7 @@ def cause_of(
     return _of_captum(error, tensors, given) or _of_the_model(error, modules, tensors)
 
 
-def _of_captum(
-    error: Exception, tensors: list[Tensor], given: dict[str, Any]
-) -> Exception | None:
+def _of_captum(error: Exception, tensors: list[Tensor], given: dict[str, Any]) -> Exception | None:
     """Word failed assertions of Captum's, and its failure to select a target."""
     frames = [f for f in _frames(error) if str(f.f_globals.get("__name__")).startswith("captum.")]
     for frame in reversed(frames):
@@ -49,6 +47,15 @@ def _of_captum(
             return select_error(frame.f_locals["output"], frame.f_locals["target"])
     if not frames or not isinstance(error, AssertionError):
         return None
+    if "Forward hook did not obtain" in str(error):
+        return ValueError(
+            expected_found(
+                "`layer`",
+                "a layer that runs in each forward pass",
+                "one that does not",
+                "Pass a layer of the model behind forward_func.",
+            )
+        )
     if "Target not provided" in str(error):
         return TargetError(
             expected_found(

@@ -61,13 +61,9 @@ def by_batch_statistics(node: Any) -> bool:
     return bool(getattr(node, "_saved_training", False) or getattr(node, "_saved_train", False))
 
 
-def saves_elsewhere() -> bool:
-    """Whether hooks keep what graphs save, as activation checkpointing does.
-
-    Private: torch only says how to add and forbid such hooks, not whether there are any.
-    """
-    top: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]  # no stub
-    return top(False) is not None
+# Private: whether hooks keep what graphs save, as activation checkpointing does. Torch only says
+# how to add and forbid such hooks, not whether there are any.
+saved_tensors_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The seam: the one place where the gradient of a model's output by its input is taken."""
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_priors._checks import check_floating
 from captum_priors._errors import NotDifferentiableError, TargetError, expected_found
@@ -16,12 +17,14 @@ from captum_priors.engine._torch import (
     DEAD_ENDS,
     PLACEHOLDERS,
     REFUSALS,
+    Normalisation,
     by_batch_statistics,
     leaf_of,
     now,
     older,
 )
-from captum_priors.engine.model import ReluMode, current_beta, current_pass
+from captum_priors.engine.model import current_pass
+from captum_priors.engine.random import GlobalState
 
 Field = Callable[[tuple[Tensor, ...]], Tensor]
 """The explained output, one number for each row, as a function of the points.
@@ -60,33 +63,27 @@ def input_gradients(
         >>> torch.equal(g, 2 * z), torch.allclose(torch.autograd.grad(g.sum(), w)[0], 2 * z.sum(0))
         (True, True)
     """
-    check_floating(points)
+    own: list[Tensor] = []
+    for point in points:
+        if not point.is_floating_point():
+            check_floating(points)
+        # An alias of what has a graph: the field may also use the user's own tensor, and only the
+        # argument counts.
+        given = point.requires_grad
+        own.append(point.view_as(point) if given else point.detach().requires_grad_())
     if not torch.is_grad_enabled() or recording() is not None:
         return values(field, points)
     if way == "finite_difference":
         from captum_priors.engine.replay import finite_difference  # which is made of gradients
 
         return finite_difference(field, points)
-    if any(p.requires_grad for p in points):
-        # An alias of what has a graph: the field may also use the user's own tensor, and only the
-        # argument counts.
-        points = tuple(p.view_as(p) if p.requires_grad else _leaf(p) for p in points)
-        outputs = field(points)
-    else:  # nobody will ask for a derivative by points that are made here
-        points = tuple(map(_leaf, points))
-        with ReluMode(current_beta()):
-            outputs = field(points)
-    return differentiate(outputs, points, create_graph=True)
-
-
-def _leaf(point: Tensor) -> Tensor:
-    return point.detach().requires_grad_()
+    return differentiate(field(tuple(own)), tuple(own), create_graph=True)
 
 
 def values(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Input gradients without a graph, also under ``torch.no_grad``."""
     with torch.enable_grad():
-        points = tuple(map(_leaf, points))
+        points = tuple([p.detach().requires_grad_() for p in points])
         outputs = field(points)
         current = recording()
         if current is None:
@@ -100,18 +97,21 @@ def differentiate(
     outputs: Tensor, points: tuple[Tensor, ...], *, create_graph: bool
 ) -> tuple[Tensor, ...]:
     """Differentiate the summed outputs, with errors that say what to do."""
-    check_rows(outputs, points[0].shape[0])
+    if outputs.shape != points[0].shape[:1]:
+        check_rows(outputs, points[0].shape[0])
     if not outputs.requires_grad:
         raise NotDifferentiableError(
             "`forward_func`: expected an output that depends on the inputs, found one without a "
             "graph. Look for detach(), torch.no_grad(), .data or a NumPy step inside it."
         )
-    gradients: Sequence[Tensor | None]
     if create_graph:
         gradients = with_second_derivative(outputs, points, allow_unused=True)
     else:
-        gradients = _grad(outputs, points, torch.ones_like(outputs), allow_unused=True)
-    found = []
+        ones = torch.ones_like(outputs)
+        try:
+            gradients = torch.autograd.grad(outputs, points, ones, allow_unused=True)
+        except RuntimeError as error:
+            raise _worded(error) from error
     for i, gradient in enumerate(gradients):
         if gradient is None:
             raise NotDifferentiableError(
@@ -119,8 +119,7 @@ def differentiate(
                 "not. Pass a tensor that is not to be explained in `additional_forward_args`, and "
                 "look for detach() or torch.no_grad() inside `forward_func`."
             )
-        found.append(gradient)
-    return tuple(found)
+    return gradients
 
 
 def with_second_derivative(
@@ -135,38 +134,31 @@ def with_second_derivative(
         NotDifferentiableError: If an operator has no second derivative, or a wrong third one where
             that is needed.
     """
-    each = outputs if isinstance(outputs, (tuple, list)) else [outputs]
     current = current_pass()
-    first = current is None or current.first
+    first, owner = (True, _ALONE) if current is None else (current.first, current.owner)
+    each = outputs if isinstance(outputs, (tuple, list)) else [outputs]
     if first and _wrong_third(each):
         raise NotDifferentiableError(_third("a forward pass that takes a gradient itself"))
     if cotangents is None:
         # Ones that require a gradient in their turn, because torch marks a function as
         # differentiable only once where its cotangent does, and drops its graph silently elsewhere.
-        cotangents = [torch.ones_like(o, requires_grad=True) for o in each]
-    gradients = _grad(
-        each, inputs, cotangents, allow_unused=allow_unused, create_graph=True, **options
-    )
-    present = [g for g in gradients if g is not None]
+        ones = functools.partial(torch.ones_like, requires_grad=True)
+        cotangents = [*map(ones, each)]
+    try:
+        gradients: tuple[Any, ...] = torch.autograd.grad(
+            each, inputs, cotangents, create_graph=True, allow_unused=allow_unused, **options
+        )
+    except RuntimeError as error:
+        raise _worded(error) from error
     if first:
+        present = [g for g in gradients if g is not None]
         refuse_dead_ends(present)
         if _wrong_third(present):
-            _guarded_before.add(_key(current))
-    if _key(current) in _guarded_before:
-        guarded = iter(_OnceMore.apply(*present))  # type: ignore[no-untyped-call]
-        gradients = tuple(g if g is None else next(guarded) for g in gradients)
+            _guarded.add(owner)
+    if owner in _guarded:
+        once = iter(_OnceMore.apply(*(g for g in gradients if g is not None)))  # type: ignore[no-untyped-call]
+        gradients = tuple(g if g is None else next(once) for g in gradients)
     return gradients
-
-
-def _grad(outputs: Any, inputs: Any, cotangents: Any, **options: Any) -> tuple[Tensor, ...]:
-    try:
-        gradients: tuple[Tensor, ...] = torch.autograd.grad(outputs, inputs, cotangents, **options)
-        return gradients
-    except RuntimeError as error:
-        for sign, culprit in REFUSALS.items():
-            if sign in str(error):
-                raise NotDifferentiableError(no_second_derivative(culprit)) from error
-        raise
 
 
 # ---- What is checked -----------------------------------------------------------------------
@@ -218,12 +210,18 @@ def refuse_coupled_examples(run: Callable[[slice], Tensor], n_examples: int) -> 
         NotDifferentiableError: If they differ.
     """
     some = slice(0, max(1, n_examples // 2))
-    with torch.no_grad():
-        together, alone = run(slice(0, n_examples))[some], run(some)
+    state = GlobalState.now()
+    every = run(slice(0, n_examples))
+    if every.dim() == 0 or len(every) != n_examples:
+        check_rows(every, n_examples)
+    together, alone, again = every[some], run(some), run(some)
+    state.restore()
+    if together.shape == alone.shape and alone.is_floating_point() and alone.numel():
         # Kernels of other sizes add up in another order.
-        tolerance = 1e3 * torch.finfo(alone.dtype).eps
-        differ = (together - alone).abs() > tolerance * (alone.abs().amax() + together.abs().amax())
-        if bool(differ.any()) and torch.equal(alone, run(some)):
+        eps = torch.finfo(alone.dtype).eps
+        tolerance = 1e3 * eps if eps < 1e-5 else 8 * eps
+        scale = alone.abs().amax() + together.abs().amax()
+        if bool(((together - alone).abs() > tolerance * scale).any()) and torch.equal(alone, again):
             raise NotDifferentiableError(
                 expected_found(
                     "`forward_func`",
@@ -239,18 +237,28 @@ def refuse_coupled_examples(run: Callable[[slice], Tensor], n_examples: int) -> 
             )
 
 
-_guarded_before: WeakSet[Any] = WeakSet()
-
-
-def _key(current: Any) -> Any:
-    return _ALONE if current is None else current.owner
+def refuse_batch_statistics(modules: Iterable[nn.Module]) -> None:
+    """Refuse BatchNorm in train mode: the examples would not be those of the forward pass."""
+    for module in modules:
+        if isinstance(module, Normalisation) and module.training:
+            raise NotDifferentiableError(
+                expected_found(
+                    "a gradient that comes later",
+                    "examples that do not influence each other",
+                    f"{type(module).__name__} in train mode",
+                    "Call model.eval(), use a prior (which holds the model still), or "
+                    "differentiation='double_backprop'.",
+                )
+            )
 
 
 class _Alone:
-    """Stands for calls outside any pass."""
+    """Stands for the owner of calls outside any pass."""
 
 
 _ALONE = _Alone()
+_guarded: WeakSet[Any] = WeakSet()
+"""Whose gradients pass through second derivatives that torch cannot differentiate."""
 
 
 class _OnceMore(torch.autograd.Function):
@@ -306,6 +314,14 @@ def nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
             if following not in seen:
                 seen.add(following)
                 stack.append(following)
+
+
+def _worded(error: RuntimeError) -> RuntimeError:
+    """Word torch's own refusal of a second derivative; other errors pass."""
+    for sign, culprit in REFUSALS.items():
+        if sign in str(error):
+            return NotDifferentiableError(no_second_derivative(culprit))
+    return error
 
 
 def refuse_dead_ends(gradients: Sequence[Tensor]) -> None:
@@ -385,10 +401,8 @@ _CLOSED_OVER = (
 )
 
 
-def recording() -> Recording | None:
-    """Return the evaluation without a graph that is under way in this thread."""
-    found: Recording | None = getattr(_thread, "recording", None)
-    return found
+recording: Callable[[], Recording | None] = functools.partial(getattr, _thread, "recording", None)
+"""Return the evaluation without a graph that is under way in this thread."""
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import functools
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors.engine._failures import cause_of
-from captum_priors.engine._torch import Normalisation, saves_elsewhere
+from captum_priors.engine._torch import Normalisation, saved_tensors_hooks
 from captum_priors.engine.processes import wrapper_classes
 from captum_priors.engine.random import GlobalState, seed_global
 
@@ -33,9 +33,9 @@ _explained_before: WeakSet[Any] = WeakSet()
 
 _CHECKPOINTED = (
     "expected a model without activation checkpointing (or other saved-tensor hooks), found some: "
-    "the backward pass would run its blocks again in training mode, when the model is no longer "
-    "held still. Use differentiation='recompute' or 'finite_difference' without smoothing, or run "
-    "the model without checkpointing for this prior."
+    "in the backward pass its blocks would be run again with ReLU and in training mode, when the "
+    "prior no longer holds it still. Use differentiation='recompute' or 'finite_difference' and no "
+    "smoothing, or run the model without checkpointing for this prior."
 )
 
 
@@ -95,6 +95,7 @@ class AttributionPass:
         self.exact = exact
         self.holds = holds
         self.left_inference = False
+        self.judged = False  # whether examples that influence each other have been looked for
         self.modules: set[nn.Module] = set()
         self.seeded = 0 if seed is None else seed
         self._seeds, self._replayed, self._given = seed is not None, replayed, given or {}
@@ -114,15 +115,11 @@ class AttributionPass:
             if self.holds:
                 self._hold(stack)
             if self.exact:
-                stack.enter_context(exact_kernels(self.modules))
+                enter_exact_kernels(stack, self.modules)
             if self.smooth is not None:
                 stack.enter_context(ReluMode(self.smooth))
-            if self.smooth is not None or (
-                self.holds and not self._replayed and torch.is_grad_enabled()
-            ):
-                stack.enter_context(
-                    torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED)
-                )
+            if self.holds and not self._replayed and torch.is_grad_enabled():
+                stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED))
             _thread.current = self
             self._stack = stack.pop_all()
         return self
@@ -151,7 +148,7 @@ class AttributionPass:
         stack.callback(GlobalState.now(self.streams).restore)
         if self._seeds:
             self.seed(self.seeded)
-        roots, hidden = _plainly_in(self.explained)
+        roots, hidden = plainly_in(self.explained)
         stack.callback(self._put_back)
         for root in roots:
             self._take(root)
@@ -165,7 +162,10 @@ class AttributionPass:
 
     def _take(self, root: nn.Module) -> None:
         """Hold a module and all below it; on each by itself, because users override ``train``."""
-        wrappers, stack = wrapper_classes(), [root]
+        # DataParallel alone exists without processes that were told of each other.
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        wrappers = wrapper_classes() if distributed else nn.DataParallel
+        stack = [root]
         while stack:
             module = stack.pop()
             if module in self.modules:
@@ -174,17 +174,16 @@ class AttributionPass:
                 raise _wrapped(module)
             self.modules.add(module)
             if isinstance(module, nn.RNNBase):
-                self._set(module, "dropout", 0.0)
+                self._undo.append((module, "dropout", module.dropout))
+                module.dropout = 0.0
             elif module.training:
-                self._set(module, "training", False)
+                self._undo.append((module, "training", True))
+                module.training = False
             if isinstance(module, Normalisation):
                 for name, buffer in module.named_buffers(recurse=False):
-                    self._set(module, name, buffer.clone())
+                    self._undo.append((module, name, buffer))
+                    setattr(module, name, buffer.clone())
             stack.extend(module.children())
-
-    def _set(self, module: nn.Module, name: str, value: Any) -> None:
-        self._undo.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
 
     def _put_back(self) -> None:
         for module, name, value in reversed(self._undo):
@@ -192,10 +191,10 @@ class AttributionPass:
         self._undo.clear()
 
 
-def current_pass() -> AttributionPass | None:
-    """Return the innermost pass of this thread."""
-    found: AttributionPass | None = getattr(_thread, "current", None)
-    return found
+current_pass: Callable[[], AttributionPass | None] = functools.partial(
+    getattr, _thread, "current", None
+)
+"""Return the innermost pass of this thread."""
 
 
 @contextmanager
@@ -239,26 +238,27 @@ def out_of_inference(value: T) -> T:
     if isinstance(value, Tensor):
         found = value.clone() if value.is_inference() else value
     elif type(value) in (tuple, list):
-        found = type(value)(map(out_of_inference, found))
+        found = (
+            tuple(map(out_of_inference, found))
+            if type(value) is tuple
+            else [*map(out_of_inference, found)]
+        )
     elif type(value) is dict:
         found = {name: out_of_inference(each) for name, each in found.items()}
     return found  # type: ignore[no-any-return]  # of the type that came in
 
 
-@contextmanager
-def exact_kernels(modules: Any) -> Iterator[None]:
-    """Compute the same functions by kernels that can be differentiated twice.
+def enter_exact_kernels(stack: ExitStack, modules: Iterable[nn.Module]) -> None:
+    """Compute the same functions by kernels that can be differentiated twice, until the stack ends.
 
     Which kernel computes a function is no part of the function: compiled modules run eagerly,
     attention in plain matrix products, recurrent modules on a GPU without cuDNN.
     """
-    with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # nothing can be compiled where nobody imported it
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if torch.cuda.is_initialized() and any(isinstance(m, nn.RNNBase) for m in modules):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        yield
+    if "torch._dynamo" in sys.modules:  # nothing can be compiled where nobody imported it
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    if torch.cuda.is_initialized() and any(isinstance(m, nn.RNNBase) for m in modules):
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
 
 
 # ---- The modules behind what is explained --------------------------------------------------
@@ -267,10 +267,11 @@ def exact_kernels(modules: Any) -> Iterator[None]:
 def modules_of(*holders: Any) -> tuple[nn.Module, ...]:
     """Return the root modules that are plainly there.
 
-    A module, a bound method's, a partial's, and those in an object's ``forward_func``, ``model``
-    and the like. What another function hides shows when it runs: see :func:`run_modules`.
+    A module, a bound method's, a partial's, and those that an object has as attributes, or in its
+    ``forward_func``, ``model`` and the like. What another function hides shows when it runs: see
+    :func:`run_modules`.
     """
-    return _plainly_in(holders)[0]
+    return plainly_in(holders)[0]
 
 
 def submodules_of(*holders: Any) -> tuple[nn.Module, ...]:
@@ -278,7 +279,7 @@ def submodules_of(*holders: Any) -> tuple[nn.Module, ...]:
     return tuple(dict.fromkeys(m for root in modules_of(*holders) for m in root.modules()))
 
 
-def _plainly_in(holders: Sequence[Any]) -> tuple[tuple[nn.Module, ...], bool]:
+def plainly_in(holders: Sequence[Any]) -> tuple[tuple[nn.Module, ...], bool]:
     """Root modules, and whether there are functions that may hide more."""
     roots: dict[nn.Module, None] = {}
     hidden, stack, seen = False, list(reversed(holders)), set[int]()
@@ -294,10 +295,12 @@ def _plainly_in(holders: Sequence[Any]) -> tuple[tuple[nn.Module, ...], bool]:
         elif isinstance(holder, types.MethodType):
             stack.append(holder.__self__)
         else:
-            inside = [getattr(holder, name, None) for name in _HOLDERS]
-            inside = [each for each in inside if each is not None]
-            stack.extend(inside)
-            hidden = hidden or (not inside and (callable(holder) or hasattr(holder, "attribute")))
+            before = len(stack)
+            for name, inside in reversed(getattr(holder, "__dict__", {}).items()):
+                if inside is not None and (name in _HOLDERS or isinstance(inside, nn.Module)):
+                    stack.append(inside)
+            if len(stack) == before:
+                hidden = hidden or callable(holder) or hasattr(holder, "attribute")
     return tuple(roots), hidden
 
 
@@ -353,19 +356,28 @@ class ReluMode(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         self._before = current_beta()
+        if self.beta is not None:
+            self._ban = torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED)
+            self._ban.__enter__()
         _thread.beta = self.beta
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         _thread.beta = self._before
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if self.beta is not None:
+            self._ban.__exit__(*error)
+            if error[0] is RuntimeError and str(error[1]) == _CHECKPOINTED:
+                raise NotDifferentiableError(_CHECKPOINTED) from error[1]
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         always = func in _RELU_IN_PLACE
-        if (func in _RELU or always) and (self.beta is not None or not saves_elsewhere()):
+        if (func in _RELU or always) and (
+            self.beta is not None or saved_tensors_hooks(False) is None
+        ):
             x = args[0] if args else kwargs["input"]
             in_place = always or (args[1] if len(args) > 1 else kwargs.get("inplace", False))
             if self.beta is None:
@@ -376,7 +388,5 @@ class ReluMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def current_beta() -> float | None:
-    """Softplus steepness in force in this thread, or None."""
-    beta: float | None = getattr(_thread, "beta", None)
-    return beta
+current_beta: Callable[[], float | None] = functools.partial(getattr, _thread, "beta", None)
+"""Return the Softplus steepness in force in this thread, or None."""

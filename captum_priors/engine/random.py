@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from captum_priors.engine._torch import default_generator
 
+_MASK = (1 << 63) - 1
+
 STREAMS = ("torch", "numpy", "python")
 """Global generators that an explainer may draw from; see ``draws`` of the adapters."""
 
@@ -73,7 +75,96 @@ def derive(seed: int, place: int) -> int:
     z = (seed + (place + 1) * 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return (z ^ (z >> 31)) & ((1 << 63) - 1)
+    return (z ^ (z >> 31)) & _MASK
+
+
+class Counter(nn.Module):
+    """A number kept in the ``state_dict``; no buffer, because those are moved and broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+
+    def __int__(self) -> int:
+        return self.step
+
+    def advance(self) -> None:
+        """Count one."""
+        self.step += 1
+
+    def get_extra_state(self) -> Tensor:
+        """Return the number, for the ``state_dict``."""
+        return torch.tensor(self.step, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the number of a ``state_dict``."""
+        self.step = int(state)
+
+
+class Stream(Counter):
+    """A stream of seeds, one for each training step, whose place is kept in the ``state_dict``.
+
+    It starts from the state of torch's global generator, which it does not move: seeding torch and
+    building again reproduces it. Streams that start from one state are told apart by their order.
+    Evaluation has one seed of its own, so that its values can be compared over time.
+
+    Example:
+        >>> from captum_priors.engine import Stream
+        >>> first, second = Stream(), Stream()
+        >>> a, b = first.next_seed(advance=True), first.next_seed(advance=True)
+        >>> a == b, a == second.next_seed(advance=True)
+        (False, False)
+        >>> first.next_seed(advance=False) == first.next_seed(advance=False)
+        True
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        _forget_others()
+        place = 0
+        while place in _started:
+            place += 1
+        _started[place] = self
+        self.seed = derive(derive(torch.initial_seed() & _MASK, _origin[0]), place)
+
+    def next_seed(self, *, advance: bool, rank: int = 0) -> int:
+        """Seed of this step, another for each process that has examples of its own.
+
+        Args:
+            advance: Go on to the next step; without, as in evaluation, nothing moves.
+            rank: The process's place among those that share a batch.
+        """
+        seed = self.peek(advance=advance, rank=rank)
+        if advance:
+            self.step += 1
+        return seed
+
+    def peek(self, *, advance: bool, rank: int = 0) -> int:
+        """Seed that the next call will get."""
+        _forget_others()
+        seed = derive(self.seed, self.step if advance else -1)
+        return derive(seed, rank) if rank else seed
+
+    def get_extra_state(self) -> Tensor:
+        """Return seed and step, for the ``state_dict``."""
+        return torch.tensor([self.seed, self.step], device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the seed and step of a ``state_dict``."""
+        self.seed, self.step = map(int, state)
+
+
+# Streams that started from one state of torch's global generator, by their order, and that state.
+_started: WeakValueDictionary[int, Stream] = WeakValueDictionary()
+_origin = [0]
+
+
+def _forget_others() -> None:
+    """Start counting anew where torch's stream has gone on, or was seeded again."""
+    state = crc32(torch.get_rng_state().numpy().tobytes())
+    if state != _origin[0]:
+        _started.clear()
+        _origin[0] = state
 
 
 class GeneratorState(nn.Module):
@@ -90,64 +181,3 @@ class GeneratorState(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Put the generator into a state, which may have been loaded to another device."""
         self.generator.set_state(state.cpu())
-
-
-class Stream(GeneratorState):
-    """A stream of seeds, one for each training step, with its generator in the ``state_dict``.
-
-    It starts from the state of torch's global generator, which it does not move: seeding torch and
-    building again reproduces it. Streams that are alive together never start alike.
-
-    Example:
-        >>> import torch
-        >>> from captum_priors.engine import Stream
-        >>> first, second = Stream(), Stream()
-        >>> a, b = first.next_seed(advance=False), first.next_seed(advance=True)
-        >>> a == b, b == first.next_seed(advance=True), b == second.next_seed(advance=True)
-        (True, False, False)
-    """
-
-    def __init__(self) -> None:
-        state, place = crc32(torch.get_rng_state().numpy().tobytes()), 0
-        while (state, place) in _started:
-            place += 1
-        seed = derive(derive(torch.initial_seed() & ((1 << 63) - 1), state), place)
-        super().__init__(torch.Generator().manual_seed(seed))
-        _started[state, place] = self
-
-    def next_seed(self, *, advance: bool, rank: int = 0) -> int:
-        """Seed of this step, another for each process that has examples of its own.
-
-        Args:
-            advance: Go on to the next step; without, as in evaluation, nothing moves.
-            rank: The process's place among those that share a batch.
-        """
-        generator = self.generator if advance else self.generator.clone_state()
-        seed = int(torch.randint(1 << 62, (), generator=generator))
-        return derive(seed, rank) if rank else seed
-
-
-_started: WeakValueDictionary[tuple[int, int], Stream] = WeakValueDictionary()
-
-
-class Counter(nn.Module):
-    """A number kept in the ``state_dict``; no buffer, because those are moved and broadcast."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __int__(self) -> int:
-        return self.count
-
-    def advance(self) -> None:
-        """Count one."""
-        self.count += 1
-
-    def get_extra_state(self) -> Tensor:
-        """Return the number, for the ``state_dict``."""
-        return torch.tensor(self.count, device="cpu")
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take the number of a ``state_dict``."""
-        self.count = int(state)

@@ -17,21 +17,28 @@ the accumulators of its matrix products, before their results are rounded.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from captum_priors._errors import NotDifferentiableError, expected_found
-from captum_priors.engine._torch import Normalisation, without_hooks
-from captum_priors.engine.gradients import Field, check_rows, nodes, values, without_graph
+from captum_priors.engine._torch import without_hooks
+from captum_priors.engine.gradients import (
+    Field,
+    check_rows,
+    nodes,
+    refuse_batch_statistics,
+    values,
+    without_graph,
+)
 from captum_priors.engine.model import (
     ReluMode,
     current_beta,
     current_pass,
-    exact_kernels,
-    modules_of,
+    enter_exact_kernels,
+    plainly_in,
     resumed,
     run_modules,
 )
@@ -254,16 +261,16 @@ def _refuse_another_function(
     size = vectors.norm(dim=1) * known.norm(dim=1)
     # An example whose gradient is much smaller than the batch's is lost in rounding.
     scale = expected.abs() + (size + 0.1 * size.mean()) / vectors.shape[1] ** 0.5
-    error = (slopes - expected).abs()
-    wrong = error > tolerance * scale
+    share = (slopes - expected).abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    # One example may lie at a kink within the step; that nearly all are off has another reason.
+    wrong = share > (tolerance if share.mean() <= tolerance / 10 else tolerance / 10)
     if bool(wrong.any()):
-        share = (error / scale)[wrong].amax()
         raise NotDifferentiableError(
             expected_found(
                 "finite_difference",
                 "differences of the outputs that agree with the input gradient of each example",
                 f"{int(wrong.sum())} of {len(wrong)} examples that do not, with a relative error "
-                f"of up to {float(share):.2g}",
+                f"of up to {float(share[wrong].amax()):.2g}",
                 "Look for detach(), custom backward passes, tensor hooks, operations across the "
                 "batch, random numbers from a generator of the model's own, or inputs far from the "
                 "origin; differentiation='double_backprop' takes the backward pass as it is.",
@@ -346,11 +353,9 @@ class Conditions:
 
     def __init__(self, forward_func: Any, streams: Sequence[str]) -> None:
         self._pass = current_pass()
-        self._roots = modules_of(forward_func)
-        for root in self._roots:
-            for module in root.modules():
-                if isinstance(module, Normalisation) and module.training:
-                    raise _train_mode(module)
+        self._exact = self._pass is None or self._pass.exact
+        self._roots, self._hidden = plainly_in((forward_func,))
+        refuse_batch_statistics(m for root in self._roots for m in root.modules())
         self._random, self._streams = GlobalState.now(streams), streams
         self._beta = current_beta()
         self._autocast = [
@@ -360,13 +365,12 @@ class Conditions:
         self._autocast_cache = torch.is_autocast_cache_enabled()
 
     def __enter__(self) -> "Conditions":
-        with ExitStack() as stack:
-            self._running = stack.enter_context(run_modules())
-            self._stack = stack.pop_all()
+        self._watch: Any = run_modules() if self._hidden else nullcontext(())
+        self._running = self._watch.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stack.close()
+        self._watch.__exit__(*error)
         held = self._pass.modules if self._pass is not None else ()
         roots = (*self._roots, *self._running)
         self.modules = tuple({*held, *(m for root in roots for m in root.modules())})
@@ -387,9 +391,10 @@ class Conditions:
             undo = [(module, name, getattr(module, name)) for module, name, _ in self._states]
             stack.callback(_set_all, undo)
             _set_all(self._states)
-            if self._pass is None or self._pass.exact:
-                stack.enter_context(exact_kernels(self.modules))
-            stack.enter_context(ReluMode(self._beta))
+            if self._exact:
+                enter_exact_kernels(stack, self.modules)
+            if self._beta is not None or current_beta() is not None or self._exact:
+                stack.enter_context(ReluMode(self._beta))
             for device, enabled, dtype in self._autocast:
                 if enabled or torch.is_autocast_enabled(device):
                     stack.enter_context(
@@ -412,15 +417,3 @@ def _state_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def _set_all(states: Sequence[tuple[nn.Module, str, Any]]) -> None:
     for module, name, value in states:
         setattr(module, name, value)
-
-
-def _train_mode(module: nn.Module) -> NotDifferentiableError:
-    return NotDifferentiableError(
-        expected_found(
-            "a gradient that comes later",
-            "examples that do not influence each other",
-            f"{type(module).__name__} in train mode",
-            "Call model.eval(), use a prior (which holds the model still), or "
-            "differentiation='double_backprop'.",
-        )
-    )

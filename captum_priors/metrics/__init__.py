@@ -1,30 +1,34 @@
 """Scores of attributions, for evaluation: one number for each example, without a graph.
 
 Two maps of the same inputs: :func:`top_k_intersection`, :func:`spearman`, :func:`kendall`,
-:func:`pearson`, :func:`ssim`, :func:`mse`. One map: :func:`gini`, :func:`wrong_reason_rate`. An
-explainer on a model: :func:`local_lipschitz`, :func:`completeness_gap`. :func:`stability_report`
-attacks models and tabulates what becomes of their maps. Rank correlations and the report need
-``pip install 'captum_priors[metrics]'``.
+:func:`pearson`, :func:`ssim`, :func:`mse`. One map: :func:`gini`, :func:`wrong_reason_rate`. The
+features of a tuple count together. An explainer on a model: :func:`local_lipschitz`.
+:func:`stability_report` attacks explanations and tabulates what becomes of them; it needs ``pip
+install 'captum_priors[metrics]'``.
 """
 
-from captum_priors.metrics._explainer import completeness_gap, local_lipschitz
-from captum_priors.metrics._maps import gini, wrong_reason_rate
-from captum_priors.metrics._report import stability_report
-from captum_priors.metrics._similarity import (
+from captum_priors.metrics.explainer import local_lipschitz
+from captum_priors.metrics.maps import (
+    gini,
     kendall,
     mse,
     pearson,
     spearman,
     ssim,
     top_k_intersection,
+    wrong_reason_rate,
 )
-from captum_priors.metrics._table import Row, Score, StabilityReport
+from captum_priors.metrics.report import (
+    ReportRow,
+    ReportScore,
+    StabilityReport,
+    stability_report,
+)
 
 __all__ = [
-    "Row",
-    "Score",
+    "ReportRow",
+    "ReportScore",
     "StabilityReport",
-    "completeness_gap",
     "gini",
     "kendall",
     "local_lipschitz",

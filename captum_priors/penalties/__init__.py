@@ -2,15 +2,27 @@
 
 A penalty maps attributions ``(batch, ...)``, or a tuple of them, to one number for each example,
 ``(batch,)``, or to ``()`` where it is a statement about the batch (:func:`gini`,
-:class:`GraphLaplacian`). What a person says about an example is a keyword argument
-(``annotation=...``) that a prior passes on. Any function of this form is a penalty too.
+:class:`GraphLaplacian`). A tuple gives the sum over its tensors; :func:`gini` counts the features
+of all of them together. Any function of this form is a penalty too.
+
+What a person says about the examples is a keyword argument that a prior passes on. Every
+``annotation`` has one rule: an entry for each example, and the attributions' other dimensions, of
+the same size or of size 1 where channels or places share it. From four dimensions on the channels
+may be left out: ``(batch, height, width)`` for attributions ``(batch, channels, height, width)``.
+What is one for the whole batch is ``captum_priors.shared(tensor)``, without the dimension of the
+examples. Values are finite.
 """
 
-from captum_priors.penalties._annotated import alignment, energy_outside, outside
-from captum_priors.penalties._gini import gini
-from captum_priors.penalties._graph_laplacian import GraphLaplacian
-from captum_priors.penalties._norms import entropy, group_sparsity, l1, l2
-from captum_priors.penalties._total_variation import total_variation
+from captum_priors.penalties.annotation import alignment, energy_outside, outside
+from captum_priors.penalties.penalties import (
+    GraphLaplacian,
+    entropy,
+    gini,
+    group_sparsity,
+    l1,
+    l2,
+    total_variation,
+)
 
 __all__ = [
     "GraphLaplacian",

@@ -1,11 +1,8 @@
 """The attribution prior: an explainer and a penalty on what it says."""
 
 import inspect
-import types
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +15,7 @@ from captum_priors._types import Penalty
 from captum_priors.adapters import differentiable
 from captum_priors.engine import current_processes, derive
 from captum_priors.engine.random import STREAMS, GeneratorState
-from captum_priors.priors.base import Call, Reduction, Term
+from captum_priors.priors.base import Call, Reduction, Term, is_distributed
 
 Parameters = Mapping[str, inspect.Parameter]
 
@@ -29,6 +26,7 @@ class ExplainerPrior(Term):
     explainer: Any
     _records: ClassVar[bool] = False
     _module_of_score: ClassVar[str] = "penalties"
+    _n_maps: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -70,17 +68,24 @@ class ExplainerPrior(Term):
         self._check_options(options)
         self.options = options
         self.score = score
+        # Names, not signatures, which cannot be copied or pickled along with the prior.
+        taken = inspect.signature(explainer.attribute).parameters
+        baselines = taken.get("baselines")
+        self._taken = frozenset(taken)
+        self._open = _is_open(taken)
+        self._needs_baselines = baselines is not None and baselines.default is baselines.empty
+        scored = parameters_of(score)
+        self._any = _is_open(scored)
+        self._keywords = frozenset([*scored][self._n_maps :]) | (self._taken & {"baselines"})
+        self._needed = [
+            p.name for p in scored.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty
+        ]
         if isinstance(options.get("generator"), torch.Generator):
             self.generator_state = GeneratorState(options["generator"])
 
     def takes(self, name: str) -> bool:
         """Whether the explainer takes baselines; whether the score takes this annotation."""
-        if name == "baselines":
-            parameters = _parameters_of_attribute(self.explainer)
-            return name in parameters or _is_open(parameters)
-        parameters = parameters_of(self.score)
-        maths = list(parameters)[: 1 if self._name_of_score == "penalty" else 2]
-        return _is_open(parameters) or (name in parameters and name not in maths)
+        return name in self._keywords or (self._open if name == "baselines" else self._any)
 
     @property
     def draws_baselines(self) -> bool:
@@ -98,11 +103,8 @@ class ExplainerPrior(Term):
         self, inputs: Any, baselines: Any, target: Any, annotations: dict[str, Any]
     ) -> None:
         super()._check_call(inputs, baselines, target, annotations)
-        for name, parameter in parameters_of(self.score).items():
-            needed = (
-                parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
-            )
-            if needed and name not in annotations:
+        for name in self._needed:
+            if name not in annotations:
                 raise TypeError(
                     expected_found(
                         f"`{name}`",
@@ -111,16 +113,9 @@ class ExplainerPrior(Term):
                         f"Call the prior with {name}=..., one entry for each example of the batch.",
                     )
                 )
-        parameters = _parameters_of_attribute(self.explainer)
-        if target is not None and "target" not in parameters and not _is_open(parameters):
+        if target is not None and "target" not in self._taken and not self._open:
             raise self._not_taken("target", target)
-        needed_baselines = parameters.get("baselines")
-        if (
-            needed_baselines is not None
-            and needed_baselines.default is needed_baselines.empty
-            and baselines is None
-            and "baselines" not in self.options
-        ):
+        if self._needs_baselines and baselines is None and "baselines" not in self.options:
             raise TypeError(
                 expected_found(
                     "`baselines`",
@@ -143,14 +138,13 @@ class ExplainerPrior(Term):
 
     def options_of(self, call: Call) -> dict[str, Any]:
         """Keywords of this call; Captum's positional orders differ from class to class."""
-        parameters = _parameters_of_attribute(self.explainer)
         options = dict(self.options)
         if call.baselines is not None:
             options["baselines"] = call.baselines
         if call.target is not None:
             options["target"] = call.target
         if call.args:
-            if "additional_forward_args" not in parameters and not _is_open(parameters):
+            if "additional_forward_args" not in self._taken and not self._open:
                 raise self._not_taken("additional_forward_args", call.args)
             options["additional_forward_args"] = call.args
         generator = options.get("generator")
@@ -161,16 +155,14 @@ class ExplainerPrior(Term):
     def explain(self, inputs: Any, options: dict[str, Any], seed: int, call: Call) -> Any:
         """Attribute with the draws of a seed, and insist on a graph where there is one to have."""
         call.explaining.seed(seed)
-        if "generator" not in options and "generator" in _parameters_of_attribute(self.explainer):
+        if "generator" in self._taken and "generator" not in options:
             options = {**options, "generator": torch.Generator().manual_seed(seed)}
         attributions = self.explainer.attribute(inputs, **options)
         if hasattr(self.explainer, "tensors_of"):  # Captum's result object for language models
             attributions = self.explainer.tensors_of(attributions)
         if isinstance(attributions, list):  # one entry for each layer of a list
             attributions = tuple(t for entry in attributions for t in _each(entry))
-        if torch.is_grad_enabled() and not any(
-            isinstance(t, Tensor) and t.requires_grad for t in _each(attributions)
-        ):
+        if torch.is_grad_enabled() and not _has_graph(attributions):
             modules = call.explaining.modules
             if any(p.requires_grad for m in modules for p in m.parameters(recurse=False)):
                 raise NotDifferentiableError(
@@ -188,8 +180,10 @@ class ExplainerPrior(Term):
         """Score attributions, over all processes where it is the batch that is scored."""
         scores = self.score(*maps, **call.keywords())
         self._check_graph(maps[0], scores)
+        if not is_distributed() or not isinstance(scores, Tensor) or scores.dim() > 0:
+            return scores
         processes = current_processes()
-        if processes is None or not isinstance(scores, Tensor) or scores.dim() > 0:
+        if processes is None:
             return scores
         n = len(_each(maps[0])[0])
         annotations = {
@@ -203,11 +197,11 @@ class ExplainerPrior(Term):
 
     def _check_graph(self, attributions: Any, scores: Any) -> None:
         """Refuse a score that leaves nothing to train on of attributions that can be trained on."""
-        tensors = [t for t in _each(attributions) if isinstance(t, Tensor)]
         if not isinstance(scores, Tensor) or scores.requires_grad or not scores.any():
             return  # zeros: nothing in this batch that the penalty speaks of
+        tensors = [t for t in _each(attributions) if isinstance(t, Tensor)]
         fits = tuple(scores.shape) in {(), *(tuple(t.shape[:1]) for t in tensors)}
-        if fits and any(t.requires_grad for t in tensors):
+        if fits and _has_graph(attributions):
             raise NotDifferentiableError(
                 expected_found(
                     f"`{self._name_of_score}`",
@@ -295,43 +289,22 @@ class AttributionPrior(ExplainerPrior):
         return penalty
 
     def _scores(self, call: Call) -> Any:
-        seed = derive(call.seed, 0)
-        return self._score((self.explain(call.given, self.options_of(call), seed, call),), call)
+        found = self.explain(call.given, self.options_of(call), derive(call.seed, 0), call)
+        return self._score((found,), call)
 
 
 def _each(attributions: Any) -> tuple[Any, ...]:
     return attributions if isinstance(attributions, tuple) else (attributions,)
 
 
-# Signatures take as long as a layer of a small model. Weakly, because closures hold models.
-_known_parameters: WeakKeyDictionary[Any, tuple[Parameters, Parameters]] = WeakKeyDictionary()
-
-
-def _parameters_of_attribute(explainer: Any) -> Parameters:
-    attribute = explainer.attribute
-    if isinstance(attribute, types.MethodType):
-        return _parameters_of_function(attribute.__func__)[1]
-    return inspect.signature(attribute).parameters
-
-
-def _parameters_of_function(function: Any) -> tuple[Parameters, Parameters]:
-    """All parameters, and all but the first."""
-    known = _known_parameters.get(function)
-    if known is None:
-        # Without the values: a default may hold the model that holds the prior and this function,
-        # and weak keys do not help against that.
-        every = {
-            name: p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else None)
-            for name, p in inspect.signature(function).parameters.items()
-        }
-        known = _known_parameters[function] = (every, dict(islice(every.items(), 1, None)))
-    return known
+def _has_graph(attributions: Any) -> bool:
+    if isinstance(attributions, Tensor):
+        return attributions.requires_grad
+    return any(isinstance(t, Tensor) and t.requires_grad for t in _each(attributions))
 
 
 def parameters_of(function: Any) -> Parameters:
     """Parameters of a function or module; none where a builtin does not tell."""
-    if isinstance(function, types.FunctionType):
-        return _parameters_of_function(function)[0]
     try:
         called = function.forward if isinstance(function, nn.Module) else function
         return inspect.signature(called).parameters

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from captum_priors._captum import as_tuple, forward_args, like_inputs, output_error
+from captum_priors._captum import output_error
 from captum_priors._checks import (
     check_inputs,
     check_labels,
@@ -21,7 +22,7 @@ from captum_priors._errors import expected_found, one_of
 from captum_priors._rows import Rows, shared
 from captum_priors._shown import shown_options
 from captum_priors._types import TensorOrTuple
-from captum_priors.engine import AttributionPass, Stream, current_processes, world_size
+from captum_priors.engine import AttributionPass, Stream, current_processes
 from captum_priors.engine.model import out_of_inference
 from captum_priors.engine.processes import (
     needs_unsharded,
@@ -31,6 +32,8 @@ from captum_priors.engine.processes import (
 
 Reduction = Literal["mean", "sum"]
 Tensors = tuple[Tensor, ...]
+is_distributed: Callable[[], bool] = dist.is_initialized if dist.is_available() else bool
+"""Whether several processes may train together."""
 
 
 class Prior(nn.Module, ABC):
@@ -175,7 +178,9 @@ class WeightedPrior(Wrapper):
     def formula(self) -> str:
         """Return the prior as it would be written."""
         inner = self.prior.formula()
-        return f"{self.weight:g} * " + (f"({inner})" if isinstance(self.prior, SumPrior) else inner)
+        short = f"{self.weight:g}"
+        weight = short if float(short) == self.weight else repr(self.weight)
+        return f"{weight} * " + (f"({inner})" if isinstance(self.prior, SumPrior) else inner)
 
 
 class SumPrior(Prior):
@@ -255,7 +260,13 @@ class Call:
 
     def keywords(self) -> dict[str, Any]:
         """Return the annotations by name, each as its penalty takes it."""
-        return {k: v.value if isinstance(v, shared) else v for k, v in self.annotations.items()}
+        found = dict(self.annotations)
+        for name, value in self.annotations.items():
+            if isinstance(value, shared):
+                found[name] = value.value
+                if name == "annotation" and isinstance(value.value, Tensor):
+                    found[name] = value.value.expand(self.n, *value.value.shape)
+        return found
 
     @property
     def n(self) -> int:
@@ -264,10 +275,16 @@ class Call:
 
     def rows(self, points: Tensors, target: Any) -> Tensor:
         """Run the model at points that repeat the batch, after a look at whether it may be."""
-        rows = Rows(self.forward_func, target, self.args, self.n)
         if points[0].shape[0] != self.n:
-            rows.refuse_coupled(tuple(x.detach() for x in self.inputs))
-        return rows(points)
+            self.refuse_coupled()
+        return Rows(self.forward_func, target, self.args, self.n)(points)
+
+    def refuse_coupled(self) -> None:
+        """Refuse examples that influence each other, where points of theirs go through together.
+
+        Asked by itself at the first run of more rows than examples.
+        """
+        Rows(self.forward_func, None, self.args, self.n).refuse_coupled(self.inputs)
 
     def output(self, points: Tensors) -> Tensor:
         """Return the target output, shape ``(rows,)``, at points that repeat the batch."""
@@ -325,7 +342,7 @@ class Term(Prior):
         super().__init__()
         one_of("reduction", reduction, ("mean", "sum"))
         self.reduction = reduction
-        self.smooth = None if smooth is None else positive("smooth", smooth)
+        self.smooth = None if smooth is None else positive("smooth", smooth, example=30)
         # Past nn.Module's registration: the explained model's parameters are not the prior's.
         self.__dict__["forward_func"] = explained
         self.stream = Stream()
@@ -375,7 +392,7 @@ class Term(Prior):
         annotations = annotations or {}
         self._check_call(inputs, baselines, target, annotations)
         training = self.training_step()
-        rank = rank_of_draws() if training else 0
+        rank = rank_of_draws() if training and is_distributed() else 0
         explaining = AttributionPass(
             *self._explained(),
             owner=self,
@@ -387,7 +404,9 @@ class Term(Prior):
             given={"inputs": inputs, "baselines": baselines, "target": target},
         )
         with explaining, torch.enable_grad() if self._records else nullcontext():
-            batch = (inputs, baselines, target, forward_args(additional_forward_args), annotations)
+            args = additional_forward_args
+            args = () if args is None else args if isinstance(args, tuple) else (args,)
+            batch = (inputs, baselines, target, args, annotations)
             if explaining.left_inference:
                 batch = out_of_inference(batch)
             yield self._call(*batch, explaining)
@@ -415,8 +434,7 @@ class Term(Prior):
         check_keywords(self, baselines, annotations)
         if not self.takes_tensors:
             return
-        check_inputs(inputs)
-        n = as_tuple(inputs)[0].shape[0]
+        n = check_inputs(inputs)
         check_target(target, n)
         if self.labels:
             check_labels(target)
@@ -434,8 +452,9 @@ class Term(Prior):
     ) -> Call:
         tensors: Tensors = ()
         if self.takes_tensors:
-            tensors = tuple([x.clone() for x in as_tuple(inputs)])
-            inputs = like_inputs(inputs, tensors)
+            several = isinstance(inputs, tuple)
+            tensors = tuple([x.clone() for x in inputs]) if several else (inputs.clone(),)
+            inputs = tensors if several else tensors[0]
         return Call(
             self.forward_func, inputs, tensors, baselines, target, args, annotations, explaining
         )
@@ -454,7 +473,7 @@ class Term(Prior):
                 )
             )
         reduced: Tensor = scores.mean() if self.reduction == "mean" else scores.sum()
-        return self._spread(reduced, shape == (), call) if world_size() > 1 else reduced
+        return self._spread(reduced, shape == (), call) if is_distributed() else reduced
 
     def _spread(self, reduced: Tensor, whole: bool, call: Call) -> Tensor:
         """Weigh the value of this process's part of a batch."""

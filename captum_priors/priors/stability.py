@@ -57,6 +57,7 @@ class StabilityPrior(ExplainerPrior):
 
     _name_of_score: ClassVar[str] = "distance"
     _module_of_score: ClassVar[str] = "distances"
+    _n_maps: ClassVar[int] = 2
     perturbation: Any
 
     def __init__(
@@ -155,7 +156,6 @@ class StabilityPrior(ExplainerPrior):
                     )
                 )
         return like_inputs(call.given, tuple(t.detach() for t in each))
-
 
 
 def _copies(inputs: Any) -> Any:

@@ -17,21 +17,18 @@ the training state.
     >>> loss.backward()
 """
 
-from captum_priors.stability._activation_sensitivity import ActivationSensitivity
-from captum_priors.stability._atex import ATEX
-from captum_priors.stability._attribution_alignment import AttributionAlignment
-from captum_priors.stability._hessian_penalty import HessianPenalty
-from captum_priors.stability._jacobian import JacobianRegularization
-from captum_priors.stability._loss_gradient import (
+from captum_priors.stability.bound import manipulability_bound
+from captum_priors.stability.distillation import ATEX, SaliencyGuided
+from captum_priors.stability.gradients import (
     CurvatureRegularization,
     InputGradientRegularization,
+    JacobianRegularization,
+    SmoothSurface,
 )
-from captum_priors.stability._manipulability_bound import manipulability_bound
-from captum_priors.stability._robust_attribution import RobustAttribution
-from captum_priors.stability._saliency_guided import SaliencyGuided
-from captum_priors.stability._smooth_activations import smooth_activations
-from captum_priors.stability._smooth_surface import SmoothSurface
-from captum_priors.stability._weight_decay import weight_decay_groups
+from captum_priors.stability.hessian import HessianPenalty
+from captum_priors.stability.robust import AttributionAlignment, RobustAttribution
+from captum_priors.stability.sensitivity import ActivationSensitivity
+from captum_priors.stability.smooth import smooth_activations, weight_decay_groups
 
 __all__ = [
     "ATEX",

@@ -1,4 +1,4 @@
-"""Laws of every attack: ball, range, prediction, no trace; and that each does what it is for."""
+"""Attacks × laws: in the ball, the best of all points, no trace; a new attack is a row."""
 
 import copy
 import inspect
@@ -30,49 +30,32 @@ from captum_priors.attacks import (
     RandomAttack,
     TopKAttack,
 )
-from captum_priors.attacks._base import BoundedPerturbation
-from captum_priors.distances import mse, pearson
-from tests.asserts import leaves_no_trace
-from tests.cases import Case, cnn, mlp, relu_cnn, relu_mlp, rows, tuple_inputs
+from captum_priors.distances import mse
+from tests.asserts import as_tuple, leaves_no_trace
+from tests.cases import Case, mlp, relu_cnn, relu_mlp, tuple_inputs
 
 Make = Callable[..., Any]
+FEW: dict[str, Any] = {"step_num": 4}
+GRADIENT: dict[str, Make] = {
+    "top-k": lambda explainer, **options: TopKAttack(explainer, 2, **FEW | options),
+    "manipulation": lambda explainer, **options: ManipulationAttack(explainer, **FEW | options),
+    "mass center": lambda explainer, **options: MassCenterAttack(explainer, **FEW | options),
+    "distance": lambda explainer, **options: DistanceAttack(explainer, mse, **FEW | options),
+}
+top_k, manipulation, mass_center, distance = GRADIENT.values()
+noise = RandomAttack
+every_attack = pytest.mark.parametrize(
+    "make", [*GRADIENT.values(), noise], ids=[*GRADIENT, "noise"]
+)
+gradient_attack = pytest.mark.parametrize("make", GRADIENT.values(), ids=GRADIENT)
 
 
-def top_k(explainer: Any, **options: Any) -> Any:
-    return TopKAttack(explainer, 2, step_num=4, **options)
-
-
-def manipulation(explainer: Any, **options: Any) -> Any:
-    return ManipulationAttack(explainer, step_num=4, **options)
-
-
-def mass_center(explainer: Any, **options: Any) -> Any:
-    return MassCenterAttack(explainer, step_num=4, **options)
-
-
-def distance(explainer: Any, **options: Any) -> Any:
-    return DistanceAttack(explainer, mse, step_num=4, **options)
-
-
-def noise(explainer: Any, **options: Any) -> Any:
-    return RandomAttack(explainer, **options)
-
-
-GRADIENT = [top_k, manipulation, mass_center, distance]
-every_attack = pytest.mark.parametrize("make", rows([*GRADIENT, noise]))
-gradient_attack = pytest.mark.parametrize("make", rows(GRADIENT))
-
-
-def _each(value: Any) -> tuple[Tensor, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _size(offset: Tensor, norm: str) -> Tensor:
+def size(offset: Tensor, norm: str) -> Tensor:
     return offset.flatten(1).norm(dim=1, p=float("inf") if norm == "Linf" else 2)
 
 
-def _run(case: Case, inputs: Any) -> Tensor:
-    return case.model(*_each(inputs), *(case.args or ()))
+def outputs(case: Case, inputs: Any) -> Tensor:
+    return case.model(*as_tuple(inputs), *(case.args or ()))
 
 
 @every_attack
@@ -82,88 +65,122 @@ def _run(case: Case, inputs: Any) -> Tensor:
     norm=st.sampled_from(["Linf", "L2"]),
     width=st.floats(0.0, 1.0),
     start=st.booleans(),
+    stays=st.booleans(),
     seed=st.integers(0, 2**32),
     model=st.sampled_from([relu_mlp, tuple_inputs, relu_cnn]),
 )
-def test_stays_in_ball_and_range_and_keeps_the_prediction(
-    make: Make, radius: float, norm: Any, width: float, start: bool, seed: int, model: Any
+def test_stays_in_ball_and_range_and_keeps_evidence_and_prediction(
+    make: Make,
+    radius: float,
+    norm: Any,
+    width: float,
+    start: bool,
+    stays: bool,
+    seed: int,
+    model: Any,
 ) -> None:
     torch.manual_seed(seed)
     case = model()
-    low = min(float(t.min()) for t in _each(case.inputs)) - width
-    high = max(float(t.max()) for t in _each(case.inputs)) + width
-    options: dict[str, Any] = {} if make is noise else {"random_start": start}
-    attack = make(
-        Saliency(case.model),
-        radius=radius,
-        norm=norm,
-        lower_bound=low,
-        upper_bound=high,
-        **options,
+    clean = as_tuple(copy.deepcopy(case.inputs))
+    low, high = (
+        min(float(t.min()) for t in clean) - width,
+        max(float(t.max()) for t in clean) + width,
     )
-    before = copy.deepcopy(case.inputs)
-    moved = attack.perturb(case.inputs, target=1, additional_forward_args=case.args)
+    options: dict[str, Any] = {} if make is noise else {"random_start": start}
+    bounds = {"lower_bound": low, "upper_bound": high}
+    attack = make(Saliency(case.model), radius=radius, norm=norm, **bounds, **options)
+    masks = tuple((torch.rand_like(t) < 0.5).float() * stays for t in clean)
+    moved = attack.perturb(
+        case.inputs,
+        target=1,
+        additional_forward_args=case.args,
+        annotation=masks if isinstance(case.inputs, tuple) else masks[0],
+    )
     assert isinstance(moved, tuple) == isinstance(case.inputs, tuple)
-    for x, clean, z in zip(_each(case.inputs), _each(before), _each(moved), strict=True):
-        assert torch.equal(x, clean)
-        assert z.shape == x.shape
-        assert z.dtype == x.dtype
-        assert not z.requires_grad
+    for now, x, z, mask in zip(as_tuple(case.inputs), clean, as_tuple(moved), masks, strict=True):
+        assert torch.equal(now, x)
+        assert (z.shape, z.dtype, z.requires_grad) == (x.shape, x.dtype, False)
         # x + d - x differs from d by the rounding of the sum.
         rounding = 1e-12 * (1 + float(x.abs().max()))
-        assert float(_size(z - x, norm).max()) <= radius + rounding
-        assert float(z.min()) >= low
-        assert float(z.max()) <= high
-    assert torch.equal(_run(case, moved).argmax(1), _run(case, before).argmax(1))
+        assert float(size(z - x, norm).max()) <= radius + rounding
+        assert low <= float(z.min()) <= float(z.max()) <= high
+        assert torch.equal(z[mask > 0], x[mask > 0])
+    assert torch.equal(outputs(case, moved).argmax(1), outputs(case, case.inputs).argmax(1))
 
 
 @gradient_attack
-def test_never_ends_below_the_clean_input(make: Make) -> None:
-    for model in (mlp, relu_cnn):
-        case = model()
+def test_never_ends_below_the_clean_input_and_more_restarts_never_below_fewer(make: Make) -> None:
+    gains = []
+    for case in (mlp(), relu_cnn()):
         explainer = differentiable(Saliency(case.model))
-        attack = make(explainer, radius=0.4)
-        moved = attack.perturb(case.inputs, target=case.target)
-        maps = [
-            _each(explainer.attribute(x, target=case.target).detach()) for x in (case.inputs, moved)
-        ]
-        clean = attack.prepare(maps[0])
-        before, after = (attack.score(m, clean) for m in maps)
-        assert bool((after >= before).all())
-        assert bool((after > before).any())
+        attacks = [make(explainer, radius=0.4, n_restarts=n, seed=0) for n in (1, 4)]
+        points = [case.inputs, *(a.perturb(case.inputs, target=case.target) for a in attacks)]
+        maps = [as_tuple(explainer.attribute(x, target=case.target).detach()) for x in points]
+        clean, once, often = (attacks[0].score(m, maps[0]) for m in maps)
+        gains += [once - clean, often - once]
+    assert all(bool((gain >= 0).all()) for gain in gains)
+    assert max(map(float, gains[0])) > 0
+    assert max(map(float, gains[1] if gains[1].any() else gains[3])) > 0  # they start elsewhere
 
 
-class Misjudged(DistanceAttack):
-    """Climbs the distance and is ranked by its opposite."""
+def test_restarts_begin_again() -> None:
+    case = mlp()
+    options = {"radius": 0.4, "norm": "L2", "random_start": False, "output_weight": 1.0}
+    once, often = (top_k(Saliency(case.model), n_restarts=n, **options) for n in (1, 3))
+    assert torch.equal(once.perturb(case.inputs), often.perturb(case.inputs))
 
-    def score(self, attributions: Any, clean: Any) -> Tensor:
-        return -self.objective(attributions, clean)
+
+class Noisy:
+    """An explainer that draws, and works in place on what it is given."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.comparisons: list[float] = []
+
+    def attribute(self, inputs: Tensor) -> Tensor:
+        (self.steps if inputs.requires_grad else self.comparisons).append(torch.rand(()).item())
+        inputs *= 2
+        return inputs.square() + torch.rand(())
+
+
+def test_points_are_compared_under_one_draw_and_steps_draw_anew() -> None:
+    explainer, x = Noisy(), torch.ones(2, 4)
+    attack = distance(explainer, radius=0.5, n_restarts=2, keep_prediction=False)
+    torch.testing.assert_close((attack.perturb(x) - 1).abs(), torch.full((2, 4), 0.5))
+    assert len(set(explainer.comparisons)) == 1
+    assert len({*explainer.steps, *explainer.comparisons}) == 2 * 4 + 1
 
 
 def test_points_that_rank_below_the_clean_input_are_not_taken() -> None:
+    class Misjudged(DistanceAttack):
+        def score(self, attributions: Any, clean: Any) -> Tensor:
+            return -self.objective(attributions, clean)
+
     case = mlp()
     attack = Misjudged(Saliency(case.model), mse, radius=0.3, step_num=3)
     assert torch.equal(attack.perturb(case.inputs, target=1), case.inputs)
 
 
 class Everything(nn.Module):
-    """Statistics, dropout and a kink."""
+    """Statistics, dropout, a kink, and a step in place on the inputs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.dropout = nn.BatchNorm1d(4), nn.Dropout(0.4)
         self.hidden, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
-        self.fails_after: int | None = None
+        self.fails_after = -1
+        self.shift = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fails_after is not None:
-            if self.fails_after == 0:
-                raise RuntimeError("the model fails midway")
-            self.fails_after -= 1
+        if self.fails_after == 0:
+            raise RuntimeError("the model fails midway")
+        self.fails_after -= 1
+        if self.shift:
+            x -= self.shift
         return self.head(self.dropout(torch.relu(self.hidden(self.norm(x)))))
 
 
-def _in_training() -> tuple[Everything, Tensor]:
+def in_training() -> tuple[Everything, Tensor]:
     model, x = Everything(), torch.randn(7, 4)
     model(x).square().sum().backward()
     return model, x
@@ -172,17 +189,14 @@ def _in_training() -> tuple[Everything, Tensor]:
 @every_attack
 @pytest.mark.parametrize("block", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_leaves_no_trace(make: Make, block: Any) -> None:
-    model, x = _in_training()
+    model, x = in_training()
     generator = torch.Generator().manual_seed(3)
     before = generator.get_state()
-    options: dict[str, Any] = {}
-    explainer: Any = Saliency(model)
+    attack = make(Saliency(model), radius=0.3)
     if make is not noise:
-        explainer = ExpectedGradients(model)
-        options = {"baselines": x, "generator": generator}
-    attack = make(explainer, radius=0.3, **options)
+        attack = make(ExpectedGradients(model), radius=0.3, generator=generator)
     with leaves_no_trace(model, tensors=[x]), block():
-        moved = attack.perturb(x)
+        moved = attack.perturb(x, baselines=x.clone())  # made in the block
     assert not torch.equal(moved, x)
     assert torch.equal(generator.get_state(), before)
 
@@ -190,7 +204,7 @@ def test_leaves_no_trace(make: Make, block: Any) -> None:
 @every_attack
 @pytest.mark.parametrize("fails_after", [0, 1])
 def test_leaves_no_trace_when_the_model_raises(make: Make, fails_after: int) -> None:
-    model, x = _in_training()
+    model, x = in_training()
     attack = make(Saliency(model), radius=0.3)
     model.fails_after = fails_after
     with leaves_no_trace(model, tensors=[x]), pytest.raises(RuntimeError, match="fails midway"):
@@ -199,21 +213,32 @@ def test_leaves_no_trace_when_the_model_raises(make: Make, fails_after: int) -> 
 
 
 @every_attack
+def test_models_that_work_in_place_change_nothing_but_their_outputs(make: Make) -> None:
+    model, x = in_training()
+    model.shift, before = 0.5, x.clone()
+    attack = make(Saliency(model), radius=0.4, seed=1)
+    moved = attack.perturb(x)
+    assert torch.equal(x, before)
+    assert 0 < float((moved - x).abs().max()) <= 0.4 + 1e-12
+    model.shift = 0.0
+    model.register_forward_pre_hook(lambda _, args: (args[0] - 0.5,))
+    torch.testing.assert_close(moved, attack.perturb(x), rtol=0, atol=1e-12)
+
+
+@every_attack
 def test_judges_the_model_as_in_evaluation(make: Make) -> None:
-    model, x = _in_training()
+    model, x = in_training()
     twin = copy.deepcopy(model).eval()
     moved, expected = (make(Saliency(m), radius=0.3, seed=1).perturb(x) for m in (model, twin))
     torch.testing.assert_close(moved, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("make", rows([top_k, mass_center, distance]))
+@pytest.mark.parametrize("make", [top_k, mass_center, distance])
 def test_examples_do_not_depend_on_their_batch(make: Make) -> None:
-    case = relu_mlp()
+    case, targets = relu_mlp(), [0, 1, 2, 1, 0]
     attack = make(Saliency(case.model), radius=0.3, random_start=False)
-    together = attack.perturb(case.inputs, target=[0, 1, 2, 1, 0])
-    alone = [
-        attack.perturb(case.inputs[i : i + 1], target=t) for i, t in enumerate([0, 1, 2, 1, 0])
-    ]
+    together = attack.perturb(case.inputs, target=targets)
+    alone = [attack.perturb(case.inputs[i : i + 1], target=t) for i, t in enumerate(targets)]
     # Sums over a batch of another size round otherwise; steps are by sign.
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-9)
 
@@ -221,46 +246,44 @@ def test_examples_do_not_depend_on_their_batch(make: Make) -> None:
 @every_attack
 def test_draws_follow_the_seed_or_the_global_generator(make: Make) -> None:
     case = relu_mlp()
-    fixed = make(Saliency(case.model), radius=0.3, seed=5)
-    first = fixed.perturb(case.inputs, target=1)
-    torch.manual_seed(8)
-    assert torch.equal(first, fixed.perturb(case.inputs, target=1))
-    free = make(Saliency(case.model), radius=0.3)
-    second = free.perturb(case.inputs, target=1)
-    assert torch.equal(second, free.perturb(case.inputs, target=1))
-    torch.manual_seed(9)
-    assert not torch.equal(second, free.perturb(case.inputs, target=1))
+    fixed, free = (make(Saliency(case.model), radius=0.3, seed=seed) for seed in (5, None))
+    found = []
+    for seed in (8, 8, 9):
+        torch.manual_seed(seed)
+        found.append([a.perturb(case.inputs, target=1) for a in (fixed, free)])
+    assert torch.equal(found[0][0], found[2][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][1], found[2][1])
 
 
-def test_signatures_agree_with_captum_s() -> None:
-    for cls in (TopKAttack, ManipulationAttack, MassCenterAttack, DistanceAttack, RandomAttack):
-        assert issubclass(cls, Perturbation)
-        first = list(inspect.signature(cls.perturb).parameters)[:4]
-        assert first == ["self", "inputs", "target", "additional_forward_args"]
+@every_attack
+def test_signatures_agree_with_captum_s(make: Make) -> None:
     case = mlp()
-    attack = top_k(Saliency(case.model), radius=0.1)
+    attack = make(Saliency(case.model), radius=0.1)
+    assert isinstance(attack, Perturbation)
+    parameters = list(inspect.signature(attack.perturb).parameters)
+    assert parameters[:3] == ["inputs", "target", "additional_forward_args"]
+    assert {"baselines", "annotation"} <= set(parameters)
     assert torch.equal(attack(case.inputs), attack.perturb(case.inputs))
 
 
+def shap_gradient(model: nn.Module) -> Any:
+    shap = pytest.importorskip("shap")
+    return differentiable(shap.GradientExplainer(model, torch.zeros(3, 1, 8, 8)))
+
+
+BASELINES = {"baselines": torch.zeros(3, 1, 8, 8, dtype=torch.float64)}
 EXPLAINERS: list[tuple[str, Callable[[nn.Module], Any], dict[str, Any]]] = [
     ("InputXGradient", InputXGradient, {}),
     ("IG", IntegratedGradients, {"n_steps": 5}),
-    ("IG-chunked", IntegratedGradients, {"n_steps": 5, "internal_batch_size": 4}),
     ("DeepLift", DeepLift, {}),
-    ("EG", ExpectedGradients, {"baselines": torch.zeros(3, 1, 8, 8, dtype=torch.float64)}),
-    ("GradientShap", GradientShap, {"baselines": torch.zeros(3, 1, 8, 8, dtype=torch.float64)}),
+    ("EG", ExpectedGradients, BASELINES),
+    ("GradientShap", GradientShap, BASELINES),
     ("Occlusion", Occlusion, {"sliding_window_shapes": (1, 4, 4), "strides": (1, 4, 4)}),
     ("SmoothGrad", lambda m: NoiseTunnel(Saliency(m)), {"nt_samples": 2, "stdevs": 0.1}),
-    (
-        "Saliency-recompute",
-        lambda m: differentiable(Saliency(m), differentiation="recompute"),
-        {},
-    ),
-    (
-        "Saliency-finite-difference",
-        lambda m: differentiable(Saliency(m), differentiation="finite_difference"),
-        {},
-    ),
+    ("recompute", lambda m: differentiable(Saliency(m), differentiation="recompute"), {}),
+    ("difference", lambda m: differentiable(Saliency(m), differentiation="finite_difference"), {}),
+    ("SHAP", shap_gradient, {}),
 ]
 
 
@@ -270,150 +293,139 @@ EXPLAINERS: list[tuple[str, Callable[[nn.Module], Any], dict[str, Any]]] = [
 def test_works_on_any_differentiable_explainer(
     make: Callable[[nn.Module], Any], options: dict[str, Any]
 ) -> None:
-    activation = nn.ReLU() if make is DeepLift else None
-    case = relu_cnn()
-    if activation is not None:
-        case = Case(
-            nn.Sequential(nn.Flatten(), nn.Linear(64, 12), activation, nn.Linear(12, 3)),
-            case.inputs,
-            None,
-            1,
-        )
-    before = torch.get_default_dtype()
-    explainer = make(case.model)
-    attack = DistanceAttack(explainer, mse, radius=0.3, step_num=6, random_start=False, **options)
-    moved = attack.perturb(case.inputs, target=1)
-    assert torch.get_default_dtype() == before
+    model, x = relu_cnn().model, torch.randn(3, 1, 8, 8)
+    if make is DeepLift:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 3))
+    common = {"radius": 0.3, "step_num": 6, "random_start": False, "forward_func": model}
+    moved = DistanceAttack(make(model), mse, **common, **options).perturb(x, target=1)
     # From a clean start, only a gradient can have moved anything.
-    assert float((moved - case.inputs).abs().max()) > 0.05
+    assert float((moved - x).abs().max()) > 0.05
 
 
-def test_attack_gradient_is_that_of_the_explainer() -> None:
+@gradient_attack
+def test_chunks_of_the_explainer_change_nothing(make: Make) -> None:
+    case = mlp()
+    options = {"radius": 0.3, "n_steps": 5, "seed": 0, "norm": "L2"}
+    whole, chunks = (
+        make(IntegratedGradients(case.model), internal_batch_size=size, **options)
+        for size in (None, 7)
+    )
+    torch.testing.assert_close(
+        whole.perturb(case.inputs, 1), chunks.perturb(case.inputs, 1), rtol=0, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_step_is_the_gradient_of_the_explainer(norm: Any) -> None:
     case = mlp()
     explainer = differentiable(Saliency(case.model))
-    attack = DistanceAttack(
-        explainer, mse, radius=0.2, step_num=1, step_size=0.5, betas=None, seed=2, abs=False
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        start = case.inputs + 0.2 * (2 * torch.rand_like(case.inputs) - 1)
+    options = {"radius": 0.2, "step_num": 1, "step_size": 0.1, "norm": norm, "betas": None}
+    attack = DistanceAttack(explainer, mse, seed=2, abs=False, **options)
+    noise = RandomAttack(case.model, radius=0.2, norm=norm, distribution="uniform", seed=2)
+    noise.keep_prediction = False
+    start = noise.perturb(case.inputs)
     leaf = start.clone().requires_grad_()
     clean = explainer.attribute(case.inputs, target=1, abs=False).detach()
     value = mse(explainer.attribute(leaf, target=1, abs=False), clean).sum()
     (gradient,) = torch.autograd.grad(value, leaf)
-    step = (start + 0.1 * gradient.sign() - case.inputs).clamp(-0.2, 0.2) + case.inputs
-    scores = [
-        mse(explainer.attribute(p, target=1, abs=False), clean).detach() for p in (start, step)
-    ]
-    labels = case.model(case.inputs).argmax(1)
-    keeps = [case.model(p).argmax(1) == labels for p in (start, step)]
-    best = case.inputs.clone()
-    top = torch.zeros(len(best))
-    for point, score, keep in zip((start, step), scores, keeps, strict=True):
-        better = keep & (score > top)
+    move = gradient.sign() if norm == "Linf" else gradient / gradient.norm(dim=1, keepdim=True)
+    offset = start + 0.1 * move - case.inputs
+    if norm == "Linf":
+        step = case.inputs + offset.clamp(-0.2, 0.2)
+    else:
+        step = case.inputs + offset * (0.2 / offset.norm(dim=1, keepdim=True)).clamp(max=1)
+    best, top = case.inputs.clone(), torch.zeros(len(case.inputs))
+    labels = case.model(best).argmax(1)
+    for point in (start, step):
+        score = mse(explainer.attribute(point, target=1, abs=False), clean).detach()
+        better = (case.model(point).argmax(1) == labels) & (score > top)
         best[better], top[better] = point[better], score[better]
     torch.testing.assert_close(attack.perturb(case.inputs, target=1), best, rtol=0, atol=1e-12)
 
 
-def test_relu_maps_move_only_with_smoothed_steps() -> None:
+def test_relu_maps_move_only_with_smoothed_steps_whose_steepness_grows() -> None:
     case = relu_mlp()
-    moved = {
+    attacks = {
         betas: DistanceAttack(
-            Saliency(case.model), mse, radius=0.3, step_num=5, random_start=False, betas=betas
-        ).perturb(case.inputs, target=1)
-        for betas in (None, (5.0, 20.0))
+            Saliency(case.model), mse, radius=0.3, step_num=3, random_start=False, betas=betas
+        )
+        for betas in (None, (10.0, 1000.0))
     }
+    moved = {betas: attack.perturb(case.inputs, target=1) for betas, attack in attacks.items()}
     assert torch.equal(moved[None], case.inputs)
-    assert not torch.equal(moved[5.0, 20.0], case.inputs)
+    assert not torch.equal(moved[10.0, 1000.0], case.inputs)
+    steepness = [attacks[10.0, 1000.0].steepness(i) for i in range(3)]
+    assert steepness == pytest.approx([10, 100, 1000])
+    assert attacks[None].steepness(0) is None
 
 
-def test_steepness_grows_geometrically() -> None:
-    attack = DistanceAttack(Saliency(nn.Linear(2, 1)), mse, radius=1, step_num=3, betas=(10, 1000))
-    found = [attack.steepness(i) for i in range(3)]
-    assert found == pytest.approx([10, 100, 1000])
+def test_objectives_of_known_maps() -> None:
+    explainer = Saliency(nn.Linear(2, 1))
+    maps, other = torch.zeros(1, 2, 5, 7), torch.zeros(1, 2, 5, 7)
+    maps[0, 0, 1, 2], maps[0, 1, 3, 6], other[0, 1, 0, 0] = 3.0, -1.0, 5.0
+    center = MassCenterAttack(explainer, radius=1)
+    # Centres (1.5, 3) and (0, 0); that of nothing is (0, 0).
+    assert center.objective((other,), (maps,)).tolist() == [1.5**2 + 3**2]
+    assert center.objective((torch.zeros(1, 3),), (torch.tensor([[0.0, 0, 2]]),)).tolist() == [4.0]
+    a, b = torch.tensor([[4.0, -3, 2, 1]]), torch.tensor([[1.0, 0, 4, 5]])
+    top = TopKAttack(explainer, 2, radius=1)
+    assert top.objective((b,), (a,)).tolist() == [-0.1]
+    assert top.score((b,), (a,)).tolist() == [-0.05]
+    assert top.score((a,), (a,)).tolist() == [-2 - 0.35]
+    # Maps are compared in units of their mean, with that of the next example or with one's own
+    # reversed.
+    two = torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, 2.0]])
+    imitate = ManipulationAttack(explainer, radius=1)
+    assert imitate.objective((two,), (two.flip(0),)).tolist() == [0.0, 0.0]
+    found = imitate.objective((two,), (two,)).tolist()
+    assert found == pytest.approx([-(0.25 + 0.25) / 3] * 2)
+    assert imitate.objective((two[:1].flip(1),), (two[:1],)).tolist() == [0.0]
+    given_map = ManipulationAttack(explainer, two[0], radius=1)
+    assert given_map.objective((two,), (two,)).tolist() == pytest.approx([0, -0.5 / 3])
+    pair = DistanceAttack(explainer, mse, radius=1)
+    assert torch.equal(pair.objective((a, two[:1]), (b, two[1:])), mse((a, two[:1]), (b, two[1:])))
 
 
-def test_more_restarts_are_never_worse() -> None:
+def test_output_weight_keeps_the_probabilities() -> None:
     case = relu_cnn()
-    explainer = differentiable(Saliency(case.model))
-    scores = []
-    for n_restarts in (1, 3):
-        attack = DistanceAttack(
-            explainer, pearson, radius=0.3, step_num=3, n_restarts=n_restarts, seed=0
-        )
-        maps = [
-            explainer.attribute(x, target=1).detach()
-            for x in (case.inputs, attack.perturb(case.inputs, target=1))
-        ]
-        scores.append(pearson(*maps))
-    assert bool((scores[1] >= scores[0]).all())
-
-
-def test_mass_center_of_a_known_map() -> None:
-    attack = MassCenterAttack(Saliency(nn.Linear(2, 1)), radius=1)
-    maps = torch.zeros(1, 2, 5, 7)
-    maps[0, 0, 1, 2], maps[0, 1, 3, 6] = 3.0, -1.0
-    assert attack.prepare((maps,))[0].tolist() == [[1.5, 3.0]]
-    assert attack.prepare((torch.zeros(1, 3),))[0].tolist() == [[0.0]]
-
-
-def test_manipulation_approaches_the_given_map() -> None:
-    case = cnn()
-    explainer = differentiable(InputXGradient(case.model))
-    clean = explainer.attribute(case.inputs, target=1).detach()
-    wanted = clean.abs().flip(-1)
-    attack = ManipulationAttack(
-        explainer, wanted, radius=0.5, step_num=40, keep_prediction=False, output_weight=0.0
-    )
-    moved = explainer.attribute(attack.perturb(case.inputs, target=1), target=1).detach()
-    before, after = (
-        (attack._normal((m,)) - attack._normal((wanted,))).square().mean(1) for m in (clean, moved)
-    )
-    assert bool((after < 0.7 * before).all())
-
-
-def test_manipulation_imitates_the_next_example_by_default() -> None:
-    attack = ManipulationAttack(Saliency(nn.Linear(3, 1)), radius=1)
-    maps = torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, 2.0]])
-    expected = torch.tensor([[1.0, 1.0, 1.0], [0.5, 1.0, 1.5]])
-    assert torch.equal(attack.prepare((maps,)), expected)
-    assert torch.equal(attack.prepare((maps[:1],)), expected[1:].flip(1))
-
-
-def test_output_weight_keeps_the_outputs() -> None:
-    case = relu_cnn()
-    changes = []
+    model, options = case.model, {"radius": 0.5, "step_num": 20, "keep_prediction": False}
+    explainer, changes = Saliency(model), []
     for weight in (0.0, 1e4):
-        attack = ManipulationAttack(
-            Saliency(case.model),
-            radius=0.5,
-            step_num=20,
-            output_weight=weight,
-            random_start=False,
-            seed=0,
-        )
+        attack = manipulation(explainer, output_weight=weight, random_start=False, **options)
         moved = attack.perturb(case.inputs, target=1)
-        p, q = (case.model(x).softmax(1) for x in (case.inputs, moved))
+        p, q = (model(x).softmax(1) for x in (case.inputs, moved))
         changes.append((p - q).square().sum().item())
     assert changes[1] < changes[0] / 2
+    # What all logits have in common is no part of them.
+    attack = manipulation(explainer, output_weight=10.0, norm="L2", seed=0, **options)
+    moved = attack.perturb(case.inputs, target=1)
+    attack.forward_func = lambda x: model(x) + x.sum((1, 2, 3)).unsqueeze(1)
+    # Rounding grows over 20 steps.
+    torch.testing.assert_close(attack.perturb(case.inputs, target=1), moved, rtol=0, atol=1e-6)
 
 
-def test_predictions_are_kept_in_the_sense_asked_for() -> None:
-    case = relu_mlp()
-    seen = []
+def close(outputs: Tensor, clean: Tensor) -> Tensor:
+    return (outputs - clean).abs().amax(1) < 0.02
 
-    def close(outputs: Tensor, clean: Tensor) -> Tensor:
-        seen.append(outputs)
-        return (outputs - clean).abs().amax(1) < 0.05
 
-    moved = distance(Saliency(case.model), radius=0.5, keep_prediction=close).perturb(
-        case.inputs, target=1
-    )
-    assert seen
-    assert (case.model(moved) - case.model(case.inputs)).abs().max().item() < 0.05
-    logit = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
-    moved = distance(Saliency(logit), radius=2.0).perturb(case.inputs)
-    assert torch.equal(logit(moved) > 0, logit(case.inputs) > 0)
+def same_sign(outputs: Tensor, clean: Tensor) -> Tensor:
+    return ((outputs > 0) == (clean > 0)).flatten()
+
+
+@every_attack
+@pytest.mark.parametrize(("n", "keep", "kept"), [(3, close, close), (1, True, same_sign)])
+def test_predictions_are_kept_in_the_sense_asked_for(
+    make: Make, n: int, keep: Any, kept: Any
+) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, n)), torch.randn(20, 4)
+    options = {} if make is noise else {"output_weight": 0.0}
+    clean = model(x).detach()
+    model[2].bias.data -= clean.median()  # some of the logits are near zero
+    clean -= clean.median()
+    for keeping in (False, keep):
+        attack = make(Saliency(model), radius=2.0, seed=0, keep_prediction=keeping, **options)
+        found = kept(model(attack.perturb(x, target=n - 1)), clean)
+        assert bool(found.all()) == bool(keeping)
 
 
 def test_explains_the_predicted_class_by_default() -> None:
@@ -423,41 +435,60 @@ def test_explains_the_predicted_class_by_default() -> None:
     assert torch.equal(attack.perturb(case.inputs), attack.perturb(case.inputs, target=labels))
 
 
-def test_bounds_and_radii_may_differ_between_inputs_and_channels() -> None:
+@every_attack
+def test_bounds_radii_and_steps_may_differ_between_inputs_and_channels(make: Make) -> None:
     case = tuple_inputs()
     a, b = case.inputs
-    low = torch.full((2, 1), -0.3) + a.amin()
-    attack = distance(
+    attack = make(
         Saliency(case.model),
         radius=(0.1, 0.5),
-        lower_bound=(low, float("-inf")),
+        lower_bound=(a - torch.tensor([[0.0], [0.05]]), float("-inf")),
         keep_prediction=False,
+        **({} if make is noise else {"step_size": (0.1, 0.5)}),
     )
     x, y = attack.perturb(case.inputs, target=1, additional_forward_args=case.args)
     assert 0 < float((x - a).abs().max()) <= 0.1 + 1e-12
+    assert float((x - a)[:, 0].min()) >= -1e-12
+    assert -0.05 - 1e-12 <= float((x - a)[:, 1].min()) < 0
     assert 0.1 < float((y - b).abs().max()) <= 0.5 + 1e-12
+
+
+def test_annotation_without_channels_is_of_all_channels() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    stays = torch.zeros(2, 4, 4)
+    stays[0, 1], stays[1, :, 2] = 1, 1
+    moved = RandomAttack(radius=0.1, keep_prediction=False).perturb(x, annotation=stays)
+    assert torch.equal((moved == x).all(1), stays.bool())
+    assert torch.equal((moved == x).any(1), stays.bool())
 
 
 def test_constant_maps_are_left_alone() -> None:
     x = torch.randn(3, 4)
     attack = top_k(Saliency(nn.Linear(4, 2)), radius=0.1, random_start=False)
-    assert torch.equal(attack.perturb(x, target=0), x)
-
-
-class Detached:
-    """An explainer that forgets how its maps depend on the inputs."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.forward_func = model
-
-    def attribute(self, inputs: Tensor, target: Any = None) -> Tensor:
-        return differentiable(Saliency(self.forward_func)).attribute(inputs.detach(), target=target)
+    moved = attack.perturb(x, target=0)
+    assert torch.equal(moved, x)
+    assert moved.data_ptr() != x.data_ptr()  # the caller may work on it in place
 
 
 def test_detached_explainer_is_refused() -> None:
+    class Detached:
+        def __init__(self, model: nn.Module) -> None:
+            self.forward_func = model
+
+        def attribute(self, inputs: Tensor, target: Any = None) -> Tensor:
+            saliency = differentiable(Saliency(self.forward_func))
+            return saliency.attribute(inputs.detach(), target=target)
+
     case = mlp()
     with pytest.raises(NotDifferentiableError, match="a graph to the inputs, found none from Det"):
         distance(Detached(case.model), radius=0.1).perturb(case.inputs, target=1)
+
+
+class Free:
+    """An explainer that does not say what it explains."""
+
+    def attribute(self, inputs: Tensor) -> Tensor:
+        return inputs.square()
 
 
 def test_explainer_without_a_known_model() -> None:
@@ -478,15 +509,16 @@ def test_progress_bar_shows_when_asked_for(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("where", ["surface", "uniform"])
-def test_random_control_draws_from_the_ball(norm: Any, where: Any) -> None:
-    x = torch.zeros(2000, 3)
+@pytest.mark.parametrize("fixed", [0, 2])
+def test_random_control_draws_from_the_ball(norm: Any, where: Any, fixed: int) -> None:
+    x, stays = torch.zeros(2000, 3 + fixed), torch.arange(3 + fixed).expand(2000, -1) >= 3
     attack = RandomAttack(radius=0.5, norm=norm, distribution=where, keep_prediction=False)
-    size = _size(attack.perturb(x), norm)
+    found = size(attack.perturb(x, annotation=stays), norm)
     if where == "surface":
-        torch.testing.assert_close(size, torch.full((2000,), 0.5))
+        torch.testing.assert_close(found, torch.full((2000,), 0.5))
     else:
         # The share of a ball's volume within half its radius is 1/8; 4 standard errors.
-        assert abs(float((size < 0.25).double().mean()) - 1 / 8) < 4 * (7 / 64 / 2000) ** 0.5
+        assert abs(float((found < 0.25).double().mean()) - 1 / 8) < 4 * (7 / 64 / 2000) ** 0.5
 
 
 def test_random_control_redraws_what_changes_the_prediction() -> None:
@@ -501,113 +533,73 @@ def test_random_control_redraws_what_changes_the_prediction() -> None:
         assert abs(found - share) < 4 * (share * (1 - share) / 4000) ** 0.5
 
 
-class Free:
-    """An explainer that does not say what it explains."""
+def test_random_control_without_prediction_runs_no_model() -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise RuntimeError("run")
 
-    def attribute(self, inputs: Tensor) -> Tensor:
-        return inputs.square()
+    moved = RandomAttack(fails, radius=0.5, keep_prediction=False).perturb(torch.zeros(2, 3))
+    assert torch.equal(moved.abs(), torch.full((2, 3), 0.5))
 
 
-M = nn.Linear(4, 3).double()
-BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
-    ("explainer", lambda: top_k(3, radius=1), TypeError, "`explainer`: expected an object with"),
-    ("class", lambda: top_k(Saliency, radius=1), TypeError, "found the class Saliency"),
-    ("radius", lambda: top_k(Saliency(M), radius=0), ValueError, "`radius`: expected a positive"),
-    ("norm", lambda: noise(M, radius=1, norm="L1"), ValueError, "`norm`: expected one of 'Linf'"),
-    ("k", lambda: TopKAttack(Saliency(M), 0, radius=1), ValueError, "`k`: expected an integer"),
-    (
-        "many-k",
-        lambda: TopKAttack(Saliency(M), 4, radius=1).perturb(torch.ones(2, 4)),
-        ValueError,
-        "`k`: expected fewer than the 4 features, found 4",
-    ),
-    ("betas", lambda: distance(Saliency(M), radius=1, betas=3), ValueError, "`betas`: expected a"),
-    (
-        "step",
-        lambda: distance(Saliency(M), radius=1, step_size=-1),
-        ValueError,
-        "`step_size`: expected a positive",
-    ),
-    (
-        "distance",
-        lambda: DistanceAttack(Saliency(M), "mse", radius=1),
-        TypeError,
-        "`distance`: expected a function",
-    ),
-    (
-        "map-type",
-        lambda: ManipulationAttack(Saliency(M), [1.0], radius=1),
-        TypeError,
-        "`target_map`: expected a tensor",
-    ),
-    (
-        "map-shape",
-        lambda: ManipulationAttack(Saliency(M), torch.ones(5), radius=1).perturb(torch.ones(2, 4)),
-        ValueError,
-        "`target_map`: expected maps that fit",
-    ),
-    (
-        "bounds",
-        lambda: noise(M, radius=1, upper_bound=0.5).perturb(torch.ones(2, 4)),
-        ValueError,
-        "`inputs`: expected values between `lower_bound` and `upper_bound`",
-    ),
-    (
-        "bound-shape",
-        lambda: noise(M, radius=1, upper_bound=torch.ones(3)).perturb(torch.ones(2, 4)),
-        ValueError,
-        "bounds: expected numbers, or tensors that broadcast",
-    ),
-    (
-        "radii",
-        lambda: noise(M, radius=(1, 2)).perturb(torch.ones(2, 4)),
-        ValueError,
-        "`radius`: expected one value, or 1",
-    ),
-    (
-        "model",
-        lambda: RandomAttack(radius=1),
-        TypeError,
-        "`forward_func`: expected the model whose prediction",
-    ),
-    (
-        "outputs",
-        lambda: ManipulationAttack(Free(), radius=1, keep_prediction=False),
-        TypeError,
-        "`forward_func`: expected the model whose outputs",
-    ),
-    (
-        "same",
-        lambda: noise(M, radius=1, keep_prediction=lambda a, b: True).perturb(torch.ones(2, 4)),
-        ValueError,
-        r"`keep_prediction`: expected truth values of shape \(2,\), found bool",
-    ),
-    (
-        "integers",
-        lambda: noise(M, radius=1).perturb(torch.ones(2, 4, dtype=torch.long)),
-        TypeError,
-        "floating-point",
-    ),
-    (
-        "objective",
-        lambda: DistanceAttack(Saliency(M), lambda a, b: a, radius=1).perturb(torch.ones(2, 4)),
-        ValueError,
-        r"objective of DistanceAttack: expected a tensor of shape \(2,\)",
-    ),
-]
+X = torch.ones(2, 4).double()
+M = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def wrong(*_: Any) -> Any:
+    return True
+
+
+BAD: dict[type[Exception], list[tuple[str, Make, dict[str, Any]]]] = {
+    ValueError: [
+        ("`radius`: expected a positive", top_k, {"radius": 0}),
+        ("`radius`: expected one value, or 1", noise, {"radius": (1, 2)}),
+        ("`norm`: expected one of 'Linf', 'L2'", noise, {"norm": "L1"}),
+        ("`seed`: expected an integer", noise, {"seed": -1}),
+        ("`n_tries`: expected an integer", noise, {"n_tries": 0}),
+        ("`distribution`: expected one of", noise, {"distribution": "ball"}),
+        ("`step_num`: expected an integer", distance, {"step_num": 0}),
+        ("`n_restarts`: expected an integer", distance, {"n_restarts": 0}),
+        ("`step_size`: expected a positive", distance, {"step_size": -1}),
+        ("`step_size`: expected one value, or 1", distance, {"step_size": (1, 1)}),
+        ("`output_weight`: expected a finite", distance, {"output_weight": -1}),
+        ("`betas`: expected a pair", distance, {"betas": 3}),
+        (r"`betas\[1\]`: expected a positive", distance, {"betas": (1, -1)}),
+        ("`k`: expected an integer", TopKAttack, {"k": 0}),
+        ("`k`: expected fewer than the 4 features, found 4", TopKAttack, {"k": 4}),
+        (r"of DistanceAttack: .* shape \(2,\), found bool", DistanceAttack, {"distance": wrong}),
+        ("`target_map`: expected numbers, or tensors", manipulation, {"target_map": "map"}),
+        (r"to \(2, 4\), found shape \(2, 8\)", manipulation, {"target_map": X.repeat(1, 2)}),
+        ("`target_map`: expected one value, or 1", manipulation, {"target_map": (X, X)}),
+        ("`inputs`: expected values between `lower_bound`", noise, {"upper_bound": 0.5}),
+        ("bounds: expected numbers, or tensors", noise, {"lower_bound": -X[0, :3]}),
+        (r"`keep_prediction`: .* shape \(2,\), found bool", noise, {"keep_prediction": wrong}),
+    ],
+    TypeError: [
+        ("`explainer`: expected an object with", top_k, {"explainer": 3}),
+        ("found the class Saliency", top_k, {"explainer": Saliency}),
+        ("`steps`: expected an option of .*", top_k, {"steps": 3}),
+        ("`distance`: expected a function", DistanceAttack, {"distance": "mse"}),
+        ("`forward_func`: expected the model whose prediction", noise, {"explainer": None}),
+        ("`forward_func`: expected the model whose pre", manipulation, {"explainer": Free()}),
+        ("`keep_prediction`: expected True, False or", noise, {"keep_prediction": "class"}),
+        ("abstract", AttributionAttack, {}),
+    ],
+}
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "text"), [pytest.param(*bad[1:], id=bad[0]) for bad in BAD]
+    ("error", "text", "make", "options"), [(e, *row) for e, rows in BAD.items() for row in rows]
 )
-def test_bad_input_gives_one_clear_error(
-    call: Callable[[], Any], error: type[Exception], text: str
+def test_bad_options_give_one_clear_error(
+    error: type[Exception], text: str, make: Make, options: dict[str, Any]
 ) -> None:
     with pytest.raises(error, match=text):
-        call()
+        make(**{"explainer": Saliency(M), "radius": 1, **options}).perturb(X)
 
 
-def test_base_classes_are_abstract() -> None:
-    with pytest.raises(TypeError, match="abstract"):
-        AttributionAttack(Saliency(M), radius=1)  # type: ignore[abstract]  # on purpose
-    assert issubclass(AttributionAttack, BoundedPerturbation)
+def test_bad_calls_give_one_clear_error() -> None:
+    attack = noise(M, radius=1)
+    with pytest.raises(TypeError, match="floating-point"):
+        attack.perturb(X.long())
+    with pytest.raises(ValueError, match="`annotation`: expected numbers, or tensors that broad"):
+        attack.perturb(X, annotation=X[0, :3])

@@ -8,8 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_priors import AttributionPrior, ExpectedGradients, NotDifferentiableError
+from captum_priors._errors import TargetError
 from captum_priors.penalties import l2
-from tests.asserts import assert_same_numbers, leaves_no_trace, parameter_gradients, relative_error
+from tests.asserts import (
+    assert_same_numbers,
+    draw_alike,
+    leaves_no_trace,
+    parameter_gradients,
+    relative_error,
+)
 from tests.cases import EXACT, mlp, relu_mlp
 
 REPLAYING = ["recompute", "finite_difference"]
@@ -64,12 +71,12 @@ def test_finite_difference_refuses_what_it_cannot_do() -> None:
     with pytest.raises(NotDifferentiableError, match="BatchNorm1d in train mode"):
         attribute(noisy_model(), x, "finite_difference")
     hooked = mlp().model
-    hooked[0].register_full_backward_hook(lambda module, grads, outputs: None)
-    with pytest.raises(NotDifferentiableError, match="without hooks, found one on Linear"):
-        attribute(hooked, x, "finite_difference", target=0)
-    value = attribute(lambda z: dropout[0](z).square().sum(), x, "finite_difference")
-    with pytest.raises(NotDifferentiableError, match="one output for each"):
+    hooked[0].register_full_backward_hook(lambda module, grads, outputs: (2 * grads[0],))
+    value = attribute(hooked, x, "finite_difference", target=0)
+    with pytest.raises(NotDifferentiableError, match="of 15 examples that do not"):
         value.sum().backward()
+    with pytest.raises(TargetError, match='reduction="none"'):
+        attribute(lambda z: dropout[0](z).square().sum(), x, "finite_difference")
 
 
 @pytest.mark.parametrize("way", REPLAYING)
@@ -86,6 +93,7 @@ def test_smoothing_of_the_forward_pass_is_used(way: str) -> None:
         *(nn.Softplus(beta=5.0) if isinstance(m, nn.ReLU) else m for m in case.model)
     )
     twin = AttributionPrior(ExpectedGradients(smooth), l2, baselines=case.baselines, n_samples=3)
+    draw_alike(prior, twin)
     parameters = list(case.model.parameters())
     value, expected = prior(case.inputs, target=1), twin(case.inputs, target=1)
     assert_same_numbers(value, expected, 1e-12)

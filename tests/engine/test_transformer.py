@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from captum_priors import AttributionPrior, ExpectedGradients, NotDifferentiableError
+from captum_priors import AttributionPrior, ExpectedGradients
 from captum_priors.penalties import total_variation
-from tests.asserts import relative_error
+from tests.asserts import draw_alike, parameter_gradients, relative_error
+from tests.cases import EXACT
 
 
 class Classifier(nn.Module):
@@ -29,6 +30,9 @@ def prior_of(model: nn.Module, way: str, x: Tensor) -> AttributionPrior:
     return AttributionPrior(explainer, total_variation, baselines=x, n_samples=1)
 
 
+WAYS = ("finite_difference", "double_backprop")
+
+
 def batch() -> tuple[Tensor, Tensor]:
     """Which half of the sequence has the larger first feature."""
     x = torch.randn(64, 8, 16, dtype=torch.float32)
@@ -39,20 +43,27 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_finite_difference_agrees_with_the_math_kernel_in_float32() -> None:
     model, (x, y) = Classifier().float(), batch()
     parameters = list(model.parameters())
-    prior = prior_of(model, "finite_difference", x)
+    prior, exact_prior = (prior_of(model, way, x) for way in WAYS)
+    draw_alike(prior, exact_prior)
     found = torch.autograd.grad(prior(x, target=y), parameters, allow_unused=True)
     with sdpa_kernel(SDPBackend.MATH):
-        exact_prior = prior_of(model, "double_backprop", x)
         exact = torch.autograd.grad(exact_prior(x, target=y), parameters, allow_unused=True)
     pairs = [(f, e) for f, e in zip(found, exact, strict=True) if e is not None]
     assert len(pairs) == len(parameters) - 2  # the last two biases only shift the output
     assert relative_error([f for f, _ in pairs], [e for _, e in pairs]) < 1e-2
 
 
-def test_double_backprop_names_the_operator() -> None:
-    model, (x, y) = Classifier().float(), batch()
-    with pytest.raises(NotDifferentiableError, match="scaled_dot_product_flash_attention"):
-        prior_of(model, "double_backprop", x)(x, target=y)
+@pytest.mark.parametrize("way", EXACT)
+def test_fused_attention_is_exact(way: str) -> None:
+    """Which kernel computes attention is no part of the function."""
+    model, (x, y) = Classifier().double(), batch()
+    parameters = list(model.parameters())
+    prior, plain = (prior_of(model, each, x.double()) for each in (way, "double_backprop"))
+    draw_alike(prior, plain)
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = parameter_gradients(plain(x.double(), target=y), parameters)
+    found = parameter_gradients(prior(x.double(), target=y), parameters)
+    assert relative_error(found, exact) < 1e-12
 
 
 def test_trains() -> None:

@@ -1,4 +1,4 @@
-"""Scores against torchmetrics, plain loops and closed forms, with ties and degenerate maps."""
+"""Scores against SciPy, plain loops and closed forms, with ties and degenerate maps."""
 
 import math
 import sys
@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-import torchmetrics.functional as tm
-from captum.attr import InputXGradient, IntegratedGradients, Saliency
+from captum.attr import InputXGradient, Saliency
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
-from captum_priors import ExpectedGradients, differentiable
+from captum_priors import ExpectedGradients, differentiable, distances, penalties, shared
 from captum_priors.metrics import (
-    completeness_gap,
+    ReportScore,
     gini,
     kendall,
     local_lipschitz,
@@ -29,7 +28,6 @@ from captum_priors.metrics import (
 )
 from tests import oracles
 from tests.asserts import leaves_no_trace
-from tests.cases import mlp, tuple_inputs
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}  # the same float64 formula in another order
 
@@ -46,32 +44,27 @@ def _maps(ties: bool) -> tuple[Tensor, Tensor]:
     return (a.round(), (a + b).round()) if ties else (a, a + b)
 
 
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize(
-    ("metric", "oracle"),
-    [
-        (pearson, tm.pearson_corrcoef),
-        (spearman, tm.spearman_corrcoef),
-        (kendall, tm.kendall_rank_corrcoef),
-    ],
-)
-def test_correlations_are_torchmetrics(metric: Any, oracle: Any, ties: bool) -> None:
-    a, b = _maps(ties)
-    expected = oracle(a.flatten(1).T.contiguous(), b.flatten(1).T.contiguous())
-    # torchmetrics counts pairs and adds up ranks in float32 in places.
-    torch.testing.assert_close(metric(a, b), expected.to(a), rtol=1e-5, atol=1e-5)
+def test_rank_correlations_are_scipy_s_to_the_last_digits() -> None:
+    for p in (2, 3, 17, 64, 100):
+        a, b = torch.randn(6, p), torch.randn(6, p)
+        a[:3], b[1:4] = a[:3].round(), b[1:4].round()  # ties in one map, in both, in none
+        a[:, 0], b[:, -1] = 9, 9  # none is constant
+        for metric, oracle in ((kendall, stats.kendalltau), (spearman, stats.spearmanr)):
+            expected = [oracle(x, y).statistic for x, y in zip(a.numpy(), b.numpy(), strict=True)]
+            torch.testing.assert_close(metric(a, b), torch.tensor(expected), rtol=0, atol=1e-13)
 
 
-def test_mse_and_ssim_are_torchmetrics_example_by_example() -> None:
-    a, b = torch.rand(3, 1, 24, 24), torch.rand(3, 1, 24, 24)
-    for i in range(3):
-        x, y = a[i : i + 1], b[i : i + 1]
-        torch.testing.assert_close(mse(a, b)[i], tm.mean_squared_error(x, y), **TIGHT)
-        # Ours scales by the range of the pair and has a window of 7, theirs 11: alike, not equal.
-        both = torch.cat([x, y])
-        scaled = [t / (both.max() - both.min()) for t in (x, y)]
-        theirs = structural_similarity_index_measure(*scaled, data_range=1.0)
-        assert abs(float(ssim(a, b)[i] - theirs)) < 0.05
+def test_pearson_mse_and_ssim_are_one_definition_with_the_distances() -> None:
+    a, b = torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
+    c, d = torch.randn(3, 4), torch.randn(3, 4)
+    joined = [torch.cat([m.flatten(1), v], 1) for m, v in ((a, c), (b, d))]
+    for found, expected in (
+        (pearson((a, c), (b, d)), 1 - distances.pearson(*joined)),
+        (mse((a, c), (b, d)), distances.mse(*joined)),
+        (ssim((a, b), (b, a)), 1 - distances.ssim(a, b)),  # the mean of two equal ones
+        (ssim(a, b, dim=(1, 3), window=5), 1 - distances.ssim(a, b, dim=(1, 3), window=5)),
+    ):
+        torch.testing.assert_close(found, expected, **TIGHT)
 
 
 def test_top_k_intersection_without_ties_is_that_of_sets() -> None:
@@ -98,7 +91,7 @@ def test_top_k_sums_channels_of_images() -> None:
     a[0, :, 0] = torch.tensor([[1.0, 0.0, 0.9], [1.0, 1.5, 0.0]])
     b = torch.tensor([[[[1.0, 0.0, 0.0]], [[0.0, 0.0, 0.0]]]])
     assert top_k_intersection(a, b, 1).item() == 1
-    assert top_k_intersection(a, b, 1, spatial_dims=3).item() == 0
+    assert top_k_intersection(a, b, 1, dim=(1, 2, 3)).item() == 0
 
 
 @settings(max_examples=25, deadline=None)
@@ -134,7 +127,7 @@ def test_what_is_not_finite_is_nan_and_stays_with_its_example(metric: Any) -> No
 @pytest.mark.parametrize("metric", PAIRS)
 def test_features_of_a_tuple_count_together(metric: Any) -> None:
     a, b = torch.randn(4, 10), torch.randn(4, 10)
-    parts = [(t[:, :6].reshape(4, 2, 3), t[:, 6:]) for t in (a, b)]
+    parts = [(t[:, :6].reshape(4, 1, 2, 3), t[:, 6:]) for t in (a, b)]
     torch.testing.assert_close(metric(*parts), metric(a, b), **TIGHT)
 
 
@@ -156,6 +149,11 @@ def test_gini_of_each_example() -> None:
     a = torch.randn(4, 3, 5)
     expected = [-float(oracles.gini(row[None].numpy())) for row in a]
     torch.testing.assert_close(gini(a), torch.tensor(expected), **TIGHT)
+    # That of the penalty, tuples included.
+    parts = (a[:, :2], a[:, 2])
+    torch.testing.assert_close(gini(parts), gini(a), **TIGHT)
+    for i in range(4):
+        torch.testing.assert_close(-penalties.gini(tuple(t[i : i + 1] for t in parts)), gini(a)[i])
     assert gini(torch.zeros(2, 3)).tolist() == [0, 0]
     assert gini(torch.tensor([[1.0, float("nan")]])).isnan().all()
 
@@ -170,9 +168,15 @@ def test_wrong_reason_rate_by_hand() -> None:
     torch.testing.assert_close(
         wrong_reason_rate(phi, allowed, threshold=0.3), torch.tensor([1 / 3, 1 / 2, 0.0]), **TIGHT
     )
-    assert wrong_reason_rate(phi, torch.ones(4)).isnan().all()
+    assert wrong_reason_rate(phi, shared(torch.ones(4))).isnan().all()
+    parts = ((phi[:, :1], phi[:, 1:]), (allowed[:, :1], allowed[:, 1:]))
+    torch.testing.assert_close(wrong_reason_rate(*parts), wrong_reason_rate(phi, allowed))
+    # A map that is not finite is no part of the mean, which is .3 and not .15.
+    broken = torch.tensor([[0.0, 5.0, 1.0, 0.0], [math.nan, 1.0, 2.0, 3.0]])
+    found = wrong_reason_rate(broken, shared(torch.tensor([1, 0, 0, 0])))
+    torch.testing.assert_close(found, torch.tensor([1 / 3, math.nan]), equal_nan=True)
     everywhere = torch.ones(2, 4)
-    assert wrong_reason_rate(everywhere, torch.tensor([1, 1, 0, 0])).tolist() == [1, 1]
+    assert wrong_reason_rate(everywhere, shared(torch.tensor([1, 1, 0, 0]))).tolist() == [1, 1]
 
 
 def test_local_lipschitz_of_a_quadratic() -> None:
@@ -190,108 +194,70 @@ def test_local_lipschitz_of_a_quadratic() -> None:
     assert bool((found > 0.9 * largest).all())
 
 
-def test_local_lipschitz_uses_common_draws_and_leaves_no_trace() -> None:
+class Noisy:
+    """Twice the points, shifted by a draw; keeps where it was asked."""
+
+    def __init__(self) -> None:
+        self.points: list[Tensor] = []
+
+    def attribute(self, inputs: Tensor) -> Tensor:
+        self.points.append(inputs)
+        return 2 * inputs + torch.randn_like(inputs)
+
+
+def test_local_lipschitz_uses_common_draws_on_both_sides_of_the_inputs() -> None:
+    explainer, x = Noisy(), torch.zeros(4, 50)
+    found = local_lipschitz(explainer, x, radius=0.1, n_samples=20)
+    torch.testing.assert_close(found, torch.full((4,), 2.0), rtol=1e-9, atol=0)
+    points = torch.stack(explainer.points[1:])
+    assert float(points.min()) == pytest.approx(-0.1, rel=0.01)  # of 4000 draws
+    assert float(points.max()) == pytest.approx(0.1, rel=0.01)
+
+
+def test_local_lipschitz_leaves_no_trace() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
     x = torch.randn(5, 3)
     model(x).sum().backward()
-    explainer = ExpectedGradients(model)
     with leaves_no_trace(model, tensors=[x]):
-        found = local_lipschitz(explainer, x, radius=1e-3, baselines=x)
+        found = local_lipschitz(ExpectedGradients(model), x, radius=1e-3, baselines=x)
     # Expected gradients of an affine model are w (x - mu) for any references.
     weight = model[1].weight[0] / (model[0].running_var + model[0].eps).sqrt()
     assert bool((found <= float(weight.abs().max().detach()) * (1 + 1e-9)).all())
 
 
-def test_completeness_gap() -> None:
-    case = mlp()
-    explainer = differentiable(IntegratedGradients(case.model))
-    gaps = []
-    for n_steps in (2, 100):
-        phi = explainer.attribute(case.inputs, target=case.target, n_steps=n_steps)
-        gaps.append(completeness_gap(case.model, case.inputs, phi, target=case.target))
-    assert gaps[0].shape == (5,)
-    assert float(gaps[1].max()) < 1e-9 < float(gaps[0].max())
-    reference = case.baselines[:1]
-    phi = explainer.attribute(case.inputs, baselines=reference, target=1, n_steps=100)
-    gap = completeness_gap(case.model, case.inputs, phi, reference[0], target=1)
-    assert float(gap.max()) < 1e-9
-    out = case.model(case.inputs)[:, 1] - case.model(case.baselines)[:, 1].mean()
-    found = completeness_gap(
-        case.model, case.inputs, torch.zeros(5, 4), case.baselines, target=1, distribution=True
-    )
-    torch.testing.assert_close(found, out.abs().detach(), **TIGHT)
-
-
-def test_completeness_gap_of_several_inputs() -> None:
-    case = tuple_inputs()
-    phi = differentiable(IntegratedGradients(case.model)).attribute(case.inputs, **case.call)
-    gap = completeness_gap(case.model, case.inputs, phi, None, **case.call)
-    # 50 steps of the Gauss-Legendre rule on a smooth function.
-    assert float(gap.max()) < 1e-9
-
-
-BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
-    (
-        "shapes",
-        lambda: pearson(torch.ones(2, 3), torch.ones(2, 4)),
-        ValueError,
-        r"`other`: expected shapes \[\(2, 3\)\] as in `attributions`, found \[\(2, 4\)\]",
+ONES = torch.ones(2, 3)
+BAD: dict[str, Callable[[], Any]] = {
+    r"`other`: expected \(2, 3\) on cpu as in `attributions`, found \(2, 2\) on cpu": lambda: (
+        pearson(ONES, ONES[:, :2])
     ),
-    ("type", lambda: mse([1.0], [2.0]), TypeError, "`attributions`: expected a tensor"),
-    ("dim", lambda: gini(torch.ones(3)), ValueError, "`attributions`: expected shape"),
-    (
-        "k",
-        lambda: top_k_intersection(torch.ones(2, 3), torch.ones(2, 3), 4),
-        ValueError,
-        "`k`: expected at most the 3 features, found 4",
+    r"`attributions`: expected a tensor .*, found list": lambda: mse([1.0], [2.0]),
+    r"`attributions`: expected shape": lambda: gini(torch.ones(3)),
+    r"`k`: expected at most the 3 features, found 4": lambda: top_k_intersection(ONES, ONES, 4),
+    r"`dim`: expected which of the 2 axes": lambda: top_k_intersection(
+        ONES[..., None], ONES[..., None], 1
     ),
-    (
-        "annotation",
-        lambda: wrong_reason_rate(torch.ones(2, 3), torch.full((3,), 0.5)),
-        ValueError,
-        "`annotation`: expected zeros and ones",
+    r"`annotation`: expected zeros and ones, found annotation\[2\] = 0.5\. Thresh": lambda: (
+        wrong_reason_rate(ONES, shared(torch.tensor([0, 1, 0.5])))
     ),
-    (
-        "annotation-shape",
-        lambda: wrong_reason_rate(torch.ones(2, 3), torch.ones(4)),
-        ValueError,
-        "`annotation`: expected masks that broadcast",
+    r"`annotation`: expected one for each of the 1 tensors .*, found 2": lambda: wrong_reason_rate(
+        ONES, (ONES, ONES)
     ),
-    (
-        "radius",
-        lambda: local_lipschitz(InputXGradient(nn.Linear(3, 1)), torch.ones(2, 3), radius=0),
-        ValueError,
-        "`radius`: expected a positive",
+    r"`radius`: expected a positive": lambda: local_lipschitz(
+        InputXGradient(nn.Linear(3, 1)), ONES, radius=0
     ),
-    (
-        "target",
-        lambda: completeness_gap(nn.Linear(3, 2), torch.ones(2, 3), torch.ones(2, 3)),
-        ValueError,
-        "`target`: expected it to select one output",
-    ),
-    (
-        "baselines",
-        lambda: completeness_gap(
-            nn.Linear(3, 1), torch.ones(2, 3), torch.ones(2, 3), torch.ones(4)
-        ),
-        ValueError,
-        "`baselines`: expected rows that fit",
-    ),
-]
+}
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "text"), [pytest.param(*bad[1:], id=bad[0]) for bad in BAD]
-)
-def test_bad_input_gives_one_clear_error(
-    call: Callable[[], Any], error: type[Exception], text: str
-) -> None:
-    with pytest.raises(error, match=text):
-        call()
+@pytest.mark.parametrize("text", BAD)
+def test_bad_input_gives_one_clear_error(text: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=text):
+        BAD[text]()
 
 
-def test_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_need_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    for metric in (*PAIRS, pearson):
+        assert metric(ONES, ONES).shape == (2,)
     with pytest.raises(ImportError, match=r"'scipy'.*pip install 'captum_priors\[metrics\]'"):
-        spearman(torch.ones(2, 3), torch.ones(2, 3))
-    assert math.isclose(pearson(torch.ones(2, 3), torch.ones(2, 3))[0].item(), 1)
+        ReportScore.of(torch.ones(3), 0.95)

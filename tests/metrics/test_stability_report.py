@@ -1,16 +1,13 @@
 """The stability report: what it computes, how it is called, and what it shows on digits."""
 
-import functools
-import json
+import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import InputXGradient, IntegratedGradients, Saliency
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -18,7 +15,7 @@ from captum_priors import ExpectedGradients, differentiable
 from captum_priors.attacks import DistanceAttack, RandomAttack, TopKAttack
 from captum_priors.distances import mse
 from captum_priors.metrics import (
-    Score,
+    ReportScore,
     StabilityReport,
     pearson,
     spearman,
@@ -28,33 +25,43 @@ from captum_priors.metrics import (
 from tests.asserts import leaves_no_trace
 from tests.cases import TwoInputs
 
-quiet = functools.partial(stability_report, k=3, show_progress=False, show_table=False)
+Batch = tuple[Any, Any]
 
 
 def _net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 3))
 
 
-def _batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+def _batches(*sizes: int) -> list[Batch]:
     return [(torch.randn(n, 6), torch.randint(3, (n,))) for n in sizes]
 
 
-def _noise(explainer: Any) -> RandomAttack:
-    return RandomAttack(explainer, radius=0.3, seed=1)
+def _noise(explainer: Any, seed: int | None = 1) -> RandomAttack:
+    return RandomAttack(explainer, radius=0.3, seed=seed)
 
 
 def _attack(explainer: Any) -> DistanceAttack:
     return DistanceAttack(explainer, mse, radius=0.3, step_num=4, seed=1)
 
 
+def report(
+    explainer: Any, batches: Any, *attacks: Callable[[Any], Any], **options: Any
+) -> StabilityReport:
+    """One explainer, named plain, under attacks made of it, named by their makers."""
+    of = explainer[0] if isinstance(explainer, tuple) else explainer
+    made = {make.__name__.strip("_"): make(of) for make in attacks or (_noise,)}
+    return stability_report({"plain": explainer}, {"plain": made}, batches, **{"k": 3, **options})
+
+
 def test_equals_a_computation_by_hand() -> None:
     model = _net().train()
     batches = _batches(4, 3)
-    report = quiet(model, Saliency, {"noise": _noise, "attack": _attack}, batches)
+    found = report(Saliency(model), batches, _noise, _attack, control="noise")
     twin = model.eval()
     explainer = differentiable(Saliency(twin))
-    by_hand: dict[str, list[Tensor]] = {}
+    by_hand: dict[str, dict[str, list[Tensor]]] = {"noise": {}, "attack": {}}
     for make in (_noise, _attack):
+        columns = by_hand[make.__name__.strip("_")]
         for x, y in batches:
             target = twin(x).argmax(1)
             moved = make(explainer).perturb(x, target=target)
@@ -64,201 +71,204 @@ def test_equals_a_computation_by_hand() -> None:
                 "pearson": pearson(*maps),
                 "spearman": spearman(*maps),
                 "accuracy": (target == y).double(),
+                "accuracy, attacked": (twin(moved).argmax(1) == y).double(),
                 "prediction kept": (twin(moved).argmax(1) == target).double(),
             }.items():
-                by_hand.setdefault(f"{make.__name__} {name}", []).append(value)
-    for make in (_noise, _attack):
-        row = report.row(attack=make.__name__.strip("_"))
-        for name in ("top-3", "pearson", "spearman", "accuracy", "prediction kept"):
-            values = torch.cat(by_hand[f"{make.__name__} {name}"])
-            assert row.scores[name].n == 7
-            assert row.scores[name].mean == pytest.approx(float(values.mean()))
-    differences = torch.cat(by_hand["_attack pearson"]) - torch.cat(by_hand["_noise pearson"])
-    found = report.row(attack="attack").scores["pearson - control"]
-    assert found.mean == pytest.approx(float(differences.mean()))
-    assert "pearson - control" not in report.row(attack="noise").scores
+                columns.setdefault(name, []).append(value)
+    for attack, columns in by_hand.items():
+        scores = found.row(attack=attack).scores
+        for name, values in columns.items():
+            assert scores[name].n == 7
+            assert scores[name].mean == pytest.approx(float(torch.cat(values).mean()))
+    for name in ("top-3", "pearson", "spearman"):
+        differences = torch.cat(by_hand["attack"][name]) - torch.cat(by_hand["noise"][name])
+        mean = found.row(attack="attack").scores[f"{name} - control"].mean
+        assert mean == pytest.approx(float(differences.mean()))
+    assert "pearson - control" not in found.row(attack="noise").scores
 
 
-def test_every_combination_has_a_row_in_order() -> None:
-    report = quiet(
-        {"a": _net(), "b": _net()},
-        {"grad": Saliency, "IG": (IntegratedGradients, {"n_steps": 4})},
-        {"noise": _noise, "attack": _attack},
-        _batches(3),
-    )
-    assert [(r.model, r.explainer, r.attack) for r in report.rows] == [
-        (m, e, a) for m in "ab" for e in ("grad", "IG") for a in ("noise", "attack")
+def test_every_attack_on_every_explainer_has_a_row_in_order() -> None:
+    models = {"a": _net(), "b": _net()}
+    explainers = {f"{n} grad": Saliency(m) for n, m in models.items()}
+    explainers["b IG"] = (IntegratedGradients(models["b"]), {"n_steps": 4})
+    attacks = {
+        name: {"noise": _noise(e[0] if isinstance(e, tuple) else e)}
+        for name, e in explainers.items()
+    }
+    attacks["a grad"]["attack"] = _attack(explainers["a grad"])
+    found = stability_report(explainers, attacks, _batches(3), k=3)
+    assert [(r.explainer, r.attack) for r in found.rows] == [
+        ("a grad", "noise"),
+        ("a grad", "attack"),
+        ("b grad", "noise"),
+        ("b IG", "noise"),
     ]
-    with pytest.raises(KeyError, match="expected one row"):
-        report.row(model="a")
+    assert found.row("b IG") is found.rows[3]
+    with pytest.raises(KeyError, match="expected one row for explainer='a grad', attack=''"):
+        found.row("a grad")
 
 
-def test_options_reach_the_explainer_and_its_attack() -> None:
-    background, seen = torch.zeros(4, 6), []
-
-    def attack(explainer: Any) -> Any:
-        seen.append(explainer)
-        return _attack(explainer)
-
-    report = quiet(
-        _net(), (ExpectedGradients, {"baselines": background, "n_samples": 2}), attack, _batches(3)
-    )
-    assert report.rows[0].explainer == "ExpectedGradients"
-    assert seen[0].attribute(torch.ones(2, 6), target=0).shape == (2, 6)
-
-
-def test_single_objects_do_with_a_single_model() -> None:
-    model = _net()
-    explainer = Saliency(model)
-    report = quiet(model, explainer, _attack(explainer), _batches(3))
-    assert (report.rows[0].explainer, report.rows[0].attack) == ("Saliency", "DistanceAttack")
-    with pytest.raises(TypeError, match="`explainers`: expected functions of the model"):
-        quiet({"a": model, "b": _net()}, explainer, _attack, _batches(3))
-    with pytest.raises(TypeError, match="`attacks`: expected functions of the explainer"):
-        quiet(model, {"a": Saliency, "b": Saliency}, _attack(explainer), _batches(3))
-
-
-def test_draws_of_the_explainer_are_common_to_both_maps() -> None:
+def test_draws_and_options_of_the_explainer_are_common_to_both_maps() -> None:
     class Still:
         def perturb(self, inputs: Tensor, target: Any = None) -> Tensor:
             return inputs.clone()
 
     options = {"baselines": torch.randn(9, 6), "n_samples": 1}
-    report = quiet(_net(), (ExpectedGradients, options), lambda e: Still(), _batches(5))
-    assert report.row().scores["pearson"].mean == pytest.approx(1)
+    still = {"plain": {"still": Still()}}
+    explainer = {"plain": (ExpectedGradients(_net()), options)}
+    found = stability_report(explainer, still, _batches(5), k=3)
+    assert found.row().scores["pearson"].mean == pytest.approx(1)
 
 
-def test_limits_labels_and_several_inputs() -> None:
-    report = quiet(_net(), Saliency, _noise, _batches(4, 4, 4), max_examples=6, target="label")
-    assert report.row().scores["top-3"].n == 6
-    assert report.row().scores["accuracy"].n == 6
-    report = quiet(_net(), Saliency, _noise, [torch.randn(4, 6)])
-    assert "accuracy" not in report.row().scores
+def test_labels_axes_and_several_inputs() -> None:
+    net = _net()
+    found = report(Saliency(net), _batches(4, 2), target="label").row().scores
+    assert (found["top-3"].n, found["accuracy"].n) == (6, 6)
+    assert "accuracy" not in report(Saliency(net), [torch.randn(4, 6)]).row().scores
     inputs = (torch.randn(4, 2, 2), torch.randn(4, 3))
-    report = quiet(
-        TwoInputs(),
-        InputXGradient,
-        _noise,
-        [(inputs, torch.tensor([0, 1, 0, 1]))],
-        additional_forward_args=(torch.ones(1), 2.0),
-        metrics={"mine": lambda a, b: mse(a, b)},
-    )
-    assert {"mine", "top-3"} <= set(report.row().scores)
+    metrics = {"mine": lambda a, b: mse(a[1], b[1]), "share": lambda a, b: mse(a, b) > 0}
+    options: dict[str, Any] = {"additional_forward_args": (torch.ones(1), 2.0), "k": 2}
+    batches = [(inputs, torch.tensor([0, 1, 0, 1]))]
+    with pytest.raises(ValueError, match="`dim`: expected which of the 2 axes"):
+        report(InputXGradient(TwoInputs()), batches, **options)
+    found = report(InputXGradient(TwoInputs()), batches, metrics=metrics, dim=1, **options)
+    scores = found.row().scores
+    assert {"mine", "share", "top-2"} <= set(scores)
+    assert not {"spearman", "pearson"} & set(scores)
+
+
+def test_an_attack_may_change_the_prediction() -> None:
+    class Turned:
+        def perturb(self, inputs: Tensor, target: Any = None) -> Tensor:
+            return -inputs
+
+    x, model = torch.randn(5, 3), nn.Linear(3, 2, bias=False)
+    y = model(x).argmax(1)
+    y[0] = 1 - y[0]
+    turned = {"plain": {"turned": Turned()}}
+    found = stability_report({"plain": Saliency(model)}, turned, [(x, y)], k=1).row().scores
+    columns = ("accuracy", "accuracy, attacked", "prediction kept")
+    assert [found[name].mean for name in columns] == pytest.approx([0.8, 0.2, 0])
 
 
 def test_leaves_no_trace() -> None:
     model, batches = _net().train(), _batches(4)
     model(batches[0][0]).sum().backward()
     with leaves_no_trace(model, tensors=batches[0]):
-        quiet(model, Saliency, {"noise": _noise, "attack": _attack}, batches)
+        report(Saliency(model), batches, _noise, _attack)
 
 
 def test_seed_decides_the_draws() -> None:
     model, batches = _net(), _batches(4)
 
     def noise(explainer: Any) -> RandomAttack:
-        return RandomAttack(explainer, radius=0.3)
+        return _noise(explainer, None)
 
-    first, again, other = (
-        quiet(model, Saliency, noise, batches, seed=s).to_dict() for s in (0, 0, 1)
-    )
+    first, again, other = (report(Saliency(model), batches, noise, seed=s) for s in (0, 0, 1))
     assert first == again
     assert first != other
 
 
-def test_prints_its_table_and_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    report = stability_report(_net(), Saliency, _noise, _batches(4), k=3)
-    captured = capsys.readouterr()
-    assert captured.out == f"{report}\n"
-    assert "stability" in captured.err
-    lines = str(report).splitlines()
-    assert lines[0].split("  ")[0] == "model"
+def test_is_text_and_a_frame_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(Saliency(_net()), _batches(4), _noise, _attack)
+    assert capsys.readouterr() == ("", "")
+    lines = str(found).splitlines()
+    assert lines[0].split()[:3] == ["explainer", "attack", "n"]
     assert "top-3" in lines[0]
-    json.dumps(report.to_dict())
+    assert len(lines) == 4
+    frame = found.to_frame()
+    assert list(frame.columns) == ["explainer", "attack", "score", "mean", "low", "high", "n"]
+    one = frame[(frame.attack == "attack") & (frame.score == "pearson")].iloc[0]
+    score = found.row(attack="attack").scores["pearson"]
+    assert (one["mean"], one.low, one.high, one.n) == (score.mean, score.low, score.high, 4)
 
 
-@pytest.mark.parametrize("shape", [(6,), (2, 3), (3, 4, 4)])
-def test_draws_maps_side_by_side(shape: tuple[int, ...], tmp_path: Path) -> None:
-    size = int(torch.tensor(shape).prod())
-    model = nn.Sequential(nn.Flatten(), nn.Linear(size, 3))
-    batches = [torch.randn(1, *shape), torch.randn(3, *shape)]
-    path = tmp_path / "maps.png"
-    attacks = {"a": _noise, "b": _noise}
-    report = quiet(model, Saliency, attacks, batches, n_shown=2, figure_path=path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert [e.attack for e in report.examples] == ["a", "a", "b", "b"]
-    figure = report.figure(show=lambda row: row.attack == "b")
-    assert isinstance(figure, Figure)
-    assert len(figure.axes) == 8
-    assert figure.axes[0].get_title() == "input"
-    with pytest.raises(ValueError, match="examples: expected at least one"):
-        StabilityReport(report.rows, 0.95).figure()
-
-
-def test_score_has_student_s_and_wilson_s_intervals() -> None:
+def test_intervals_fit_what_they_are_of() -> None:
     # t(.975, 2) = 4.302653, standard error 1 / sqrt(3).
-    score = Score.of([1.0, 2.0, 3.0, float("nan")], 0.95)
+    score = ReportScore.of(torch.tensor([1.0, 2.0, 3.0, math.nan]), 0.95)
     assert (score.mean, score.n) == (2.0, 3)
     assert score.high - score.mean == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
-    share = Score.of([1.0] * 10, 0.95)
+    assert score.mean - score.low == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
     # Wilson: n / (n + z^2) with z = 1.959964.
+    share = ReportScore.of(torch.ones(10).bool(), 0.95)
     assert (share.mean, share.high) == (1.0, 1.0)
     assert share.low == pytest.approx(10 / (10 + 1.959964**2), rel=1e-6)
-    assert Score.of([], 0.95).n == 0
-    assert Score.of([2.0], 0.95).low != Score.of([2.0], 0.95).low
+    # Numbers that happen to be zeros and ones are no shares.
+    zeros = ReportScore.of(torch.zeros(8), 0.95)
+    assert (zeros.low, zeros.mean, zeros.high) == (0, 0, 0)
+    differences = torch.tensor([0.0] * 7 + [1.0])
+    # t(.975, 7) = 2.364624; the deviation of seven zeros and a one is sqrt(1 / 8).
+    assert ReportScore.of(differences, 0.95).low == pytest.approx(1 / 8 - 2.364624 / 8, rel=1e-5)
+    # Of nothing, and of one value.
+    assert ReportScore.of(torch.tensor([math.nan]), 0.95).n == 0
+    alone = ReportScore.of(torch.tensor([2.0]), 0.95)
+    assert (alone.mean, alone.n) == (2.0, 1)
+    assert math.isnan(alone.low)
+    assert math.isnan(alone.high)
 
 
-BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
-    ("empty", lambda: quiet(_net(), Saliency, _noise, []), ValueError, "`loader`: expected at"),
-    ("models", lambda: quiet(3, Saliency, _noise, []), TypeError, "`models`: expected models"),
-    ("none", lambda: quiet({}, Saliency, _noise, []), ValueError, "`models`: expected at least"),
-    (
-        "explainer",
-        lambda: quiet(_net(), lambda m: m, _noise, []),
-        TypeError,
-        "`explainer`: expected an object",
-    ),
-    (
-        "attack",
-        lambda: quiet(_net(), Saliency, lambda e: e, []),
-        TypeError,
-        r"`attacks`: expected functions that return a captum\.robust\.Perturbation",
-    ),
-    (
-        "metrics",
-        lambda: quiet(_net(), Saliency, _noise, [], metrics=["cosine"]),
-        ValueError,
-        "`metrics`: expected one of 'kendall'",
-    ),
-    (
-        "batch",
-        lambda: quiet(_net(), Saliency, _noise, [(torch.ones(2, 6),) * 3]),
-        ValueError,
-        "batch of `loader`: expected inputs or",
-    ),
-    (
-        "labels",
-        lambda: quiet(_net(), Saliency, _noise, [(torch.ones(2, 6), torch.ones(3))]),
-        ValueError,
-        "labels of `loader`: expected class indices",
-    ),
-    (
-        "label",
-        lambda: quiet(_net(), Saliency, _noise, [torch.ones(2, 6)], target="label"),
-        ValueError,
-        "`target`: expected 'predicted' for a loader without labels",
-    ),
-]
+def test_which_columns_are_shares() -> None:
+    """Of two examples: Wilson's interval of a share of 1 begins at .34, Student's at 1."""
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    model = nn.Linear(2, 2, bias=False)
+    model.weight.data = 5 * torch.eye(2)
+    scores = report(Saliency(model), [(x, torch.tensor([0, 1]))], k=1).row().scores
+    shares = {name for name, score in scores.items() if score.low == pytest.approx(0.342, abs=1e-3)}
+    assert shares == {"accuracy", "accuracy, attacked", "prediction kept"}
+    assert {scores[name].low for name in set(scores) - shares} == {1.0}
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "text"), [pytest.param(*bad[1:], id=bad[0]) for bad in BAD]
-)
-def test_bad_input_gives_one_clear_error(
-    call: Callable[[], Any], error: type[Exception], text: str
-) -> None:
-    with pytest.raises(error, match=text):
-        call()
+ONE = torch.ones(2, 6, dtype=torch.float64)
+BAD: dict[str, Callable[[], Any]] = {
+    r"`loader`: expected at least one example": lambda: report(Saliency(_net()), []),
+    r"`loader`: expected batches: .*, found Tensor": lambda: report(Saliency(_net()), ONE),
+    r"`explainers` and `attacks`: expected two dictionaries .*, found \[\] and \[\]": lambda: (
+        stability_report({}, {}, [])
+    ),
+    r"`explainers` and `attacks`: .*, found Saliency.* and \['a'\]": lambda: stability_report(
+        Saliency(_net()), {"a": {}}, []
+    ),
+    r"`explainers` and `attacks`: .*, found \['a'\] and \['b'\]": lambda: stability_report(
+        {"a": Saliency(_net())}, {"b": {}}, []
+    ),
+    r"`explainer`: expected an object with Captum's .*, found Sequential": lambda: report(
+        _net(), []
+    ),
+    r"`n_step`: expected an option of .*n_steps": lambda: report(
+        (IntegratedGradients(_net()), {"n_step": 3}), []
+    ),
+    r"`attacks\['plain'\]`: expected a dictionary of objects with perturb": lambda: report(
+        Saliency(_net()), [], lambda e: e
+    ),
+    r"`attacks\['plain'\]`: expected .*, found {'a': <class .*RandomAttack'>}\. .*radius": lambda: (
+        stability_report({"plain": Saliency(_net())}, {"plain": {"a": RandomAttack}}, [])
+    ),
+    r"`control`: expected one of the attacks on 'plain', \['noise'\], found 'rest'": lambda: report(
+        Saliency(_net()), [], control="rest"
+    ),
+    r"`metrics`: expected a dictionary of functions by name, found \['cosine'\]": lambda: report(
+        Saliency(_net()), [], metrics=["cosine"]
+    ),
+    r"metric 'sum': expected shape \(2,\), found": lambda: report(
+        Saliency(_net()), [ONE], metrics={"sum": lambda a, b: a.sum()}
+    ),
+    r"`confidence`: expected": lambda: report(Saliency(_net()), [], confidence=95),
+    r"batch of `loader`: expected inputs or .*, found 3": lambda: report(
+        Saliency(_net()), [(ONE,) * 3]
+    ),
+    r"labels of `loader`: expected class indices .*\[3\]": lambda: report(
+        Saliency(_net()), [(ONE, torch.ones(3))]
+    ),
+    r"labels of `loader`: expected .*, found NoneType": lambda: report(
+        Saliency(_net()), [ONE], target="label"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_input_gives_one_clear_error(text: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=text):
+        BAD[text]()
 
 
 @pytest.mark.slow
@@ -282,18 +292,15 @@ def test_attack_moves_the_maps_of_digits_further_than_noise() -> None:
             F.cross_entropy(model(x[rows]), y[rows]).backward()
             optimizer.step()
     bounds: dict[str, Any] = {"radius": 0.1, "lower_bound": 0.0, "upper_bound": 1.0}
-    report = stability_report(
-        model,
-        Saliency,
-        {
-            "noise": lambda e: RandomAttack(e, **bounds),
-            "top-k": lambda e: TopKAttack(e, 25, step_num=40, **bounds),
-        },
-        [(x[test], y[test])],
-        k=25,
-        show_progress=False,
+    explainer = Saliency(model)
+    attacks = {
+        "noise": RandomAttack(explainer, **bounds),
+        "top-k": TopKAttack(explainer, 25, step_num=40, **bounds),
+    }
+    found = stability_report(
+        {"plain": explainer}, {"plain": attacks}, [(x[test], y[test])], k=25, control="noise"
     )
-    attacked = report.row(attack="top-k").scores
+    attacked = found.row(attack="top-k").scores
     assert attacked["accuracy"].mean > 0.9
     assert attacked["prediction kept"].mean == 1
     # Measured: .69 under noise and .53 under attack.

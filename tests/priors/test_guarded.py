@@ -107,14 +107,14 @@ def test_count_travels_in_the_state_dict() -> None:
     guarded, case = make(spoiled(nan), on_nonfinite="skip")
     guarded(case.inputs, target=0)
     resumed = copy.deepcopy(guarded)
-    resumed.skips.step.zero_()
+    resumed.skips.step = 0
     resumed.load_state_dict(guarded.state_dict())
     assert int(resumed.skips) == 1
 
 
 def test_formula_and_keywords_are_those_of_the_prior() -> None:
     guarded = make(on_nonfinite="skip", max_value=5)[0]
-    text = "2 * Guarded(AttributionPrior(Saliency, l2), 'skip', max_value=5)"
+    text = "2 * Guarded(AttributionPrior(Saliency, l2), on_nonfinite='skip', max_value=5.0)"
     assert repr(2 * guarded) == text
     assert not guarded.takes("baselines")
     assert Guarded(AttributionPrior(ExpectedGradients(nn.ReLU()), l1)).takes("baselines")

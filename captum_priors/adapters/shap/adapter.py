@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, like_inputs, selected
+from captum_priors._captum import as_tuple, like_inputs
 from captum_priors._checks import check_inputs, check_target
 from captum_priors._errors import TargetError, expected_found
+from captum_priors._rows import selected
 from captum_priors._types import Differentiation, Target, TensorOrTuple
 from captum_priors.adapters.shap.model import (
     TorchModel,

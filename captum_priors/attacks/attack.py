@@ -1,0 +1,404 @@
+"""Attacks on explanations: points of a ball are visited, and the best are kept."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from captum.robust import Perturbation
+from torch import Tensor
+
+from captum_priors._captum import as_tuple, forward_args, like_inputs, output_error, progress
+from captum_priors._checks import (
+    check_count,
+    check_floating,
+    check_inputs,
+    check_target,
+    nonnegative,
+    positive,
+)
+from captum_priors._errors import NotDifferentiableError, expected_found, one_of
+from captum_priors._probe import (
+    Probe,
+    check_explainer,
+    check_options,
+    default_target,
+    forward_func_of,
+    predictions,
+    seed_from_global_state,
+)
+from captum_priors._rows import run_forward
+from captum_priors._types import TensorOrTuple
+from captum_priors.adapters import differentiable
+from captum_priors.attacks.ball import Norm, ascend, balls, check_sizes, draw, for_each
+from captum_priors.engine import AttributionPass, derive
+from captum_priors.engine.model import out_of_inference
+from captum_priors.engine.random import STREAMS
+from captum_priors.penalties.maths import Axes
+
+Tensors = tuple[Tensor, ...]
+SamePrediction = Callable[[Tensor, Tensor], Tensor]
+
+
+class BoundedPerturbation(Perturbation, ABC):
+    """Each example keeps the best of the points visited that have its prediction.
+
+    A subclass says which points of the ball are visited and how they rank, the clean input among
+    them.
+    """
+
+    is_control = False
+    explainer: Any = None
+    output_weight = 0.0
+
+    def __init__(
+        self,
+        forward_func: Any,
+        radius: float | tuple[float, ...],
+        norm: Norm,
+        bounds: tuple[Any, Any],
+        keep_prediction: bool | SamePrediction,
+        seed: int | None,
+    ) -> None:
+        super().__init__()
+        one_of("norm", norm, ("Linf", "L2"))
+        check_sizes("radius", radius)
+        if not isinstance(keep_prediction, bool) and not callable(keep_prediction):
+            raise TypeError(
+                expected_found(
+                    "`keep_prediction`",
+                    "True, False or a function (outputs, clean_outputs) -> (batch,)",
+                    type(keep_prediction).__name__,
+                    "Pass True to keep the class.",
+                )
+            )
+        if (keep_prediction or self.output_weight) and not callable(forward_func):
+            raise TypeError(
+                expected_found(
+                    "`forward_func`",
+                    "the model whose prediction is to be kept",
+                    type(forward_func).__name__,
+                    "Pass forward_func=model, or keep_prediction=False and output_weight=0.",
+                )
+            )
+        check_count("seed", seed, least=0, optional=True)
+        self.forward_func, self.keep_prediction, self.seed = forward_func, keep_prediction, seed
+        self.radius, self.norm, (self.lower_bound, self.upper_bound) = radius, norm, bounds
+        self.attribute_options: dict[str, Any] = {}
+
+    @abstractmethod
+    def _visits(self, batch: "Batch") -> Iterator[Tensors]:
+        """Visit points of the ball."""
+
+    @abstractmethod
+    def _rank(self, batch: "Batch", points: Tensors) -> Tensor:
+        """Rank points, shape ``(batch,)``; nothing is better than infinity."""
+
+    def perturb(
+        self,
+        inputs: TensorOrTuple,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        baselines: Any = None,
+        annotation: Any = None,
+        show_progress: bool = False,
+    ) -> TensorOrTuple:
+        """Return perturbed inputs.
+
+        Args:
+            inputs: Tensor ``(batch, ...)`` or a tuple of them, within the bounds.
+            target: The output whose explanation is attacked, in any form that Captum takes; by
+                default the predicted class where there are several outputs.
+            additional_forward_args: Further arguments of the model.
+            baselines: Baselines of the explainer, where it takes them.
+            annotation: Nonzero where the evidence is, which then stays as it is; ``(batch, ...)``
+                with or without channels, or a tuple with one for each input.
+            show_progress: Show a progress bar over the steps.
+
+        Returns:
+            Tensors like ``inputs``, detached.
+
+        Raises:
+            NotDifferentiableError: If the attributions have no graph to the inputs.
+            TypeError: If an argument has another type.
+            ValueError: If inputs leave the bounds, or shapes do not match.
+        """
+        check_inputs(inputs)
+        check_floating(as_tuple(inputs))
+        check_target(target, len(as_tuple(inputs)[0]))
+        call = {"inputs": inputs, "target": target, "baselines": baselines}
+        explaining = AttributionPass(
+            *(each for each in (self.explainer, self.forward_func) if each is not None),
+            seed=seed_from_global_state() if self.seed is None else self.seed,
+            streams=STREAMS,
+            replayed=True,
+            exact=getattr(self.explainer, "differentiation", None) != "finite_difference",
+            given=call,
+        )
+        with explaining, torch.enable_grad():
+            call = {**call, "additional_forward_args": additional_forward_args}
+            batch = Batch(self, out_of_inference(call), annotation, explaining, show_progress)
+            best = batch.clean
+            highest = self._rank(batch, best)
+            for points in self._visits(batch):
+                ranks = self._rank(batch, points)
+                better = ranks > highest
+                if self.keep_prediction and bool(better.any()):
+                    better = better & self._keeps(batch.outputs(points), batch.clean_outputs)
+                best = tuple(
+                    torch.where(better.reshape(-1, *[1] * (p.dim() - 1)), p, b)
+                    for p, b in zip(points, best, strict=True)
+                )
+                highest = torch.where(better, ranks, highest)
+                if bool((highest == torch.inf).all()):
+                    break
+        return like_inputs(inputs, best)
+
+    def _keeps(self, outputs: Tensor, clean_outputs: Tensor) -> Tensor:
+        """Which examples have the prediction that they had, shape ``(batch,)``."""
+        if not callable(self.keep_prediction):
+            return predictions(outputs) == predictions(clean_outputs)
+        same = self.keep_prediction(outputs, clean_outputs)
+        return one_each("`keep_prediction`", same, len(outputs)).bool()
+
+
+class Batch:
+    """One call: the clean batch, and the model and the explainer as functions of points.
+
+    Both are given copies, which they may change; points are drawn from a stream of their own.
+    """
+
+    def __init__(
+        self,
+        attack: BoundedPerturbation,
+        call: dict[str, Any],
+        annotation: Any,
+        explaining: AttributionPass,
+        show_progress: bool,
+    ) -> None:
+        inputs, self.show_progress = call.pop("inputs"), show_progress
+        bounds = (attack.lower_bound, attack.upper_bound)
+        self.region = balls(as_tuple(inputs), attack.radius, attack.norm, *bounds, annotation)
+        self.clean = tuple(ball.centre for ball in self.region)
+        self.n, self.seed = len(self.clean[0]), explaining.seeded
+        self.generator = torch.Generator(self.clean[0].device).manual_seed(self.seed)
+        self._forward_func, self._args = attack.forward_func, call["additional_forward_args"]
+        needed = attack.keep_prediction or attack.output_weight
+        by_default = call["target"] is None and attack.explainer is not None
+        if needed or (by_default and self._forward_func is not None):
+            self.clean_outputs = self.outputs(self.clean)
+            call["target"] = default_target(self.clean_outputs, call["target"])
+        if attack.explainer is not None:
+            given = {name: value for name, value in call.items() if value is not None}
+            self._probe = Probe(attack.explainer, inputs, {**attack.attribute_options, **given})
+            self.clean_maps = self.maps(self.clean)
+
+    def outputs(self, points: Tensors, *, graph: bool = False) -> Tensor:
+        """Return all outputs of the model."""
+        with torch.set_grad_enabled(graph):
+            found = run_forward(self._forward_func, points, None, forward_args(self._args))
+        if found.shape[:1] != (self.n,):
+            raise output_error(found, self.n)
+        return found
+
+    def maps(self, points: Tensors, draws: int = 0, *, graph: bool = False) -> Tensors:
+        """Return the attributions; what the explainer draws is the same for the same number."""
+        copies = tuple(p.clone() for p in points)
+        return self._probe(copies, derive(self.seed, draws), graph=graph)
+
+
+def one_each(what: str, values: Any, n: int) -> Tensor:
+    """Require one value for each of n examples."""
+    if not isinstance(values, Tensor) or tuple(values.shape) != (n,):
+        raise ValueError(
+            expected_found(
+                what,
+                f"a tensor of shape ({n},)",
+                str(tuple(values.shape)) if isinstance(values, Tensor) else type(values).__name__,
+                "Return one value for each example.",
+            )
+        )
+    return values
+
+
+class AttributionAttack(BoundedPerturbation):
+    r"""Base of attacks that move an attribution map while the prediction stays.
+
+    .. math:: \max_{\tilde x}\; J\left(\Phi(\tilde x), \Phi(x)\right) \quad\text{s.t.}\quad
+        \lVert \tilde x - x \rVert \le r,\; l \le \tilde x \le u,\;
+        \arg\max f(\tilde x) = \arg\max f(x)
+
+    by projected gradient ascent on all examples at once: steps along the sign of the gradient
+    (``"Linf"``) or the gradient itself (``"L2"``). The gradient map of a ReLU network is piecewise
+    constant and gives no direction, so steps are taken with Softplus in place of ReLU, whose
+    steepness grows from the first to the second of ``betas`` (Dombrowski et al. 2019). What
+    is returned is, for each example, the best of all points visited that keep the prediction,
+    judged with the model as it is; the clean input is among them. The model is held still
+    meanwhile, and nothing of it, of the inputs or of any global random stream changes.
+
+    A subclass defines :meth:`objective`, :math:`J`.
+
+    Args:
+        explainer: An explainer that :func:`captum_priors.differentiable` takes and whose
+            attributions depend on the inputs differentiably.
+        radius: :math:`r`, in units of the inputs; a tuple has one for each input. Each
+            tensor of an example has a ball of its own, as in :class:`captum.robust.PGD`.
+        norm: ``"Linf"`` or ``"L2"``.
+        step_num: Gradient steps of each restart.
+        step_size: Length of a step, in units of the inputs; a tuple has one for each input. By
+            default ``5 * radius / step_num``.
+        betas: First and last steepness of Softplus in the steps; None leaves the model as it is.
+        lower_bound: :math:`l`, a number or a tensor that broadcasts to the inputs; a tuple has one
+            for each input.
+        upper_bound: :math:`u`, likewise.
+        n_restarts: How often to start; the best of all restarts counts.
+        random_start: Start at a uniform draw from the ball, as in :class:`captum.robust.PGD`,
+            another for each restart, rather than at the clean input.
+        output_weight: Weight of the squared change of the softmax outputs (of the output itself
+            where there is one), subtracted from the objective in the steps.
+        keep_prediction: Whether the class must stay: the largest of several outputs, or the sign
+            of one logit. Or a function ``(outputs, clean_outputs)`` that says so for each example.
+        forward_func: The model; by default the explainer's.
+        seed: Seed of all draws; by default read off torch's global generator, which does not move:
+            reseed it, or pass another seed, for other draws.
+        dim: The axes of the attributions that are places; absolute attributions are summed over
+            the others (channels). As in :func:`captum_priors.penalties.total_variation`.
+        attribute_options: Further keywords of ``explainer.attribute``, the same at every call.
+
+    Raises:
+        NotDifferentiableError: If the explainer cannot be differentiated.
+        TypeError: If an argument has another type.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> from captum.attr import InputXGradient
+        >>> from captum_priors.attacks import AttributionAttack
+        >>> class FirstFeature(AttributionAttack):
+        ...     "Make the first feature matter as little as possible."
+        ...     def objective(self, attributions, clean):
+        ...         return -attributions[0][:, 0].abs()
+        >>> model, x = torch.nn.Linear(3, 2, bias=False), torch.ones(1, 3)
+        >>> attack = FirstFeature(InputXGradient(model), radius=0.5, keep_prediction=False)
+        >>> round(attack.perturb(x, target=0)[0, 0].item(), 3)
+        0.5
+    """
+
+    def __init__(
+        self,
+        explainer: Any,
+        *,
+        radius: float | tuple[float, ...],
+        norm: Norm = "Linf",
+        step_num: int = 100,
+        step_size: float | tuple[float, ...] | None = None,
+        betas: tuple[float, float] | None = (10.0, 100.0),
+        lower_bound: Any = float("-inf"),
+        upper_bound: Any = float("inf"),
+        n_restarts: int = 1,
+        random_start: bool = True,
+        output_weight: float = 0.0,
+        keep_prediction: bool | SamePrediction = True,
+        forward_func: Any = None,
+        seed: int | None = None,
+        dim: Axes = None,
+        **attribute_options: Any,
+    ) -> None:
+        check_explainer(explainer)
+        self.output_weight = nonnegative("output_weight", output_weight)
+        model = forward_func_of(explainer) if forward_func is None else forward_func
+        super().__init__(model, radius, norm, (lower_bound, upper_bound), keep_prediction, seed)
+        check_count("step_num", step_num)
+        check_count("n_restarts", n_restarts)
+        if step_size is not None:
+            check_sizes("step_size", step_size)
+        if betas is not None and (not isinstance(betas, (tuple, list)) or len(betas) != 2):
+            raise ValueError(
+                expected_found(
+                    "`betas`",
+                    "a pair: the first and the last steepness of Softplus",
+                    repr(betas),
+                    "Pass (10, 100), or None for a network without ReLU.",
+                )
+            )
+        for i, beta in enumerate(betas or ()):
+            positive(f"betas[{i}]", beta)
+        self.explainer = differentiable(explainer)
+        check_options(self.explainer, attribute_options)
+        self.step_num, self.step_size, self.betas = step_num, step_size, betas
+        self.n_restarts, self.random_start = n_restarts, random_start
+        self.dim, self.attribute_options = dim, attribute_options
+
+    @abstractmethod
+    def objective(self, attributions: Tensors, clean: Tensors) -> Tensor:
+        """Return what the steps ascend, of attributions and the clean ones, shape ``(batch,)``."""
+
+    def score(self, attributions: Tensors, clean: Tensors) -> Tensor:
+        """Return what visited points are ranked by; by default the objective."""
+        return self.objective(attributions, clean)
+
+    def steepness(self, step: int) -> float | None:
+        """Steepness of Softplus in a step, growing geometrically."""
+        if self.betas is None:
+            return None
+        first, last = self.betas
+        return float(first * (last / first) ** (step / max(1, self.step_num - 1)))
+
+    def _visits(self, batch: Batch) -> Iterator[Tensors]:
+        default = tuple(5 / self.step_num * ball.radius for ball in batch.region)
+        given = default if self.step_size is None else self.step_size
+        sizes = for_each("step_size", given, len(batch.region))
+        steps = range(self.n_restarts * self.step_num)
+        bar = {"desc": type(self).__name__, "disable": not batch.show_progress}
+        points = batch.clean
+        for i in progress(steps, **bar):
+            if i % self.step_num == 0:
+                points = batch.clean
+                if self.random_start:
+                    points = draw(batch.region, "uniform", batch.generator)
+                    yield points
+            gradients = self._gradients(batch, points, i)
+            if gradients is None:
+                return
+            points = ascend(batch.region, points, gradients, sizes)
+            yield points
+
+    def _rank(self, batch: Batch, points: Tensors) -> Tensor:
+        scores = self.score(batch.maps(points), batch.clean_maps)
+        return one_each(f"score of {type(self).__name__}", scores, batch.n)
+
+    def _gradients(self, batch: Batch, points: Tensors, i: int) -> Tensors | None:
+        """Differentiate the objective in the i-th step; None if no point changes the maps."""
+        points = tuple(p.detach().requires_grad_() for p in points)
+        beta = self.steepness(i % self.step_num)
+        with AttributionPass(self.explainer, smooth=beta, holds=False, exact=False):
+            maps = batch.maps(points, i + 1, graph=True)
+            objective = self.objective(maps, batch.clean_maps)
+            total = one_each(f"objective of {type(self).__name__}", objective, batch.n).sum()
+            if self.output_weight:
+                change = _change(batch.outputs(points, graph=True), batch.clean_outputs)
+                total = total - self.output_weight * change.sum()
+            if total.requires_grad:
+                found = torch.autograd.grad(total, points, allow_unused=True)
+                if any(g is not None for g in found):
+                    pairs = zip(found, points, strict=True)
+                    return tuple(torch.zeros_like(p) if g is None else g for g, p in pairs)
+        elsewhere = batch.maps(draw(batch.region, "surface", batch.generator))
+        if any(not torch.equal(a, b) for a, b in zip(elsewhere, batch.clean_maps, strict=True)):
+            raise NotDifferentiableError(
+                expected_found(
+                    "`explainer`",
+                    "attributions with a graph to the inputs",
+                    f"none from {type(self.explainer).__name__}",
+                    "Look for detach() or torch.no_grad() in its attribute.",
+                )
+            )
+        return None
+
+
+def _change(outputs: Tensor, clean: Tensor) -> Tensor:
+    """Squared change of each example's outputs: of probabilities where there are several."""
+    if outputs.dim() > 1 and outputs.shape[1] > 1:
+        outputs, clean = outputs.softmax(1), clean.softmax(1)
+    return (outputs - clean).square().reshape(outputs.shape[0], -1).sum(1)

@@ -1,0 +1,212 @@
+"""Where a perturbed input may lie: within a radius of the clean one, and in the valid range."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from captum_priors._checks import positive
+from captum_priors._errors import expected_found
+
+Norm = Literal["Linf", "L2"]
+Distribution = Literal["surface", "uniform"]
+
+
+@dataclass(frozen=True)
+class Ball:
+    r"""One tensor's clean values :math:`x` with what is allowed around them.
+
+    .. math:: \{z : \lVert z - x \rVert \le r,\; l \le z \le u\}
+
+    In the maximum norm ``low`` and ``high`` are the whole of it.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.attacks.ball import balls
+        >>> (ball,) = balls((torch.zeros(1, 2),), radius=1.0, norm="L2", upper_bound=0.5)
+        >>> ball.project(torch.tensor([[3.0, 4.0]])).tolist()  # to (0.6, 0.8), and into the range
+        [[0.5, 0.5]]
+    """
+
+    centre: Tensor
+    radius: float
+    norm: str
+    low: Tensor
+    high: Tensor
+
+    def project(self, points: Tensor) -> Tensor:
+        """Return the nearest allowed point, or one on the way to it.
+
+        Clamping to a range that holds the centre moves each entry towards it, so the second step
+        does not leave the ball of the first.
+        """
+        if self.norm == "L2":
+            offset = points - self.centre
+            points = self.centre + offset * (self.radius / _norms(offset).clamp_min(self.radius))
+        return torch.clamp(points, self.low, self.high)
+
+    def step(self, points: Tensor, gradient: Tensor, size: float) -> Tensor:
+        """Go ``size`` in the norm's steepest direction, and back into the ball."""
+        gradient = torch.nan_to_num(gradient, 0.0, 0.0, 0.0) * self._free
+        direction = gradient.sign() if self.norm == "Linf" else _unit(gradient)
+        return self.project(points + size * direction)
+
+    def draw(self, distribution: Distribution, generator: torch.Generator | None = None) -> Tensor:
+        """Draw a point of the ball (``"uniform"``) or of its surface."""
+        options: dict[str, Any] = {
+            "dtype": self.centre.dtype,
+            "device": self.centre.device,
+            "generator": generator,
+        }
+        if self.norm == "Linf":
+            noise = 2 * torch.rand(self.centre.shape, **options) - 1
+            noise = noise if distribution == "uniform" else noise.sign()
+        else:
+            noise = _unit(torch.randn(self.centre.shape, **options) * self._free)
+            if distribution == "uniform":
+                share = torch.rand(_column(noise), **options)
+                dimensions = self._free.flatten(1).sum(1).clamp_min(1).reshape(_column(noise))
+                noise = noise * share ** (1 / dimensions)
+        return self.project(self.centre + self.radius * noise)
+
+    @property
+    def _free(self) -> Tensor:
+        return self.low < self.high
+
+
+def balls(
+    inputs: Sequence[Tensor],
+    radius: float | tuple[float, ...],
+    norm: Norm = "Linf",
+    lower_bound: Any = float("-inf"),
+    upper_bound: Any = float("inf"),
+    annotation: Any = None,
+) -> tuple[Ball, ...]:
+    """Make one ball around each input, of which it keeps a copy.
+
+    Options are those of :class:`captum_priors.attacks.AttributionAttack`, a tuple having one value
+    for each input. Where ``annotation`` is not zero, nothing may move.
+
+    Raises:
+        ValueError: If the inputs leave the bounds, or something does not fit them.
+    """
+    n = len(inputs)
+    names = [f"`inputs[{i}]`" for i in range(n)] if n > 1 else ["`inputs`"]
+    options = zip(
+        for_each("radius", radius, n),
+        for_each("lower_bound", lower_bound, n),
+        for_each("upper_bound", upper_bound, n),
+        for_each("annotation", annotation, n),
+        strict=True,
+    )
+    return tuple(
+        _ball(name, x.detach().clone(), norm, *each)
+        for name, x, each in zip(names, inputs, options, strict=True)
+    )
+
+
+def check_sizes(name: str, value: Any) -> Any:
+    """Require a positive finite number, or a tuple with one for each input, and return it."""
+    for each in value if isinstance(value, tuple) else (value,):
+        positive(name, each)
+    return value
+
+
+def draw(
+    region: Sequence[Ball], distribution: Distribution, generator: torch.Generator | None = None
+) -> tuple[Tensor, ...]:
+    """Draw a point of each ball, one after the other."""
+    return tuple(ball.draw(distribution, generator) for ball in region)
+
+
+def ascend(
+    region: Sequence[Ball],
+    points: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    sizes: Sequence[float],
+) -> tuple[Tensor, ...]:
+    """Take one step of its size in each ball."""
+    return tuple(
+        ball.step(p.detach(), g, size)
+        for ball, p, g, size in zip(region, points, gradients, sizes, strict=True)
+    )
+
+
+def _column(tensor: Tensor) -> tuple[int, ...]:
+    return (tensor.shape[0], *([1] * (tensor.dim() - 1)))
+
+
+def _norms(tensor: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(tensor.flatten(1), dim=1)
+    return norms.reshape(_column(tensor))
+
+
+def _unit(tensor: Tensor) -> Tensor:
+    """Divide each example by its Euclidean norm; zeros stay."""
+    # In units of the largest entry first: squares of small numbers would vanish.
+    largest = tensor.abs().flatten(1).amax(1).reshape(_column(tensor))
+    tensor = tensor / torch.where(largest > 0, largest, 1)
+    norms = _norms(tensor)
+    return tensor / torch.where(norms > 0, norms, 1)
+
+
+def for_each(name: str, value: Any, n: int) -> tuple[Any, ...]:
+    """Return one value for each of n tensors, from a tuple or from one for all."""
+    if not isinstance(value, tuple):
+        return (value,) * n
+    if len(value) != n:
+        raise ValueError(
+            expected_found(
+                f"`{name}`",
+                f"one value, or {n}: one for each input",
+                f"{len(value)}",
+                "A tuple has one entry for each tensor of `inputs`.",
+            )
+        )
+    return value
+
+
+def _ball(
+    name: str, centre: Tensor, norm: str, radius: float, lower: Any, upper: Any, annotation: Any
+) -> Ball:
+    low, high = (broadcast("bounds", bound, centre) for bound in (lower, upper))
+    # Bounds are often the normalised 0 and 1, rounded otherwise than the inputs were.
+    scale = torch.where(low.isfinite(), low.abs(), 0).maximum(
+        torch.where(high.isfinite(), high.abs(), 0)
+    )
+    slack = 8 * torch.finfo(centre.dtype).eps * scale
+    if bool(((centre < low - slack) | (centre > high + slack)).any()):
+        raise ValueError(
+            expected_found(
+                name,
+                "values between `lower_bound` and `upper_bound`",
+                f"values from {centre.min().item():.4g} to {centre.max().item():.4g}",
+                "Give the bounds in the units that the model sees, after any normalisation.",
+            )
+        )
+    low, high = torch.minimum(low, centre), torch.maximum(high, centre)
+    if norm == "Linf":
+        low, high = torch.maximum(low, centre - radius), torch.minimum(high, centre + radius)
+    if annotation is not None:
+        if annotation.dim() == centre.dim() - 1 > 1:
+            annotation = annotation.unsqueeze(1)  # one for all channels of an example
+        stays = broadcast("`annotation`", annotation, centre) != 0
+        low, high = (torch.where(stays, centre, bound) for bound in (low, high))
+    return Ball(centre, float(radius), norm, low, high)
+
+
+def broadcast(name: str, value: Any, like: Tensor) -> Tensor:
+    """Return a number or a tensor in the shape, dtype and place of another."""
+    try:
+        return torch.as_tensor(value, dtype=like.dtype, device=like.device).expand_as(like)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            expected_found(
+                name,
+                f"numbers, or tensors that broadcast to {tuple(like.shape)}",
+                f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value),
+                "Values for each channel have shape (channels, 1, 1).",
+            )
+        ) from error

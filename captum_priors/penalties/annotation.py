@@ -1,0 +1,196 @@
+"""What a person says about the features: one rule for it, and the penalties that take it."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_priors._errors import expected_found, one_of
+from captum_priors._rows import shared
+from captum_priors.penalties.maths import (
+    cosine_distance,
+    flat,
+    in_units_of_largest,
+    lift_penalty,
+)
+
+Values = Literal["mask", "binary", "finite"]
+_VALUES: dict[Values, tuple[Callable[[Tensor], Tensor], str, str]] = {
+    "mask": (
+        lambda a: (a >= 0) & (a <= 1),
+        "values from 0 (evidence may not lie here) to 1 (it may)",
+        "Scale the mask to [0, 1], and give a place that is not known a value.",
+    ),
+    "binary": (lambda a: (a == 0) | (a == 1), "zeros and ones", "Threshold it: (mask > 0.5)."),
+    "finite": (
+        torch.isfinite,
+        "finite numbers",
+        "Give a place that is not known a value, for example 0.",
+    ),
+}
+
+
+@lift_penalty
+def outside(attributions: Tensor, *, annotation: Tensor) -> Tensor:
+    r"""Squared attribution outside the annotation: right for the right reasons.
+
+    .. math:: \sum_i \left((1 - M_i)\, \phi_i\right)^2
+
+    (Ross, Hughes, Doshi-Velez 2017, whose mask :math:`A = 1 - M` marks what is
+    forbidden.)
+
+    Args:
+        attributions: ``(batch, ...)`` or a tuple of them.
+        annotation: :math:`M`, 1 where evidence may lie and 0 where it may not, with the
+            attributions' dimensions (:mod:`captum_priors.penalties` has the rule); or a tuple.
+
+    Returns:
+        Shape ``(batch,)``.
+
+    Raises:
+        ValueError: If the annotation does not fit, or leaves [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.penalties import outside
+        >>> phi, allowed = torch.tensor([[3.0, 4.0]]), torch.tensor([[1, 0]])
+        >>> outside(phi, annotation=allowed).item()
+        16.0
+    """
+    mask = fitted(attributions, annotation, "mask")
+    return flat((1 - mask) * attributions).square().sum(1)
+
+
+@lift_penalty
+def energy_outside(attributions: Tensor, *, annotation: Tensor) -> Tensor:
+    r"""Share of the positive attribution that lies outside the annotation.
+
+    .. math:: 1 - \frac{\sum_i M_i \phi_i^+}{\sum_i \phi_i^+}
+
+    (Rao et al. 2023, energy loss: tolerant of coarse boxes.) What shares one value of the
+    annotation is summed first: the channels, where it has one channel or none.
+
+    Args:
+        attributions: ``(batch, ...)`` or a tuple of them.
+        annotation: :math:`M` as in :func:`outside`.
+
+    Returns:
+        Shape ``(batch,)``, in [0, 1]; 0 where no attribution is positive.
+
+    Raises:
+        ValueError: If the annotation does not fit, or leaves [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.penalties import energy_outside
+        >>> phi, allowed = torch.tensor([[3.0, 1.0, -9.0]]), torch.tensor([[1, 0, 0]])
+        >>> energy_outside(phi, annotation=allowed).item()
+        0.25
+    """
+    mask = fitted(attributions, annotation, "mask")
+    together = [d for d in range(1, mask.dim()) if mask.shape[d] == 1]
+    evidence = attributions.sum(together, keepdim=True) if together else attributions
+    positive = in_units_of_largest(flat(evidence.relu()), 1)
+    return (positive * flat(1 - mask)).sum(1) / positive.sum(1).clamp_min(1)
+
+
+@lift_penalty
+def alignment(
+    attributions: Tensor, *, annotation: Tensor, measure: Literal["cosine", "mse"] = "cosine"
+) -> Tensor:
+    r"""Distance of the attributions from a given map.
+
+    .. math:: 1 - \frac{\langle\phi, M\rangle}{\lVert\phi\rVert \lVert M\rVert}
+        \quad\text{or}\quad \tfrac1p \sum_i (\phi_i - M_i)^2
+
+    Args:
+        attributions: ``(batch, ...)`` or a tuple of them.
+        annotation: The map :math:`M`, any real numbers, with the attributions' dimensions as in
+            :func:`outside`; or a tuple.
+        measure: ``"cosine"`` ignores scale, ``"mse"`` does not.
+
+    Returns:
+        Shape ``(batch,)``.
+
+    Raises:
+        ValueError: If the annotation does not fit, or is not finite.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.penalties import alignment
+        >>> phi = torch.tensor([[3.0, 4.0]])
+        >>> torch.allclose(alignment(phi, annotation=2 * phi), torch.zeros(1), atol=1e-6)
+        True
+    """
+    one_of("measure", measure, ("cosine", "mse"))
+    given = flat(fitted(attributions, annotation, "finite").expand_as(attributions))
+    if measure == "mse":
+        return (flat(attributions) - given).square().mean(1)
+    return cosine_distance(flat(attributions), given)
+
+
+def fitted(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
+    """Give an annotation the attributions' dimensions and dtype, so that the two broadcast.
+
+    It has an entry for each example, and the attributions' other dimensions, of the same size or of
+    size 1 where channels or places share it. From four dimensions on the channels may be left out,
+    ``(batch, height, width)``. What is one for the whole batch comes as ``shared(tensor)``, without
+    the dimension of the examples.
+    """
+    given = _checked(attributions, annotation, values)
+    n, shape = 1 if isinstance(annotation, shared) else len(attributions), attributions.shape
+    if given.dim() != len(shape) or any(
+        size not in ((n,) if d == 0 else (1, shape[d])) for d, size in enumerate(given.shape)
+    ):
+        found = annotation.value if isinstance(annotation, shared) else annotation
+        without = f", or {(shape[0], *shape[2:])} for all channels" if len(shape) > 3 else ""
+        raise ValueError(
+            expected_found(
+                "`annotation`",
+                f"one for each of the {len(attributions)} examples, shape {tuple(shape)}{without}",
+                str(tuple(found.shape)),
+                "Wrap what is one for the whole batch, captum_priors.shared(...); unsqueeze what "
+                "channels or places share; or resize the annotation.",
+            )
+        )
+    return given.to(attributions.dtype)
+
+
+def resized(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
+    """Average an annotation of images down to the size of maps ``(batch, channels, h, w)``."""
+    given = _checked(attributions, annotation, values)
+    if isinstance(annotation, shared):
+        given = given.expand(len(attributions), *given.shape[1:])
+    size = attributions.shape[2:]
+    if given.dim() == attributions.dim() == 4 and given.shape[2:] != size:
+        given = F.adaptive_avg_pool2d(given.to(attributions.dtype), (size[0], size[1]))
+    return fitted(attributions, given, values)
+
+
+def _checked(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
+    """Check type, device and values; add the dimensions that may be left out."""
+    given = annotation.value if isinstance(annotation, shared) else annotation
+    if not isinstance(given, Tensor):
+        raise TypeError(
+            expected_found("`annotation`", "a tensor", type(given).__name__, "Use torch.as_tensor.")
+        )
+    if given.device != attributions.device:
+        raise ValueError(
+            expected_found(
+                "`annotation`",
+                f"device {attributions.device} as for the attributions",
+                str(given.device),
+                f"Move it with .to({str(attributions.device)!r}).",
+            )
+        )
+    are_good, expected, remedy = _VALUES[values]
+    bad = ~are_good(given)
+    if bool(bad.any()):
+        place = bad.nonzero()[0].tolist()
+        found = f"annotation{place} = {given[tuple(place)].item():g}"
+        raise ValueError(expected_found("`annotation`", expected, found, remedy))
+    if isinstance(annotation, shared):
+        given = given.unsqueeze(0)
+    return given.unsqueeze(1) if given.dim() == attributions.dim() - 1 >= 3 else given

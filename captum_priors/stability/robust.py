@@ -1,0 +1,276 @@
+"""Regularizers that look at the worst point of a ball: robust attribution and its alignment."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Unpack
+
+from captum_priors._captum import like_inputs
+from captum_priors._checks import count, positive
+from captum_priors._errors import one_of
+from captum_priors._types import TensorOrTuple
+from captum_priors.attacks.ball import Ball, ascend, balls, check_sizes, draw, for_each
+from captum_priors.engine import derive
+from captum_priors.engine.gradients import differentiate
+from captum_priors.penalties.maths import cosine_distance
+from captum_priors.priors.base import Call, Reduction
+from captum_priors.stability.base import (
+    GradientRegularizer,
+    Shared,
+    Tensors,
+    Way,
+    cross_entropies,
+    flat_rows,
+    logits_and_labels,
+)
+
+Objective = Literal["ig_norm", "ig_sum_norm"]
+
+
+class _WorstCase(GradientRegularizer):
+    """A regularizer at the worst point of a ball of the maximum norm, with labels as the target.
+
+    The worst point is sought by signed gradient ascent from a random one (at the centre the
+    gradients that matter vanish), and is then a constant.
+    """
+
+    labels: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        forward_func: Any,
+        radius: float | tuple[float, ...],
+        step_size: float | tuple[float, ...],
+        step_num: int,
+        bounds: tuple[Any, Any],
+        **shared: Any,
+    ) -> None:
+        super().__init__(forward_func, **shared)
+        self.radius = check_sizes("radius", radius)
+        self.step_size = check_sizes("step_size", step_size)
+        self.step_num = count("step_num", step_num)
+        self.lower_bound, self.upper_bound = bounds
+
+    def _start(self, call: Call) -> tuple[tuple[Ball, ...], Tensors]:
+        """Return the ball and a random point of it."""
+        region = balls(call.inputs, self.radius, "Linf", self.lower_bound, self.upper_bound)
+        generator = torch.Generator(call.inputs[0].device).manual_seed(derive(call.seed, 0))
+        return region, draw(region, "uniform", generator)
+
+    def _climb(
+        self, region: tuple[Ball, ...], points: Tensors, score: Callable[[Tensors], Tensor]
+    ) -> Tensors:
+        """Raise the scores, one for each example, from the given points on."""
+        sizes = for_each("step_size", self.step_size, len(region))
+        for _ in range(self.step_num):
+            points = tuple(p.detach().requires_grad_() for p in points)
+            gradients = differentiate(score(points), points, create_graph=False)
+            points = ascend(region, points, gradients, sizes)
+        return points
+
+
+class RobustAttribution(_WorstCase):
+    r"""IG-NORM and IG-SUM-NORM: penalise what the loss's worst change is attributed to.
+
+    .. math:: \max_{x' \in B(x, r)} \lVert\mathrm{IG}_\ell(x, x')\rVert_1
+        \qquad\text{or}\qquad
+        \max_{x' \in B(x, r)} \ell(x') + \beta \lVert\mathrm{IG}_\ell(x, x')\rVert_1
+
+    with integrated gradients of the cross entropy :math:`\ell` along the line from :math:`x` to
+    :math:`x'`, which sum to :math:`\ell(x') - \ell(x)`, and the ball of the maximum norm (Chen et
+    al. 2019). The first is added to the cross entropy, with weight 1 in the paper; the second takes
+    its place. The target is the class labels.
+
+    The maximum is sought by signed gradient ascent from a random point, and is then a constant.
+    Defaults are the paper's for MNIST. Each of ``step_num`` steps differentiates
+    ``attack_n_steps`` input gradients.
+
+    Args:
+        forward_func: The model, which returns logits; a single one is a binary classifier's.
+        objective: ``"ig_norm"`` or ``"ig_sum_norm"``.
+        radius: :math:`r`, in units of the inputs; a tuple has one for each input.
+        step_size: Length of a step of the ascent, likewise.
+        step_num: Steps of the ascent.
+        n_steps: Midpoints of the integral that is trained on.
+        attack_n_steps: Midpoints of the integral during the ascent.
+        weight: :math:`\beta` of IG-SUM-NORM.
+        lower_bound: Least valid input, a number or a tensor that broadcasts; a tuple has one for
+            each input.
+        upper_bound: Largest valid input, likewise.
+        shared: As in :class:`InputGradientRegularization`.
+
+    Raises:
+        ValueError: If an option is not one of those above, a label is none of the classes, or the
+            inputs leave the bounds.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.stability import RobustAttribution
+        >>> flat = lambda x: torch.zeros(len(x), 2) * x  # a loss that does not move
+        >>> RobustAttribution(flat, step_num=2)(torch.randn(3, 2), target=0).item()
+        0.0
+    """
+
+    def __init__(
+        self,
+        forward_func: Any,
+        objective: Objective = "ig_norm",
+        *,
+        radius: float | tuple[float, ...] = 0.3,
+        step_size: float | tuple[float, ...] = 0.01,
+        step_num: int = 40,
+        n_steps: int = 50,
+        attack_n_steps: int = 10,
+        weight: float = 0.1,
+        lower_bound: Any = float("-inf"),
+        upper_bound: Any = float("inf"),
+        **shared: Unpack[Shared],
+    ) -> None:
+        bounds = (lower_bound, upper_bound)
+        super().__init__(forward_func, radius, step_size, step_num, bounds, **shared)
+        one_of("objective", objective, ("ig_norm", "ig_sum_norm"))
+        self.objective: Objective = objective
+        self.n_steps = count("n_steps", n_steps)
+        self.attack_n_steps = count("attack_n_steps", attack_n_steps)
+        self.weight = positive("weight", weight)
+        # The cross entropy of IG-SUM-NORM comes from an ordinary forward pass.
+        self.replayed = self.replayed and objective == "ig_norm"
+
+    def _scores(self, call: Call) -> Tensor:
+        def value(ends: Tensors, n_steps: int) -> Tensor:
+            size = flat_rows(self._integrated(call, ends, n_steps)).abs().sum(1)
+            if self.objective == "ig_norm":
+                return size
+            return cross_entropies(call, ends) + self.weight * size
+
+        region, start = self._start(call)
+        worst = self._climb(region, start, lambda points: value(points, self.attack_n_steps))
+        return value(worst, self.n_steps)
+
+    def _integrated(self, call: Call, ends: Tensors, n_steps: int) -> Tensors:
+        """Integrated gradients of the loss from the inputs to the ends."""
+        like = call.inputs[0]
+        alphas = (torch.arange(n_steps, dtype=like.dtype, device=like.device) + 0.5) / n_steps
+        pairs = list(zip(call.inputs, ends, strict=True))
+        path = tuple(torch.cat([torch.lerp(x, z, a.to(x.dtype)) for a in alphas]) for x, z in pairs)
+        gradients = self._input_gradients(call, path)
+        means = [g.unflatten(0, (n_steps, -1)).mean(0) for g in gradients]
+        return tuple((z - x) * mean for (x, z), mean in zip(pairs, means, strict=True))
+
+
+class AttributionAlignment(_WorstCase):
+    r"""ART: the gradient of the true class is like the image, that of the runner-up is not.
+
+    .. math:: \log\left(1 + e^{\,d(g_y, x) - d(g_k, x)}\right), \qquad d(g, x) = 1 - \cos(g, x),
+
+    with input gradients of the logits of the true class y and of the highest other class k (Singh
+    et al. 2020). It is the mean over :math:`x` and a perturbed :math:`\tilde x`, each compared with
+    the farther one of the two gradients :math:`g_y` and the nearer one of the two :math:`g_k`, at
+    :math:`x` and at :math:`\tilde x`. The perturbation raises the same loss, on the entries where
+    :math:`|g_y|` is largest, by signed ascent from a random point of the ball. The target is the
+    class labels. The paper adds it with weight ½ to the cross entropy *at the perturbed inputs*:
+    :meth:`perturb` gives such inputs.
+
+    Args:
+        forward_func: The model, which returns logits; a single one is a binary classifier's.
+        radius: Maximum norm of the perturbation, in units of the inputs; a tuple has one for each
+            input.
+        step_size: Length of a step of the ascent, likewise.
+        step_num: Steps of the ascent.
+        top_k: Entries that the ascent's loss looks at, all where there are fewer.
+        lower_bound: Least valid input, a number or a tensor that broadcasts; a tuple has one for
+            each input.
+        upper_bound: Largest valid input, likewise.
+        differentiation: ``"double_backprop"`` or ``"finite_difference"``.
+        reduction: ``"mean"`` or ``"sum"`` over the examples.
+        smooth: Softplus in place of ReLU with this steepness, 50 in the paper; None for ReLU,
+            whose gradients the ascent cannot move.
+
+    Raises:
+        ValueError: If an option is not one of those above, a label is none of the classes, or the
+            inputs leave the bounds.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.stability import AttributionAlignment
+        >>> model = torch.nn.Linear(3, 2)
+        >>> aligned = model.weight[:1].detach()  # an input like its own class's gradient
+        >>> art = AttributionAlignment(model, radius=1e-6, step_size=1e-6)
+        >>> (art(aligned, target=0) < art(-aligned, target=0)).item()
+        True
+    """
+
+    def __init__(
+        self,
+        forward_func: Any,
+        *,
+        radius: float | tuple[float, ...] = 8 / 255,
+        step_size: float | tuple[float, ...] = 5 / 255,
+        step_num: int = 3,
+        top_k: int = 1000,
+        lower_bound: Any = float("-inf"),
+        upper_bound: Any = float("inf"),
+        differentiation: Way = "double_backprop",
+        reduction: Reduction = "mean",
+        smooth: float | None = 50.0,
+    ) -> None:
+        shared = {"differentiation": differentiation, "reduction": reduction, "smooth": smooth}
+        bounds = (lower_bound, upper_bound)
+        super().__init__(forward_func, radius, step_size, step_num, bounds, **shared)
+        self.top_k = count("top_k", top_k)
+
+    def perturb(
+        self, inputs: TensorOrTuple, target: Any, additional_forward_args: Any = None
+    ) -> TensorOrTuple:
+        """Return the perturbed inputs that the next call on this batch will compare."""
+        with self.evaluating(inputs, None, target, additional_forward_args, advance=False) as call:
+            worst = self._worst(call)
+        return like_inputs(inputs, worst)
+
+    def _scores(self, call: Call) -> Tensor:
+        pairs = zip(call.inputs, self._worst(call), strict=True)
+        both = tuple(torch.cat(pair) for pair in pairs)
+        anchors = flat_rows(both).unflatten(0, (2, -1))
+        own, other = (flat_rows(g).unflatten(0, (2, -1)) for g in self._gradients(call, both))
+        terms = []
+        for anchor in anchors:
+            farther = torch.stack([cosine_distance(g, anchor) for g in own]).amax(0)
+            nearer = torch.stack([cosine_distance(g, anchor) for g in other]).amin(0)
+            terms.append(F.softplus(farther - nearer))
+        return torch.stack(terms).mean(0)
+
+    def _worst(self, call: Call) -> Tensors:
+        region, start = self._start(call)
+        with torch.no_grad():
+            saliency = flat_rows(self._gradients(call, start)[0]).abs()
+        top = saliency.topk(min(self.top_k, saliency.shape[1]), dim=1).indices
+
+        def loss(points: Tensors) -> Tensor:
+            own, other = (flat_rows(g).gather(1, top) for g in self._gradients(call, points))
+            x = flat_rows(points).gather(1, top)
+            return F.softplus(cosine_distance(own, x) - cosine_distance(other, x))
+
+        return self._climb(region, start, loss)
+
+    def _gradients(self, call: Call, points: Tensors) -> tuple[Tensors, ...]:
+        """Input gradients of the true class and of the runner-up."""
+
+        def own(points: Tensors) -> Tensor:
+            logits, true = _logits_and_class(call, points)
+            return torch.where(true, logits, 0).sum(1)
+
+        def other(points: Tensors) -> Tensor:
+            logits, true = _logits_and_class(call, points)
+            return logits.masked_fill(true, -torch.inf).amax(1)
+
+        return tuple(self._input_gradients(call, points, field) for field in (own, other))
+
+
+def _logits_and_class(call: Call, points: Tensors) -> tuple[Tensor, Tensor]:
+    """Logits, and where the true class is."""
+    logits, labels = logits_and_labels(call, points)
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    return logits, classes == labels.unsqueeze(1)

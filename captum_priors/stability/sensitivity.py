@@ -1,0 +1,212 @@
+"""Activation sensitivity (after Fidel et al. 2020, Moshe et al. 2024)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from captum_priors._checks import count, positive
+from captum_priors._errors import expected_found, one_of
+from captum_priors.engine import modules_of
+from captum_priors.priors.base import Call, Reduction
+from captum_priors.stability.base import (
+    Regularizer,
+    choice,
+    flat_rows,
+    full_precision,
+    repeated,
+)
+
+Layers = Literal["weights"] | Sequence[nn.Module | str]
+
+_WEIGHTS = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+
+
+class ActivationSensitivity(Regularizer):
+    r"""Penalise how much each neuron responds to small perturbations of the input.
+
+    .. math:: \frac{1}{|\mathcal L|} \sum_{l \in \mathcal L} \frac{1}{N_l}
+        \sum_{j=1}^{N_l} \mathbb E_\delta \left|
+        \frac{a_{l,j}(x + \delta) - a_{l,j}(x)}{s}\right|^q
+
+    over layers with :math:`N_l` neurons :math:`a_{l,j}`. Only first derivatives are taken.
+    For :math:`q = 2` and small Gaussian noise of standard deviation :math:`\sigma`, the term of a
+    layer tends to :math:`\tfrac{1}{N_l} \lVert\partial a_l/\partial x\rVert_F^2` with
+    ``scale="noise"``, and to :math:`\sigma^2` times that with ``scale=None``.
+
+    *From the papers* (their abstracts; their code is not public): a stochastic term that
+    decreases the sensitivity of individual neurons to small input perturbations, drawn anew at each
+    step, beside Jacobian regularization (:class:`JacobianRegularization`; add it).
+    *Interpretation*, each an option: which layers, what power, how the response is scaled, what
+    noise and how large. None of the defaults is a value from the papers.
+
+    Layers are modules, seen as the forward pass calls them; one that is called twice counts twice.
+    An activation that is a function in ``forward`` (``F.relu``) is no module: take the layer before
+    it, as ``"weights"`` does, or the module whose output it is.
+
+    Args:
+        forward_func: The model.
+        radius: Size of the noise in units of the inputs: standard deviation of ``"gaussian"``, half
+            width of ``"uniform"``, magnitude of ``"sign"``.
+        layers: ``"weights"``, the outputs of all linear and convolutional layers; or modules or
+            their names, whose outputs are taken.
+        power: :math:`q`, 1 or 2.
+        scale: :math:`s`: ``"noise"``, the root mean square of :math:`\delta`; ``"activation"``,
+            :math:`|a_{l,j}(x)|` plus the mean of these over the layer, a constant for gradients;
+            or None, 1.
+        noise: ``"gaussian"``, ``"uniform"`` or ``"sign"`` (each entry plus or minus the radius).
+        n_samples: Perturbations for each call.
+        reduction: ``"mean"`` or ``"sum"`` over the examples.
+        smooth: Run the model with ReLU as Softplus of this steepness.
+
+    Raises:
+        TypeError: If ``layers`` holds something other than modules and names.
+        ValueError: If an option is not one of those above, or the forward pass calls no such layer.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.stability import ActivationSensitivity
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> value = ActivationSensitivity(layer, n_samples=20_000)(torch.randn(1, 3))
+        >>> torch.allclose(value, layer.weight.square().sum() / 2, rtol=0.1)
+        True
+    """
+
+    radius: float
+    power: Literal[1, 2]
+    scale: Literal["noise", "activation"] | None
+    noise: Literal["gaussian", "uniform", "sign"]
+    n_samples: int
+    layers: Any
+    _chosen: tuple[nn.Module, ...]
+
+    def __init__(
+        self,
+        forward_func: Any,
+        radius: float = 0.1,
+        *,
+        layers: Layers = "weights",
+        power: Literal[1, 2] = 2,
+        scale: Literal["noise", "activation"] | None = "noise",
+        noise: Literal["gaussian", "uniform", "sign"] = "gaussian",
+        n_samples: int = 1,
+        reduction: Reduction = "mean",
+        smooth: float | None = None,
+    ) -> None:
+        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        self._set(
+            locals(),
+            radius=positive,
+            power=choice(1, 2),
+            scale=choice("noise", "activation", None),
+            noise=choice("gaussian", "uniform", "sign"),
+            n_samples=count,
+        )
+        self.layers, chosen = _chosen_layers(layers, modules_of(forward_func))
+        self.__dict__["_chosen"] = chosen  # past nn.Module's registration, as the model
+
+    def _scores(self, call: Call) -> Tensor:
+        call.refuse_coupled()  # before the hooks, which would see it run
+        clean = repeated(call.inputs, self.n_samples)
+        deltas = tuple(map(self._draw, clean))
+        noisy = (y + d for y, d in zip(clean, deltas, strict=True))
+        points = tuple(torch.cat([x, z]) for x, z in zip(call.inputs, noisy, strict=True))
+        with self._recording() as seen:
+            call.outputs(points)
+        silent = [m for m in self._chosen if not any(m is module for module, _ in seen)]
+        if not seen or (silent and self.layers != "weights"):
+            raise ValueError(
+                expected_found(
+                    "`layers`",
+                    "modules that the forward pass calls",
+                    f"that it does not call {type(silent[0]).__name__}",
+                    "Pass layers=[...], modules whose outputs count and that run.",
+                )
+            )
+        spread = flat_rows(deltas).square().mean(1).sqrt().reshape(self.n_samples, call.n, 1)
+        return torch.stack([self._term(a, call.n, spread) for _, a in seen]).mean(0)
+
+    def _term(self, activation: Tensor, n: int, spread: Tensor) -> Tensor:
+        """Mean response of the neurons of one layer, for each example."""
+        rows = (1 + self.n_samples) * n
+        if activation.dim() == 0 or activation.shape[0] % rows:
+            raise ValueError(
+                expected_found(
+                    "`layers`",
+                    f"outputs whose first dimension holds the {rows} examples of a pass",
+                    f"shape {tuple(activation.shape)}",
+                    "Pass layers=[...] that keep the batch first.",
+                )
+            )
+        values = full_precision(activation).reshape(1 + self.n_samples, n, -1)
+        clean, noisy = values[:1], values[1:]
+        response = (noisy - clean).abs()
+        if self.scale == "noise":
+            response = response / torch.where(spread > 0, spread, 1)
+        elif self.scale == "activation":
+            size = clean.detach().abs()
+            size = size + size.mean(2, keepdim=True)
+            response = response / torch.where(size > 0, size, 1)
+        return (response if self.power == 1 else response.square()).mean((0, 2))
+
+    def _draw(self, like: Tensor) -> Tensor:
+        like = like.detach()
+        if self.noise == "uniform":
+            return (2 * torch.rand_like(like) - 1) * self.radius
+        draw = torch.randn_like(like)
+        if self.noise == "sign":
+            draw = torch.where(draw >= 0, 1.0, -1.0).to(draw.dtype)
+        return draw * self.radius
+
+    @contextmanager
+    def _recording(self) -> Iterator[list[tuple[nn.Module, Tensor]]]:
+        seen: list[tuple[nn.Module, Tensor]] = []
+
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, (tuple, list)) else output
+            if isinstance(first, Tensor):
+                seen.append((module, first.clone()))  # the model may go on in place
+
+        with ExitStack() as stack:
+            for module in self._chosen:
+                stack.callback(module.register_forward_hook(record).remove)
+            yield seen
+
+
+def _chosen_layers(layers: Any, roots: Sequence[nn.Module]) -> tuple[Any, tuple[nn.Module, ...]]:
+    """What to show as ``layers``, by name where the model has one, and the modules themselves."""
+    shown: Any = layers
+    names = {module: name for root in roots for name, module in root.named_modules()}
+    if isinstance(layers, str):
+        one_of("layers", layers, ("weights",))
+        chosen = [m for m in names if isinstance(m, _WEIGHTS)]
+    else:
+        modules = {name: module for module, name in names.items()}
+        each = layers if isinstance(layers, (list, tuple)) else (layers,)
+        chosen = [modules.get(layer, layer) if isinstance(layer, str) else layer for layer in each]
+        for layer in chosen:
+            if not isinstance(layer, nn.Module):
+                raise (ValueError if isinstance(layer, str) else TypeError)(
+                    expected_found(
+                        "`layers`",
+                        "'weights', or modules of the model or their names",
+                        repr(layer),
+                        "See model.named_modules().",
+                    )
+                )
+        shown = [names.get(module, module) for module in chosen]
+    if not chosen:
+        raise ValueError(
+            expected_found(
+                "`layers`",
+                "at least one module, or linear or convolutional layers in the model",
+                "none",
+                "Pass layers=[...], the modules whose outputs count.",
+            )
+        )
+    return shown, tuple(dict.fromkeys(chosen))

@@ -1,0 +1,296 @@
+"""The tables that the laws of the whole package run over, through public names alone.
+
+A new regularizer, prior or explainer joins with one row.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import captum.attr as ca
+import pytest
+import torch
+from captum.robust import FGSM
+from torch import Tensor, nn
+
+from captum_priors import (
+    AttributionPrior,
+    ExpectedGradients,
+    LayerExpectedGradients,
+    NotDifferentiableError,
+    StabilityPrior,
+    differentiable,
+)
+from captum_priors.distances import mse
+from captum_priors.penalties import l2
+from captum_priors.priors import (
+    HINT,
+    EnergyPrior,
+    PixelPrior,
+    RightForTheRightReasons,
+    RRRGradCAM,
+)
+from captum_priors.stability import (
+    ATEX,
+    ActivationSensitivity,
+    AttributionAlignment,
+    CurvatureRegularization,
+    HessianPenalty,
+    InputGradientRegularization,
+    JacobianRegularization,
+    RobustAttribution,
+    SaliencyGuided,
+    SmoothSurface,
+)
+from tests.adapters.captum_table import ROWS as CAPTUM
+
+# What a refusal may be. Errors of torch's own, such as a shape that does not fit, are not among it.
+REFUSALS = (NotDifferentiableError, ValueError, TypeError)
+WAYS = ("double_backprop", "recompute", "finite_difference")
+FEATURES, CLASSES = 5, 3
+
+
+_SHARED = {"differentiation": "double_backprop", "reduction": "mean", "smooth": None}
+
+
+def options_of(cls: Any) -> dict[str, Any]:
+    """The options of a class with their defaults; open keywords are what regularizers share."""
+    found: dict[str, Any] = {}
+    for parameter in inspect.signature(cls).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD and parameter.name != "attribute_options":
+            found = {**_SHARED, **found}
+        elif parameter.default is not parameter.empty:
+            found[parameter.name] = parameter.default
+    return found
+
+
+def made(cls: Any, *args: Any, **options: Any) -> Any:
+    """Make it with those of the options that its signature has."""
+    known = options_of(cls)
+    return cls(*args, **{name: value for name, value in options.items() if name in known})
+
+
+def net(out: int = CLASSES) -> nn.Module:
+    """A smooth classifier of five features."""
+    return nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, out))
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, CLASSES))
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A prior that is no combination of others."""
+
+    name: str
+    make: Callable[..., Any]  # of a model, with options
+    cls: Any = None  # whose signature has the options
+    stacks: bool = True  # whether several copies of the batch go through the model at once
+    draws: bool = True
+    labels: bool = False  # whether the target is class labels
+    annotated: bool = False
+    images: bool = False
+    ways: tuple[str, ...] = ("double_backprop",)
+    frozen: tuple[tuple[str, Any], ...] = ()  # options that the row sets
+
+    def model(self) -> nn.Module:
+        return conv() if self.images else net()
+
+    def batch(self, n: int = 4) -> Tensor:
+        return torch.randn(n, 1, 4, 4) if self.images else torch.randn(n, FEATURES)
+
+    def call(self, x: Tensor, rows: Any = slice(None)) -> dict[str, Any]:
+        """Keywords of a call on these rows of a batch."""
+        n = len(x)
+        call: dict[str, Any] = {"target": (torch.arange(n) % CLASSES)[rows]}
+        if self.annotated:
+            mask = (torch.arange(x.numel()).reshape(x.shape) % 3 > 0).to(x.dtype)
+            call["annotation"] = mask[rows]
+        return call
+
+
+_ASCENT = {"step_num": 2, "attack_n_steps": 2, "radius": 0.2, "step_size": 0.15}
+_TWO = ("double_backprop", "finite_difference")
+
+
+def regularizer(name: str, cls: Any, options: dict[str, Any], **flags: Any) -> Leaf:
+    def make(model: Any, **more: Any) -> Any:
+        return made(cls, model, **{**options, **more})
+
+    return Leaf(name, make, cls, frozen=tuple(options.items()), **flags)
+
+
+def explained(name: str, make: Callable[[Any, str], Any], **flags: Any) -> Leaf:
+    """An attribution prior on an explainer of the model."""
+    call = flags.pop("call", {})
+
+    def prior(model: Any, differentiation: str = "double_backprop", **more: Any) -> Any:
+        explainer = make(model, differentiation)
+        return AttributionPrior(explainer, l2, **call, **more)
+
+    return Leaf(name, prior, AttributionPrior, ways=WAYS, **flags)
+
+
+def named(
+    name: str, cls: Any, *, layer: int | None = None, ways: tuple[str, ...] = WAYS, **flags: Any
+) -> Leaf:
+    def make(model: Any, **options: Any) -> Any:
+        return cls(model, *([] if layer is None else [model[layer]]), **options)
+
+    return Leaf(name, make, cls, ways=ways, **flags)
+
+
+def background(n: int = 6) -> Tensor:
+    return torch.linspace(-9, 9, n * FEATURES, dtype=torch.float64).sin().reshape(n, FEATURES)
+
+
+def noise(x: Tensor) -> Tensor:
+    return x + 0.1 * torch.randn_like(x)
+
+
+def _stability(model: Any, differentiation: str = "double_backprop", **options: Any) -> Any:
+    explainer = differentiable(ca.Saliency(model), differentiation=differentiation)
+    return StabilityPrior(explainer, mse, noise, abs=False, **options)
+
+
+def _attacked(model: Any, differentiation: str = "double_backprop", **options: Any) -> Any:
+    explainer = differentiable(ca.InputXGradient(model), differentiation=differentiation)
+
+    def climb(x: Tensor, target: Any = None) -> Any:
+        return FGSM(model).perturb(x, 0.1, target)
+
+    return StabilityPrior(explainer, mse, climb, **options)
+
+
+REGULARIZERS = [
+    regularizer("ATEX", ATEX, {"n_samples": 2, "radius": 0.3}),
+    regularizer("Hessian", HessianPenalty, {"n_samples": 2}, stacks=False),
+    regularizer("Hessian-difference", HessianPenalty, {"n_samples": 2, "curvature": "difference"}),
+    regularizer("Hessian-twice", HessianPenalty, {"n_samples": 2, "curvature": "difference_twice"}),
+    regularizer("Sensitivity", ActivationSensitivity, {"n_samples": 2}),
+    regularizer("Jacobian", JacobianRegularization, {"n_samples": 2}, ways=_TWO),
+    regularizer("Jacobian-exact", JacobianRegularization, {"n_samples": None}, draws=False),
+    regularizer(
+        "InputGradient",
+        InputGradientRegularization,
+        {},
+        labels=True,
+        draws=False,
+        stacks=False,
+        ways=_TWO,
+    ),
+    regularizer(
+        "CURE",
+        CurvatureRegularization,
+        {"step_size": 0.5},
+        labels=True,
+        draws=False,
+        ways=_TWO,
+    ),
+    regularizer("SSR", SmoothSurface, {}, draws=False, ways=_TWO),
+    regularizer("SGT", SaliencyGuided, {}),
+    regularizer("IG-NORM", RobustAttribution, {**_ASCENT, "n_steps": 4}, labels=True, ways=_TWO),
+    regularizer(
+        "IG-SUM-NORM",
+        RobustAttribution,
+        {**_ASCENT, "n_steps": 4, "objective": "ig_sum_norm"},
+        labels=True,
+        ways=_TWO,
+    ),
+    regularizer("ART", AttributionAlignment, {**_ASCENT, "top_k": 3}, labels=True, ways=_TWO),
+]
+EXPLAINED = [
+    explained(
+        "EG-1",
+        lambda m, way: ExpectedGradients(m, differentiation=way),
+        call={"n_samples": 1, "baselines": background()},
+        stacks=False,
+    ),
+    explained(
+        "EG-3",
+        lambda m, way: ExpectedGradients(m, differentiation=way),
+        call={"n_samples": 3, "baselines": background(), "stdevs": 0.1},
+    ),
+    explained(
+        "LayerEG",
+        lambda m, way: LayerExpectedGradients(m, m[1], differentiation=way),
+        call={"n_samples": 2, "baselines": background()},
+    ),
+    explained(
+        "Saliency",
+        lambda m, way: differentiable(ca.Saliency(m), differentiation=way),
+        call={"abs": False},
+        stacks=False,
+        draws=False,
+    ),
+    explained(
+        "IG",
+        lambda m, way: differentiable(ca.IntegratedGradients(m), differentiation=way),
+        call={"n_steps": 4},
+        draws=False,
+    ),
+]
+STABLE = [
+    Leaf("Stability", _stability, StabilityPrior, stacks=False, ways=WAYS),
+    Leaf("Stability-FGSM", _attacked, StabilityPrior, stacks=False, draws=False, ways=WAYS),
+]
+_MASKED: dict[str, Any] = {"annotated": True, "draws": False, "stacks": False}
+NAMED = [
+    named("RRR", RightForTheRightReasons, **_MASKED),
+    named("Energy", EnergyPrior, **_MASKED),
+    named("HINT", HINT, layer=0, images=True, ways=WAYS[:2], **_MASKED),
+    named("RRR-CAM", RRRGradCAM, layer=0, images=True, ways=WAYS[:2], **_MASKED),
+    Leaf(
+        "Pixel",
+        lambda m, **options: PixelPrior(m, **{"baselines": background(), **options}),
+        PixelPrior,
+        stacks=False,
+        ways=WAYS,
+    ),
+]
+LEAVES = [*REGULARIZERS, *EXPLAINED, *STABLE, *NAMED]
+LEAVES_AND_WAYS = [(leaf, way) for leaf in LEAVES for way in leaf.ways]
+
+
+def leaves_but(*names: str) -> Any:
+    """Parametrise over the leaves, without those that the law does not speak of."""
+    return pytest.mark.parametrize(
+        "leaf", [leaf for leaf in LEAVES if leaf.name not in names], ids=lambda leaf: leaf.name
+    )
+
+
+def leaves_and_ways_but(*names: str) -> Any:
+    """Parametrise over the leaves and their ways of differentiating, without these."""
+    pairs = [
+        pytest.param(leaf, way, id=f"{leaf.name}-{way}")
+        for leaf, way in LEAVES_AND_WAYS
+        if leaf.name not in names
+    ]
+    return pytest.mark.parametrize(("leaf", "way"), pairs)
+
+
+every_leaf, every_leaf_and_way = leaves_but(), leaves_and_ways_but()
+
+
+def those(**flags: Any) -> Any:
+    """Parametrise over the leaves with these flags."""
+    fit = [leaf for leaf in LEAVES if all(getattr(leaf, k) == v for k, v in flags.items())]
+    return pytest.mark.parametrize("leaf", fit, ids=lambda leaf: leaf.name)
+
+
+def way_options(leaf: Leaf, way: str) -> dict[str, str]:
+    """The option that asks for this differentiation, where the leaf has it."""
+    return {"differentiation": way} if len(leaf.ways) > 1 else {}
+
+
+# Captum's classes that differentiate the output of the model: all but perturbations and what
+# stops at a layer or neuron.
+_NO_GRADIENT = ("Feature", "Occlusion", "Shapley", "KernelShap", "Lime", "LLM", "DataLoader")
+GRADIENT_ROWS = [
+    name
+    for name, row in CAPTUM.items()
+    if row.target and not any(word in name for word in _NO_GRADIENT)
+]
+every_gradient_row = pytest.mark.parametrize("name", GRADIENT_ROWS)

@@ -1,0 +1,204 @@
+"""Only what was changed is put back: what a model, a user or another thread owns stays theirs."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import captum.attr as ca
+import pytest
+import shap
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from captum_priors import AttributionPrior, ExpectedGradients, differentiable
+from captum_priors.attacks import TopKAttack
+from captum_priors.metrics import local_lipschitz
+from captum_priors.penalties import l2
+from tests.adapters.captum_table import set_up
+from tests.laws.leaves import CAPTUM, FEATURES, Leaf, background, every_leaf, net
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_always_called",
+)
+
+
+class SetsItselfUp(nn.Module):
+    """A model that doubles a layer's outputs by a hook, and notes that it ran, at its first run."""
+
+    def __init__(self, inner: Any, layer: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.hooked = inner, [layer]
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        layer = self.hooked[0]
+        if not hasattr(layer, "ran"):
+            layer.ran = torch.zeros(2)
+            layer.register_forward_hook(lambda _, args, output: output * 2)
+        return self.inner(*args, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.inner[i]
+
+
+def kept(layer: Any) -> bool:
+    """Whether what the model set up is there, once, and nothing besides."""
+    return len(layer._forward_hooks) == 1 and hasattr(layer, "ran")
+
+
+@every_leaf
+def test_what_a_model_sets_up_stays_after_a_prior(leaf: Leaf) -> None:
+    inner, x = leaf.model(), leaf.batch()
+    prior = leaf.make(SetsItselfUp(inner, inner[0]))
+    prior(x, **leaf.call(x)).backward()
+    assert kept(inner[0])
+
+
+@pytest.mark.filterwarnings("ignore:You are providing multiple inputs for Lime")
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("name", CAPTUM)
+def test_what_a_model_sets_up_stays_after_an_adapter(name: str) -> None:
+    row, inner, x = set_up(name, CAPTUM[name].model)
+    stock = getattr(inner, "head" if name == "LLMGradientAttribution" else "second", inner.head)
+    model = SetsItselfUp(inner, stock)
+    explainer = differentiable(row.make(model))
+    row.tensors(explainer.attribute(row.subject(x), **row.call(inner)))
+    assert kept(stock)
+
+
+@pytest.mark.parametrize("name", ["GradientExplainer", "DeepExplainer"])
+def test_what_a_model_sets_up_stays_after_an_adapter_of_shap(name: str) -> None:
+    inner = net()
+    model = SetsItselfUp(inner, inner[0])
+    explainer = getattr(shap, name)(model, background())
+    for bare in (inner[0], model):  # the model ran when SHAP's object was made
+        assert len(bare._forward_hooks) <= 1
+    differentiable(explainer).attribute(torch.randn(3, FEATURES), target=0)
+    assert kept(inner[0])
+
+
+def test_what_a_model_sets_up_stays_after_attacks_and_metrics() -> None:
+    for ask in (
+        lambda m: TopKAttack(ca.Saliency(m), 2, radius=0.1, step_num=1).perturb(
+            torch.ones(2, 5), 0
+        ),
+        lambda m: local_lipschitz(ca.DeepLift(m), torch.ones(2, 5), radius=0.1, target=0),
+    ):
+        inner = net()
+        ask(SetsItselfUp(inner, inner[0]))
+        assert kept(inner[0])
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    return [list(getattr(m, kind)) for m in model.modules() for kind in HOOKS]
+
+
+@pytest.mark.filterwarnings("ignore:You are providing multiple inputs for Lime")
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
+@pytest.mark.parametrize("name", CAPTUM)
+def test_hooks_of_users_stay(name: str) -> None:
+    row, model, x = set_up(name, CAPTUM[name].model)
+    seen: list[str] = []
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding):
+            module.register_forward_pre_hook(lambda *_: seen.append("before"))
+            module.register_forward_hook(lambda *_: seen.append("after"))
+    model.register_forward_hook(lambda *_: seen.append("always"), always_call=True)
+    before = hooks_of(model)
+    row.tensors(differentiable(row.make(model)).attribute(row.subject(x), **row.call(model)))
+    assert hooks_of(model) == before
+    seen.clear()
+    model(torch.zeros(1, *model.shape, dtype=torch.long) if "LLM" in name else x)
+    assert seen.count("always") == 1
+    assert seen.count("before") == seen.count("after") >= 3
+
+
+def in_between(work: Callable[[], Any], prior_of: Callable[[nn.Module], Any]) -> Any:
+    """Run some work in another thread while the model of a prior is being explained here."""
+    result: list[Any] = []
+
+    class Waits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not result:
+                thread = threading.Thread(target=lambda: result.append(caught(work)))
+                thread.start()
+                thread.join(20)
+                assert result, "the other thread waits for this one"
+            return self.inner(x)
+
+    prior_of(Waits())(torch.randn(4, FEATURES), target=0).backward()
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
+
+
+def caught(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except Exception as error:  # to be raised where it is seen
+        return error
+
+
+PRIORS: dict[str, Callable[[nn.Module], Any]] = {
+    "double_backprop": lambda m: AttributionPrior(
+        ExpectedGradients(m), l2, baselines=background(), smooth=3.0
+    ),
+    "recompute": lambda m: AttributionPrior(
+        ExpectedGradients(m, differentiation="recompute"), l2, baselines=background(), smooth=3.0
+    ),
+    "DeepLift": lambda m: AttributionPrior(ca.DeepLift(m), l2, smooth=3.0),
+    "LRP": lambda m: AttributionPrior(ca.GuidedBackprop(m), l2, smooth=3.0),
+}
+every_prior = pytest.mark.parametrize("prior_of", PRIORS.values(), ids=PRIORS.keys())
+
+
+@every_prior
+def test_another_threads_model_is_as_it_was(prior_of: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.BatchNorm1d(4)), torch.randn(8, 5)
+    own = torch.Generator().manual_seed(3)
+
+    def work() -> tuple[Tensor, ...]:
+        y = model(x)
+        (slope,) = torch.autograd.grad(y[:, 0].sum(), model[0].weight, create_graph=True)
+        return y.detach(), slope.detach(), torch.randn(3, generator=own)
+
+    expected = work()
+    own.manual_seed(3)
+    model[2].reset_running_stats()
+    found = in_between(work, prior_of)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    assert all(m.training for m in model.modules())
+    assert int(model[2].num_batches_tracked) == 1
+    assert not any(hooks for hooks in hooks_of(model))
+
+
+@every_prior
+def test_another_threads_wrapped_model_trains(prior_of: Any) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(net())
+
+        def work() -> bool:
+            wrapped(torch.randn(4, FEATURES)).sum().backward()
+            return all(p.grad is not None for p in wrapped.parameters())
+
+        assert in_between(work, prior_of)
+    finally:
+        dist.destroy_process_group()
