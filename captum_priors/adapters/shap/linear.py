@@ -1,11 +1,16 @@
 r"""LinearExplainer and AdditiveExplainer: closed forms.
 
-Linear: :math:`\phi = c\,(x - \mu)` with the coefficients :math:`c` of the module.
+Linear: :math:`\phi = T(c)\,(x - \mu)` with the coefficients :math:`c` of the module. For
+independent features :math:`T(c) = \operatorname{diag}(c)`. For imputed ones :math:`T` is an average
+over random orders of the features: linear in :math:`c`, and estimated by SHAP once, when its
+explainer is made. That estimate is kept as it is, and what later changes of the coefficients add to
+it is estimated from as many orders of our own.
 
 Additive: for :math:`f(x) = c + \sum_i g_i(x_i)`, each feature by itself, :math:`\phi_i = f(x_i e_i)
 - f(0) - E[f(b_i e_i) - f(0)]`.
 
-Private: ``_parse_model``, which reads what LinearExplainer was given (0.51.0).
+Private: what LinearExplainer keeps, ``_parse_model``, ``coef``, ``cov``, ``mean``, ``avg_proj``,
+``x_transform``, ``valid_inds`` (0.51.0).
 """
 
 from collections.abc import Sequence
@@ -63,15 +68,8 @@ class LinearAdapter(AdditiveAdapter):
 
     mechanism = "coefficients read off the module"
 
-    def _start(self) -> None:
-        if self.explainer.feature_perturbation != "interventional":
-            raise refused(
-                "`masker` of LinearExplainer",
-                "an Independent or Partition one",
-                type(self.explainer.masker).__name__,
-                "Imputed values are an average over random orders, which SHAP estimates for "
-                "the coefficients that it was made with.",
-            )
+    held_fixed = "orders of imputed features"
+    _slopes: Tensor | None = None
 
     def _function(self) -> Any:
         coef, intercept = map(np.asarray, self.explainer._parse_model(self.explainer.model))
@@ -84,18 +82,68 @@ class LinearAdapter(AdditiveAdapter):
         return [np.concatenate([np.zeros((1, n)), np.eye(n), more])]
 
     def _mean(self) -> np.ndarray:
-        return numbers(self.explainer.mean).reshape(-1)
+        """Mean of all features; SHAP's own attribute loses some of them."""
+        found, data = getattr(self.explainer.masker, "mean", None), self.explainer.masker.data
+        if found is None and isinstance(data, (dict, tuple)):
+            found = data["mean"] if isinstance(data, dict) else data[0]
+        return (numbers(data).mean(0) if found is None else numbers(found)).reshape(-1)
 
     def _phi(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean = torch.as_tensor(self._mean()).to(x)
         outputs = self._torch(torch.cat([x.new_zeros(1, len(mean)), torch.eye(len(mean)).to(x)]))
         coef = outputs[1:] - outputs[0]  # (features[, outputs])
         base = outputs[0] + mean @ coef
+        if self.explainer.feature_perturbation != "interventional":
+            return self._imputed(x, coef), base
         centred = x - mean
         return (centred if coef.dim() == 1 else centred.unsqueeze(-1)) * coef, base
 
     def _base(self) -> Tensor:
         return self._phi(self._rows(self._mean()[None]))[1]
 
+    def _imputed(self, x: Tensor, coef: Tensor) -> Tensor:
+        if coef.dim() > 1:
+            raise refused(
+                "LinearExplainer with an Impute masker",
+                "a model with one output",
+                f"{coef.shape[1]}",
+                "SHAP has no such values; explain one output at a time.",
+            )
+        stock = self.explainer
+        if self._slopes is None:
+            self._slopes = transform_slopes(stock.cov, int(stock.nsamples))
+        mean, projection, transform, before, slopes = (
+            torch.as_tensor(np.asarray(a, dtype=float)).to(x)
+            for a in (stock.mean, stock.avg_proj, stock.x_transform, stock.coef, self._slopes)
+        )
+        kept = torch.as_tensor(stock.valid_inds, device=x.device)
+        change = (projection > 0).to(x) @ coef[kept] - before
+        transform = transform + torch.einsum("k,kij->ij", change, slopes)
+        phi = (x[:, kept] @ projection.T - mean) @ transform.T @ projection
+        return torch.zeros_like(x).index_copy(1, kept, phi)
+
     def _main_effects(self, values: np.ndarray) -> np.ndarray:
         return values.reshape(*values.shape[:2], -1)
+
+
+def transform_slopes(covariance: np.ndarray, n_orders: int) -> Tensor:
+    r"""Derivative of SHAP's transform by each coefficient, ``(coefficients, features, features)``.
+
+    With :math:`R_S = \Sigma_{\cdot S}\Sigma_{SS}^{-1}`, the prediction of all features from those
+    in :math:`S`, feature :math:`i` that joins :math:`S` receives :math:`c_i x_i + c_{\bar{S i}}
+    R_{Si} x_{Si} - c_{\bar S} R_S x_S`, on average over the orders.
+    """
+    n = len(covariance)
+    random = np.random.RandomState(0)
+    slopes = np.zeros((n, n, n))
+    for _ in range(n_orders):
+        order = random.permutation(n)
+        before = np.zeros((n, 0))
+        for j, i in enumerate(order):
+            known, rest = order[: j + 1], order[j + 1 :]
+            after = np.linalg.solve(covariance[np.ix_(known, known)], covariance[known]).T
+            slopes[i, i, i] += 1
+            slopes[rest[:, None], i, known] += after[rest]
+            slopes[order[j:, None], i, order[:j]] -= before[order[j:]]
+            before = after
+    return torch.as_tensor(slopes / n_orders)
