@@ -268,6 +268,23 @@ def test_pieces_are_as_the_whole(name: str, logit: bool, monkeypatch: pytest.Mon
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["CoalitionExplainer", "ExactExplainer"])
+def test_what_repeats_is_read_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run of SHAP for each row, and for the first those that W takes."""
+    net, runs = mlp(2), list[int]()
+    options: dict[str, Any] = {"partition_tree": _TREE} if name == "CoalitionExplainer" else {}
+    masker = shap.maskers.Partition(table(7, 0))
+    masker.feature_names = list("abcde")
+    cls = getattr(shap, name)
+    explain_row = cls.explain_row
+    adapter = differentiable(cls(predictor(net), masker, **options), model=net)
+    monkeypatch.setattr(
+        cls, "explain_row", lambda *a, **k: [runs.append(1), explain_row(*a, **k)][1]
+    )
+    assert adapter(table(6, 1)).tensor.requires_grad
+    assert len(runs) == 6 + 1
+
+
 def test_orders_along_a_tree() -> None:
     """Numba draws them, by no seed: the values add up and the graph is theirs."""
     net, x = mlp(2), table(2, 1)

@@ -141,7 +141,7 @@ class MaskedAdapter(ShapAdapter):
         run: Callable[[range], Found],
     ) -> Tensor:
         """Return W, ``(values, coalitions)``, in as many runs as its columns need."""
-        key, n = (repr(options), game.key()), len(game)
+        key, n = (repr(options.get("interactions")), game.key()), len(game)
         if self._known is not None and self._known[0] == key:
             return self._known[1]
         blocks = self._closed_form(game, options) or ([weights[:, :n]] if weights.size else [])
