@@ -112,10 +112,14 @@ class MaskedAdapter(ShapAdapter):
         """Run SHAP; return its result, and these columns of W, ``(values, columns)``."""
 
         def model(asked: np.ndarray) -> np.ndarray:
-            values, unit = game.answers(asked), asked[:, None] == np.array(columns)
+            values = game.answers(asked)
             if not columns:
                 return values
-            return np.concatenate([values.reshape(len(asked), -1), _TINY * unit], axis=1)
+            found = np.zeros((len(asked), values[0].size + len(columns)))
+            found[:, : values[0].size] = values.reshape(len(asked), -1)
+            (rows,) = np.nonzero((asked >= columns.start) & (asked < columns.stop))
+            found[rows, asked[rows] - columns.start + values[0].size] = _TINY
+            return found
 
         inner = copy.copy(self.explainer)
         inner.masker, inner.model = MaskerStandIn(game, varies=self._varies), model
