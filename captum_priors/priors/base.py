@@ -393,10 +393,11 @@ class Term(Prior):
         self._check_call(inputs, baselines, target, annotations)
         training = self.training_step()
         rank = rank_of_draws() if training and is_distributed() else 0
+        draw = self.stream.next_seed if advance else self.stream.peek
         explaining = AttributionPass(
             *self._explained(),
             owner=self,
-            seed=self.stream.next_seed(advance=training and advance, rank=rank),
+            seed=draw(advance=training, rank=rank),
             streams=self.draws,
             smooth=self.smooth,
             replayed=self.replayed,
