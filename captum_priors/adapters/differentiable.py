@@ -21,7 +21,10 @@ class Differentiable:
     ``differentiable(explainer)`` returns an explainer with the same ``attribute`` and the same
     numbers whose result can be differentiated; given a Captum class it returns a subclass of it.
     The explainer passed in is left untouched, and converting twice is converting once. What has no
-    certified conversion is refused.
+    certified conversion is refused; where Captum's own number leaves something out (a layer that
+    runs twice, activations that its rules do not cover), a warning says so once. What is explained
+    is the function that is trained, also where torch computes another one without gradients
+    (encoders with a padding mask).
 
     Args:
         explainer: A Captum explainer or class, or any object with Captum's ``attribute`` whose

@@ -63,8 +63,7 @@ class KeepGraph(TorchFunctionMode):
         n_rows: Number of rows that are explained.
     """
 
-    # What the calls are rewritten to, by the names of the methods below, where Captum
-    # makes them, or one module of Captum's.
+    # What the calls are rewritten to, by the names of the methods below.
     _rewrites: ClassVar[dict[Any, str]] = {
         torch.autograd.grad: "_grad",
         Tensor.__getitem__: "_pick",
@@ -72,8 +71,7 @@ class KeepGraph(TorchFunctionMode):
         Tensor.register_hook: "_register_hook",
         torch._C._set_grad_enabled: "_set_grad_enabled",  # what no_grad arrives as
     }
-
-    _only_in: ClassVar[dict[Any, str]] = {}
+    _only_in: ClassVar[dict[Any, str]] = {}  # in one module of Captum's, not in all
 
     def __init__(self, explainer: Any, n_rows: int) -> None:
         super().__init__()

@@ -9,7 +9,8 @@ What a person says about the examples is a keyword argument that a prior passes 
 ``annotation`` has one rule: an entry for each example, and the attributions' other dimensions, of
 the same size or of size 1 where channels or places share it. From four dimensions on the channels
 may be left out: ``(batch, height, width)`` for attributions ``(batch, channels, height, width)``.
-What is one for the whole batch is ``captum_priors.shared(tensor)``. Values are finite.
+What is one for the whole batch is ``captum_priors.shared(tensor)``, without the dimension of the
+examples. Values are finite.
 """
 
 from captum_priors.penalties.annotation import alignment, energy_outside, outside

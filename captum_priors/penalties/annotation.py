@@ -136,7 +136,8 @@ def fitted(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
 
     It has an entry for each example, and the attributions' other dimensions, of the same size or of
     size 1 where channels or places share it. From four dimensions on the channels may be left out,
-    ``(batch, height, width)``. What is one for the whole batch comes as ``shared(tensor)``.
+    ``(batch, height, width)``. What is one for the whole batch comes as ``shared(tensor)``, without
+    the dimension of the examples.
     """
     given = _checked(attributions, annotation, values)
     n, shape = 1 if isinstance(annotation, shared) else len(attributions), attributions.shape
@@ -160,11 +161,12 @@ def fitted(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
 def resized(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
     """Average an annotation of images down to the size of maps ``(batch, channels, h, w)``."""
     given = _checked(attributions, annotation, values)
+    if isinstance(annotation, shared):
+        given = given.expand(len(attributions), *given.shape[1:])
     size = attributions.shape[2:]
     if given.dim() == attributions.dim() == 4 and given.shape[2:] != size:
         given = F.adaptive_avg_pool2d(given.to(attributions.dtype), (size[0], size[1]))
-    given = fitted(attributions, shared(given) if isinstance(annotation, shared) else given, values)
-    return given.expand(len(attributions), *given.shape[1:])
+    return fitted(attributions, given, values)
 
 
 def _checked(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
@@ -189,6 +191,6 @@ def _checked(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
         place = bad.nonzero()[0].tolist()
         found = f"annotation{place} = {given[tuple(place)].item():g}"
         raise ValueError(expected_found("`annotation`", expected, found, remedy))
-    if isinstance(annotation, shared) and given.dim() < attributions.dim():
+    if isinstance(annotation, shared):
         given = given.unsqueeze(0)
     return given.unsqueeze(1) if given.dim() == attributions.dim() - 1 >= 3 else given

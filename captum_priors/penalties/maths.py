@@ -18,8 +18,8 @@ Axes = int | Sequence[int] | None
 def lift_penalty(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Sum a penalty of one tensor over a tuple of attributions.
 
-    Keywords without a default are annotations: a tuple of them has one for each tensor, and they
-    are taken as ``shared(...)``, too. Keywords with a default are options, the same for all.
+    Keywords without a default are annotations: a tuple of them has one for each tensor. Keywords
+    with a default are options, the same for all.
     """
     annotations = {
         name
@@ -43,8 +43,6 @@ def lift_penalty(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
             terms.append(call(tensor, **own))
         return _sum(terms)
 
-    marked: Any = wrapper
-    marked.takes_shared = True
     return wrapper
 
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from captum_priors._checks import count, positive
 from captum_priors._errors import expected_found, one_of
-from captum_priors._rows import Rows
 from captum_priors.engine import modules_of
 from captum_priors.priors.base import Call, Reduction
 from captum_priors.stability.base import (
@@ -117,10 +116,8 @@ class ActivationSensitivity(Regularizer):
         deltas = tuple(map(self._draw, clean))
         noisy = (y + d for y, d in zip(clean, deltas, strict=True))
         points = tuple(torch.cat([x, z]) for x, z in zip(call.inputs, noisy, strict=True))
-        rows = Rows(self.forward_func, None, call.args, call.n)
-        rows.refuse_coupled(call.inputs)  # which runs the model, too
         with self._recording() as seen:
-            rows(points)
+            call.outputs(points)
         silent = [m for m in self._chosen if not any(m is module for module, _ in seen)]
         if not seen or (silent and self.layers != "weights"):
             raise ValueError(

@@ -14,7 +14,7 @@ import captum.attr as ca
 import numpy as np
 import pytest
 import torch
-from captum._utils.models.linear_model import SkLearnLasso, SkLearnRidge
+from captum._utils.models.linear_model import SkLearnLasso, SkLearnLinearRegression, SkLearnRidge
 from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRule
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -389,6 +389,14 @@ ROWS: dict[str, Row] = {
         {"n_samples": 12},
         single_precision=True,
         mask=True,
+        input_gradients=False,
+    ),
+    "Lime-regression": Row(
+        lambda m: ca.Lime(m, interpretable_model=SkLearnLinearRegression(fit_intercept=False)),
+        {"n_samples": 12},
+        single_precision=True,
+        mask=True,
+        models=("mlp",),
         input_gradients=False,
     ),
     "LimeBase": Row(

@@ -123,6 +123,34 @@ def test_never_ends_below_the_clean_input_and_more_restarts_never_below_fewer(ma
     assert max(map(float, gains[1] if gains[1].any() else gains[3])) > 0  # they start elsewhere
 
 
+def test_restarts_begin_again() -> None:
+    case = mlp()
+    options = {"radius": 0.4, "norm": "L2", "random_start": False, "output_weight": 1.0}
+    once, often = (top_k(Saliency(case.model), n_restarts=n, **options) for n in (1, 3))
+    assert torch.equal(once.perturb(case.inputs), often.perturb(case.inputs))
+
+
+class Noisy:
+    """An explainer that draws, and works in place on what it is given."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.comparisons: list[float] = []
+
+    def attribute(self, inputs: Tensor) -> Tensor:
+        (self.steps if inputs.requires_grad else self.comparisons).append(torch.rand(()).item())
+        inputs *= 2
+        return inputs.square() + torch.rand(())
+
+
+def test_points_are_compared_under_one_draw_and_steps_draw_anew() -> None:
+    explainer, x = Noisy(), torch.ones(2, 4)
+    attack = distance(explainer, radius=0.5, n_restarts=2, keep_prediction=False)
+    torch.testing.assert_close((attack.perturb(x) - 1).abs(), torch.full((2, 4), 0.5))
+    assert len(set(explainer.comparisons)) == 1
+    assert len({*explainer.steps, *explainer.comparisons}) == 2 * 4 + 1
+
+
 def test_points_that_rank_below_the_clean_input_are_not_taken() -> None:
     class Misjudged(DistanceAttack):
         def score(self, attributions: Any, clean: Any) -> Tensor:
@@ -166,9 +194,9 @@ def test_leaves_no_trace(make: Make, block: Any) -> None:
     before = generator.get_state()
     attack = make(Saliency(model), radius=0.3)
     if make is not noise:
-        attack = make(ExpectedGradients(model), radius=0.3, baselines=x, generator=generator)
+        attack = make(ExpectedGradients(model), radius=0.3, generator=generator)
     with leaves_no_trace(model, tensors=[x]), block():
-        moved = attack.perturb(x)
+        moved = attack.perturb(x, baselines=x.clone())  # made in the block
     assert not torch.equal(moved, x)
     assert torch.equal(generator.get_state(), before)
 
@@ -358,15 +386,22 @@ def test_objectives_of_known_maps() -> None:
     assert torch.equal(pair.objective((a, two[:1]), (b, two[1:])), mse((a, two[:1]), (b, two[1:])))
 
 
-def test_output_weight_keeps_the_outputs() -> None:
+def test_output_weight_keeps_the_probabilities() -> None:
     case = relu_cnn()
-    changes = []
+    model, options = case.model, {"radius": 0.5, "step_num": 20, "keep_prediction": False}
+    explainer, changes = Saliency(model), []
     for weight in (0.0, 1e4):
-        options = {"radius": 0.5, "step_num": 20, "output_weight": weight, "random_start": False}
-        moved = manipulation(Saliency(case.model), **options).perturb(case.inputs, target=1)
-        p, q = (case.model(x).softmax(1) for x in (case.inputs, moved))
+        attack = manipulation(explainer, output_weight=weight, random_start=False, **options)
+        moved = attack.perturb(case.inputs, target=1)
+        p, q = (model(x).softmax(1) for x in (case.inputs, moved))
         changes.append((p - q).square().sum().item())
     assert changes[1] < changes[0] / 2
+    # What all logits have in common is no part of them.
+    attack = manipulation(explainer, output_weight=10.0, norm="L2", seed=0, **options)
+    moved = attack.perturb(case.inputs, target=1)
+    attack.forward_func = lambda x: model(x) + x.sum((1, 2, 3)).unsqueeze(1)
+    # Rounding grows over 20 steps.
+    torch.testing.assert_close(attack.perturb(case.inputs, target=1), moved, rtol=0, atol=1e-6)
 
 
 def close(outputs: Tensor, clean: Tensor) -> Tensor:
@@ -430,7 +465,9 @@ def test_annotation_without_channels_is_of_all_channels() -> None:
 def test_constant_maps_are_left_alone() -> None:
     x = torch.randn(3, 4)
     attack = top_k(Saliency(nn.Linear(4, 2)), radius=0.1, random_start=False)
-    assert torch.equal(attack.perturb(x, target=0), x)
+    moved = attack.perturb(x, target=0)
+    assert torch.equal(moved, x)
+    assert moved.data_ptr() != x.data_ptr()  # the caller may work on it in place
 
 
 def test_detached_explainer_is_refused() -> None:

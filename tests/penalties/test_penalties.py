@@ -375,7 +375,7 @@ def test_annotation_has_the_attributions_dimensions_or_shares_them(takes: Any) -
     expected = takes(PHI, annotation=maps[:, None])
     for same in (maps, maps.bool(), maps.long(), maps[:, None].float()):
         torch.testing.assert_close(takes(PHI, annotation=same), expected, rtol=0, atol=0)
-    for one in (maps[0], maps[:1], maps[:1, None]):  # for all examples
+    for one in (maps[0], maps[:1]):  # for all examples; the second with its channel
         found = takes(PHI, annotation=shared(one))
         torch.testing.assert_close(found, takes(PHI, annotation=maps[:1].expand(4, 6, 6)))
     full = maps[:, None].expand_as(PHI)
@@ -501,10 +501,12 @@ TYPES: dict[str, Bad] = {
     ),
 }
 VALUES: dict[str, Bad] = {
-    r"`attributions`: expected shape \(batch, \.\.\.\).*, found shapes \[\(3,\)\]\. Unsqueeze": lambda: (
-        l2(TWO[0])
+    r"`attributions`: expected shape \(batch, .*, found shapes \[\(3,\)\]\. Unsqueeze": lambda: l2(
+        TWO[0]
     ),
-    r"`attributions`: expected .*, found shapes \[\(2, 0\)\]\. .* one feature": lambda: gini(TWO[:, :0]),
+    r"`attributions`: expected .*, found shapes \[\(2, 0\)\]\. .* one feature": lambda: gini(
+        TWO[:, :0]
+    ),
     r"one batch size, found shapes \[\(2, 3\), \(1, 3\)\]": lambda: l2((TWO, TWO[:1])),
     r"`attributions`: expected at least one tensor, found an empty tuple": lambda: l2(()),
     **{
