@@ -23,7 +23,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from captum_priors import differentiable
-from captum_priors.adapters._shap import ROWS
+from captum_priors.adapters.shap import ROWS
 from captum_priors.testing import check_differentiable
 
 N_ROWS, N_BACKGROUND = 16, 50

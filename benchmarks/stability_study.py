@@ -130,7 +130,8 @@ class Study:
         """Train with the activation-sensitivity term."""
         torch.manual_seed(seed)
         model = network()
-        prior = ActivationSensitivity(model, radius)
+        relus = [layer for layer in model if isinstance(layer, nn.ReLU)]
+        prior = ActivationSensitivity(model, radius, layers=relus)
         return self.fit(model, seed, term=lambda x, _: weight * prior(x))
 
     def adversarial(self, seed: int, *, radius: float) -> nn.Module:

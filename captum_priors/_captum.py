@@ -18,6 +18,7 @@ from captum._utils.models.linear_model import (
 )
 from captum._utils.progress import progress
 from captum.attr._core.dataloader_attr import SUPPORTED_METHODS
+from captum.attr._core.deep_lift import SUPPORTED_NON_LINEAR
 from captum.attr._core.llm_attr import GradientForwardFunc
 from captum.attr._utils.common import _format_callable_baseline
 from captum.attr._utils.lrp_rules import (
@@ -34,6 +35,7 @@ from captum_priors._types import TensorOrTuple
 
 __all__ = [
     "CAPTUM_RULES",
+    "RESCALED",
     "SUPPORTED_METHODS",
     "GradientForwardFunc",
     "PropagationRule",
@@ -53,6 +55,8 @@ __all__ = [
 ]
 
 CAPTUM_RULES = (EpsilonRule, GammaRule, Alpha1_Beta0_Rule, IdentityRule)
+# The modules that DeepLIFT has a rule for, by their exact types.
+RESCALED = tuple(SUPPORTED_NON_LINEAR)
 
 
 as_tuple: Callable[[Any], tuple[Tensor, ...]] = _format_tensor_into_tuples

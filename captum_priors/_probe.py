@@ -122,7 +122,8 @@ def check_outputs(outputs: Tensor, n_examples: int) -> Tensor:
                 "`forward_func`",
                 f"outputs for each of the {n_examples} examples",
                 f"shape {tuple(outputs.shape)}",
-                "Return shape (batch, classes), or (batch,) for one logit.",
+                "Return shape (batch, classes), or (batch,) for one logit; a loss takes "
+                'reduction="none".',
             )
         )
     return outputs

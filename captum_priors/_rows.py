@@ -19,7 +19,8 @@ from captum_priors.engine.model import ReluMode, current_beta
 class shared:  # noqa: N801  # reads as the function that it is used as
     """Mark an annotation that is one for the whole batch, instead of an entry for each example.
 
-    Priors pass its value on whole, whatever its shape.
+    Priors pass its value on whole, whatever its shape; a shared ``annotation``, of which every
+    penalty wants one for each example, is repeated for them.
 
     Example:
         >>> import torch
@@ -139,8 +140,11 @@ class Rows:
         Captum's classes do, but not (``always``) where the gradient comes later.
         """
         current = current_pass()
-        if current is None or not current.first or not (always or current.holds) or self.n < 2:
+        if current is None or current.judged or not current.first or self.n < 2:
             return
+        if not (always or current.holds):
+            return
+        current.judged = True
         if not current.holds:
             refuse_batch_statistics(submodules_of(self.forward_func))
 

@@ -31,7 +31,7 @@ def shown_options(thing: Any, skip: Sequence[str] = ()) -> list[str]:
     Of those without a default, the numbers and words: models and data have no short form.
     """
     found = []
-    options = _options(type(thing))
+    options: dict[str, Any] = _options(type(thing))  # type: ignore[arg-type]  # a class is hashable
     for name, default in options.items():
         value = getattr(thing, name, getattr(thing, f"_{name}", default))
         needed = default is inspect.Parameter.empty
@@ -47,8 +47,8 @@ def shown_options(thing: Any, skip: Sequence[str] = ()) -> list[str]:
 
 def shown_value(value: Any) -> str:
     """Value as it would be written, without addresses: another process has others."""
-    if isinstance(value, Tensor):
-        return f"tensor{tuple(value.shape)}"
+    if isinstance(value, Tensor) or value is ...:
+        return "..."
     if isinstance(value, tuple):
         inside = ", ".join(map(shown_value, value))
         return f"({inside},)" if len(value) == 1 else f"({inside})"

@@ -250,27 +250,30 @@ class RegularizerRow:
     name: str
     cls: Callable[..., Any]
     options: dict[str, Any] = field(default_factory=dict)
-    ways: tuple[str, ...] = ()
+    ways: dict[str, dict[str, Any]] = field(default_factory=dict)
     draws: bool = True
 
     def make(self, model: Any, way: str = "double_backprop", **options: Any) -> Any:
         """Make it for a model."""
-        ways = {"differentiation": way} if self.ways else {}
-        return self.cls(model, **{**self.options, **ways, **options})
+        return self.cls(model, **{**self.options, **self.ways.get(way, {}), **options})
 
 
-_WAYS = ("double_backprop", "finite_difference")
+_WAYS = {way: {"differentiation": way} for way in ("double_backprop", "finite_difference")}
+_DIFFERENCES: dict[str, dict[str, Any]] = {
+    "double_backprop": {"curvature": "difference"},
+    "finite_difference": {"curvature": "difference_twice"},
+}
 _SMALL = {"step_num": 2, "radius": 0.2, "step_size": 0.15}
 REGULARIZERS = [
     RegularizerRow("ATEX", ATEX, {"n_samples": 2, "radius": 0.3}),
     RegularizerRow("ATEX-published", ATEX, {"n_samples": 2, "radius": 0.3, "positions": (-1, 0)}),
-    RegularizerRow("Hessian", HessianPenalty, {"n_probes": 2}),
-    RegularizerRow("Hessian-differences", HessianPenalty, {"method": "finite_difference"}, _WAYS),
+    RegularizerRow("Hessian", HessianPenalty, {"n_samples": 2}),
+    RegularizerRow("Hessian-differences", HessianPenalty, {}, _DIFFERENCES),
     RegularizerRow("Sensitivity", ActivationSensitivity, {"n_samples": 2}),
-    RegularizerRow("Jacobian", JacobianRegularization, {"n_probes": 2}, _WAYS),
-    RegularizerRow("Jacobian-exact", JacobianRegularization, {"n_probes": None}, _WAYS, False),
+    RegularizerRow("Jacobian", JacobianRegularization, {"n_samples": 2}, _WAYS),
+    RegularizerRow("Jacobian-exact", JacobianRegularization, {"n_samples": None}, _WAYS, False),
     RegularizerRow("InputGradient", InputGradientRegularization, {}, _WAYS, False),
-    RegularizerRow("CURE", CurvatureRegularization, {"h": 0.5}, _WAYS, False),
+    RegularizerRow("CURE", CurvatureRegularization, {"step_size": 0.5}, _WAYS, False),
     RegularizerRow("SSR", SmoothSurface, {}, _WAYS, False),
     RegularizerRow("SGT", SaliencyGuided),
     RegularizerRow(

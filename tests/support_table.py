@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _summary
-from captum_priors.adapters._shap._registry import ROWS as SHAP_ROWS
-from captum_priors.adapters._table import ADAPTERS, REFUSED, held_fixed
+from captum_priors.adapters.captum import ADAPTERS, REFUSED, held_fixed
+from captum_priors.adapters.shap import ROWS as SHAP_ROWS
 from tests.integrations.settings import settings_table
 
 ROOT = Path(__file__).parents[1]

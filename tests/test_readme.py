@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import _summary
-from captum_priors.adapters._shap._registry import ROWS as SHAP_ROWS
-from captum_priors.adapters._table import ADAPTERS
+from captum_priors.adapters.captum import ADAPTERS
+from captum_priors.adapters.shap import ROWS as SHAP_ROWS
 from tests.support_table import TABLES, in_place
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,15 @@
 """Explainers of other packages, made differentiable."""
 
-from captum_priors.adapters._captum_adapter import CaptumAdapter
-from captum_priors.adapters._differentiable import differentiable
-from captum_priors.adapters._shap import ShapAdapter
+from captum_priors.adapters import (  # noqa: F401  # each adds its adapters to the table
+    gradients,
+    language,
+    methods,
+    relevance,
+    rules,
+    surrogates,
+)
+from captum_priors.adapters.captum import CaptumAdapter
+from captum_priors.adapters.differentiable import differentiable
+from captum_priors.adapters.shap import ShapAdapter
 
 __all__ = ["CaptumAdapter", "ShapAdapter", "differentiable"]

@@ -18,7 +18,6 @@ from captum_priors._checks import (
     positive,
 )
 from captum_priors._errors import NotDifferentiableError, expected_found, one_of
-from captum_priors._importance import check_spatial_dims
 from captum_priors._probe import (
     Probe,
     check_explainer,
@@ -35,6 +34,7 @@ from captum_priors.attacks.ball import Norm, ascend, balls, check_sizes, draw, f
 from captum_priors.engine import AttributionPass, derive
 from captum_priors.engine.model import out_of_inference
 from captum_priors.engine.random import STREAMS
+from captum_priors.penalties.maths import Axes
 
 Tensors = tuple[Tensor, ...]
 SamePrediction = Callable[[Tensor, Tensor], Tensor]
@@ -262,9 +262,8 @@ class AttributionAttack(BoundedPerturbation):
         forward_func: The model; by default the explainer's.
         seed: Seed of all draws; by default read off torch's global generator, which does not move:
             reseed it, or pass another seed, for other draws.
-        spatial_dims: How many of the last dimensions of the attributions are spatial. Absolute
-            attributions are summed over the others (channels); by default over dimension 1 from
-            four dimensions on.
+        dim: The axes of the attributions that are places; absolute attributions are summed over
+            the others (channels). As in :func:`captum_priors.penalties.total_variation`.
         attribute_options: Further keywords of ``explainer.attribute``, the same at every call.
 
     Raises:
@@ -303,7 +302,7 @@ class AttributionAttack(BoundedPerturbation):
         keep_prediction: bool | SamePrediction = True,
         forward_func: Any = None,
         seed: int | None = None,
-        spatial_dims: int | None = None,
+        dim: Axes = None,
         **attribute_options: Any,
     ) -> None:
         check_explainer(explainer)
@@ -325,12 +324,11 @@ class AttributionAttack(BoundedPerturbation):
             )
         for i, beta in enumerate(betas or ()):
             positive(f"betas[{i}]", beta)
-        check_spatial_dims(spatial_dims)
         self.explainer = differentiable(explainer)
         check_options(self.explainer, attribute_options)
         self.step_num, self.step_size, self.betas = step_num, step_size, betas
         self.n_restarts, self.random_start = n_restarts, random_start
-        self.spatial_dims, self.attribute_options = spatial_dims, attribute_options
+        self.dim, self.attribute_options = dim, attribute_options
 
     @abstractmethod
     def objective(self, attributions: Tensors, clean: Tensors) -> Tensor:

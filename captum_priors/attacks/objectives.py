@@ -8,7 +8,6 @@ from torch import Tensor
 
 from captum_priors._checks import check_count
 from captum_priors._errors import expected_found, one_of
-from captum_priors._importance import importance, importance_rows
 from captum_priors._probe import forward_func_of
 from captum_priors._types import Distance, TensorOrTuple
 from captum_priors.attacks.attack import (
@@ -19,6 +18,7 @@ from captum_priors.attacks.attack import (
     Tensors,
 )
 from captum_priors.attacks.ball import Distribution, Norm, broadcast, draw, for_each
+from captum_priors.penalties.maths import importance, importance_rows
 
 
 class DistanceAttack(AttributionAttack):
@@ -108,7 +108,7 @@ class TopKAttack(AttributionAttack):
 
     def objective(self, attributions: Tensors, clean: Tensors) -> Tensor:
         """Minus the share of the clean map's top features."""
-        rows = importance_rows(attributions, self.spatial_dims)
+        rows = importance_rows(attributions, self.dim)
         total = rows.sum(1)
         return -(rows * self._top(clean)).sum(1) / torch.where(total > 0, total, 1)
 
@@ -118,7 +118,7 @@ class TopKAttack(AttributionAttack):
         return -stay + 0.5 * self.objective(attributions, clean)
 
     def _top(self, maps: Tensors) -> Tensor:
-        rows = importance_rows(maps, self.spatial_dims)
+        rows = importance_rows(maps, self.dim)
         if rows.shape[1] <= self.k:
             raise ValueError(
                 expected_found(
@@ -164,7 +164,7 @@ class MassCenterAttack(AttributionAttack):
 
     def _centre(self, attributions: Tensor) -> Tensor:
         """Centre of mass, shape ``(batch, spatial dimensions)``."""
-        mass = importance(attributions, self.spatial_dims)
+        mass = importance(attributions, self.dim)
         total = mass.flatten(1).sum(1)
         coordinates = []
         for dim in range(1, mass.dim()):
@@ -236,7 +236,7 @@ class ManipulationAttack(AttributionAttack):
         )
 
     def _normal(self, maps: Tensors) -> Tensor:
-        rows = importance_rows(maps, self.spatial_dims)
+        rows = importance_rows(maps, self.dim)
         mean = rows.mean(1, keepdim=True)
         return rows / torch.where(mean > 0, mean, 1)
 

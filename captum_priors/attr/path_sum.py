@@ -104,7 +104,7 @@ class PathSum:
 
     def stacks(self) -> bool:
         """Whether points of other examples, or several of one, decide which rows run together."""
-        return self.n_samples > 1 or (self.rows_at_once or self.rows.n) < self.rows.n
+        return len(self.draws.alphas) > 1 or (self.rows_at_once or self.rows.n) < self.rows.n
 
     @torch.no_grad()
     def convergence_delta(self, inputs: Tensors, baselines: Tensors) -> Tensor:
@@ -132,7 +132,7 @@ class PathSum:
 
     def _chunks(self) -> list[_Chunk]:
         """Split the rows, at most ``rows_at_once`` in each chunk."""
-        n, batch = self.n_samples, self.rows.n
+        n, batch = self.draws.alphas.shape
         at_once = self.rows_at_once or n * batch
         if at_once >= n * batch:
             return [_Chunk(range(n), slice(0, batch))]

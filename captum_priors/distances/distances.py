@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_priors._checks import check_count
+from captum_priors._checks import check_count, positive
 from captum_priors._errors import expected_found
 from captum_priors.penalties.maths import (
     Axes,
@@ -178,12 +178,7 @@ class SoftTopK(nn.Module):
     def __init__(self, k: int, *, temperature: float = 0.1) -> None:
         super().__init__()
         check_count("k", k)
-        if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
-            raise ValueError(
-                expected_found(
-                    "`temperature`", "a positive number", repr(temperature), "Pass for example 0.1."
-                )
-            )
+        positive("temperature", temperature)
         self.k, self.temperature = k, temperature
 
     def forward(self, attributions: Tensor, other: Tensor) -> Tensor:

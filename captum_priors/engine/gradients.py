@@ -138,7 +138,7 @@ def with_second_derivative(
     first, owner = (True, _ALONE) if current is None else (current.first, current.owner)
     each = outputs if isinstance(outputs, (tuple, list)) else [outputs]
     if first and _wrong_third(each):
-        raise NotDifferentiableError(_third("a forward pass that takes a gradient itself"))
+        raise NotDifferentiableError(_third("derivatives of input gradients"))
     if cotangents is None:
         # Ones that require a gradient in their turn, because torch marks a function as
         # differentiable only once where its cotangent does, and drops its graph silently elsewhere.
@@ -211,7 +211,10 @@ def refuse_coupled_examples(run: Callable[[slice], Tensor], n_examples: int) -> 
     """
     some = slice(0, max(1, n_examples // 2))
     state = GlobalState.now()
-    together, alone, again = run(slice(0, n_examples))[some], run(some), run(some)
+    every = run(slice(0, n_examples))
+    if every.dim() == 0 or len(every) != n_examples:
+        check_rows(every, n_examples)
+    together, alone, again = every[some], run(some), run(some)
     state.restore()
     if together.shape == alone.shape and alone.is_floating_point() and alone.numel():
         # Kernels of other sizes add up in another order.
@@ -268,7 +271,7 @@ class _OnceMore(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled():
-            raise NotDifferentiableError(_third("a gradient of attributions with a graph"))
+            raise NotDifferentiableError(_third("second derivatives of attributions"))
         return cotangents
 
 

@@ -34,7 +34,7 @@ _explained_before: WeakSet[Any] = WeakSet()
 _CHECKPOINTED = (
     "expected a model without activation checkpointing (or other saved-tensor hooks), found some: "
     "in the backward pass its blocks would be run again with ReLU and in training mode, when the "
-    "prior no longer holds it still. Use differentiation='recompute' or 'finite_difference' without "
+    "prior no longer holds it still. Use differentiation='recompute' or 'finite_difference' and no "
     "smoothing, or run the model without checkpointing for this prior."
 )
 
@@ -95,6 +95,7 @@ class AttributionPass:
         self.exact = exact
         self.holds = holds
         self.left_inference = False
+        self.judged = False  # whether examples that influence each other have been looked for
         self.modules: set[nn.Module] = set()
         self.seeded = 0 if seed is None else seed
         self._seeds, self._replayed, self._given = seed is not None, replayed, given or {}
@@ -237,7 +238,11 @@ def out_of_inference(value: T) -> T:
     if isinstance(value, Tensor):
         found = value.clone() if value.is_inference() else value
     elif type(value) in (tuple, list):
-        found = type(value)(map(out_of_inference, found))
+        found = (
+            tuple(map(out_of_inference, found))
+            if type(value) is tuple
+            else [*map(out_of_inference, found)]
+        )
     elif type(value) is dict:
         found = {name: out_of_inference(each) for name, each in found.items()}
     return found  # type: ignore[no-any-return]  # of the type that came in

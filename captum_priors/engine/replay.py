@@ -261,16 +261,16 @@ def _refuse_another_function(
     size = vectors.norm(dim=1) * known.norm(dim=1)
     # An example whose gradient is much smaller than the batch's is lost in rounding.
     scale = expected.abs() + (size + 0.1 * size.mean()) / vectors.shape[1] ** 0.5
-    error = (slopes - expected).abs()
-    wrong = error > tolerance * scale
+    share = (slopes - expected).abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    # One example may lie at a kink within the step; that nearly all are off has another reason.
+    wrong = share > (tolerance if share.mean() <= tolerance / 10 else tolerance / 10)
     if bool(wrong.any()):
-        share = (error / scale)[wrong].amax()
         raise NotDifferentiableError(
             expected_found(
                 "finite_difference",
                 "differences of the outputs that agree with the input gradient of each example",
                 f"{int(wrong.sum())} of {len(wrong)} examples that do not, with a relative error "
-                f"of up to {float(share):.2g}",
+                f"of up to {float(share[wrong].amax()):.2g}",
                 "Look for detach(), custom backward passes, tensor hooks, operations across the "
                 "batch, random numbers from a generator of the model's own, or inputs far from the "
                 "origin; differentiation='double_backprop' takes the backward pass as it is.",

@@ -2,67 +2,52 @@
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from captum_priors._engine._modules import modules_of
 from captum_priors._errors import expected_found
-from captum_priors.priors._base import Prior
-from captum_priors.priors._guarded import Guarded
+from captum_priors.priors.base import Prior
 
 TOTAL = "prior"
-SKIPPED = "prior/skipped"
 
 
 def terms_of(prior: Prior) -> dict[str, Prior]:
     """Return the terms that are no combination of others, under names that every logger takes.
 
-    A name is made of the formula without its weights, so that runs with other weights compare.
+    A name is made of the formula without its weights and tensors, so that runs with others compare.
     """
     terms: dict[str, Prior] = {}
     for module in prior.modules():
-        if not isinstance(module, Prior) or any(
-            isinstance(m, Prior) for m in module.modules() if m is not module
-        ):
-            continue
-        name = stem = f"{TOTAL}/" + re.sub(r"\W+", "_", module.formula()).strip("_")
-        times = 1
-        while name in terms:
-            times += 1
-            name = f"{stem}_{times}"
-        terms[name] = module
+        inside = [m for m in module.modules() if m is not module]
+        if isinstance(module, Prior) and not any(isinstance(m, Prior) for m in inside):
+            formula = re.sub(r"(, )?\w+=\.\.\.", "", module.formula())
+            name = stem = f"{TOTAL}/" + re.sub(r"\W+", "_", formula).strip("_")
+            times = 1
+            while name in terms:
+                times += 1
+                name = f"{stem}_{times}"
+            terms[name] = module
     return terms
 
 
-@contextmanager
-def _listening(terms: Mapping[str, Prior], seen: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Collect what terms return in this thread."""
-    owner = threading.get_ident()
-
-    def listen(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, value: Tensor) -> None:
-            if threading.get_ident() == owner:
-                seen.setdefault(name, []).append(value.detach())
-
-        return hook
-
-    handles = [term.register_forward_hook(listen(name)) for name, term in terms.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def check_prior(prior: Any) -> None:
+    """Require a prior."""
+    if not isinstance(prior, Prior):
+        raise TypeError(
+            expected_found(
+                "`prior`", "a prior", type(prior).__name__, "Pass an AttributionPrior, or a sum."
+            )
+        )
 
 
 def evaluate(prior: Prior, arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the value of a prior, and detached: the same as ``"prior"``, and each term's own.
 
     A term's own value carries no weight. What was not evaluated (see ``Lazy``) is not reported.
-    Where ``Guarded`` stands in the prior, ``"prior/skipped"`` is 1 if it skipped, else 0.
     """
     if not isinstance(arguments, Mapping) or "inputs" not in arguments:
         found = list(arguments) if isinstance(arguments, Mapping) else type(arguments).__name__
@@ -75,74 +60,50 @@ def evaluate(prior: Prior, arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
             )
         )
     seen: dict[str, list[Tensor]] = {}
-    guards = _guards(prior)
-    skips = [int(guard.skips) for guard in guards]
-    with _listening(terms_of(prior), seen):
+    caller = threading.get_ident()
+
+    def listen(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, value: Tensor) -> None:
+            if threading.get_ident() == caller:
+                seen.setdefault(name, []).append(value.detach())
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, term in terms_of(prior).items():
+            stack.callback(term.register_forward_hook(listen(name)).remove)
         value: Tensor = prior(**arguments)
     each = {name: torch.stack(values).mean() for name, values in seen.items()}
-    if guards:
-        now = [int(guard.skips) for guard in guards]
-        each[SKIPPED] = torch.tensor(float(now != skips), device=value.device)
     return value, {TOTAL: value.detach(), **each}
 
 
-def _guards(prior: Prior) -> list[Guarded]:
-    return [module for module in prior.modules() if isinstance(module, Guarded)]
-
-
 class Means:
-    """Means of what :func:`evaluate` reported since they were last taken, on the device."""
+    """Means of what :func:`evaluate` reported since they were last taken, on the device.
 
-    def __init__(self) -> None:
-        self._totals: dict[str, Tensor] = {}
+    Args:
+        device: Where processes that train together sum them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # All processes use one dtype; MPS has no float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._none = torch.zeros(2, dtype=dtype, device=device)
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Count one evaluation; a value that is not finite stays out of the mean of the others."""
         for name, value in values.items():
-            number = value.to(torch.promote_types(value.dtype, torch.float32))
-            counted = number.isfinite()
-            pair = torch.stack([torch.where(counted, number, 0), counted.to(number.dtype)])
-            self._totals[name] = self._totals[name] + pair if name in self._totals else pair
+            pair = torch.stack([value, torch.ones_like(value)]).to(self._none)
+            self._sums[name] = self._sums.get(name, self._none) + pair * value.isfinite()
 
-    def take(
-        self, prior: Prior, reduce: Callable[[Tensor], Tensor] | None = None
-    ) -> dict[str, float]:
-        """Return the means over all processes and start again; nan where no value was finite.
+    def take(self, prior: Prior, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return the means over all processes, of what had a finite value, and start again.
 
         Args:
             prior: The prior, whose terms are the same in every process.
             reduce: Sums a tensor over processes.
         """
-        names = [TOTAL, *terms_of(prior), *([SKIPPED] if _guards(prior) else [])]
-        like = next(iter(self._totals.values()), torch.zeros(2))
-        rows = [self._totals.get(name, torch.zeros_like(like)) for name in names]
-        seen = torch.tensor([name in self._totals for name in names], device=like.device)
-        table = torch.cat([torch.stack(rows), seen.unsqueeze(1).to(like.dtype)], 1)
-        self._totals = {}
-        sums, counts, seens = (table if reduce is None else reduce(table)).unbind(1)
-        means = (sums / counts).tolist()
-        return {n: mean for n, mean, s in zip(names, means, seens.tolist(), strict=True) if s}
-
-
-def shared_table(table: Tensor, device: torch.device) -> Tensor:
-    """Put a table where processes sum it, in the dtype that all of them use."""
-    # MPS has no float64.
-    return table.to(torch.float32 if device.type == "mps" else torch.float64).to(device)
-
-
-def check_explains(prior: Prior, model: nn.Module) -> None:
-    """Refuse a prior on another model than the one that is trained: it would change nothing."""
-    behind = modules_of(*(value for m in prior.modules() for value in vars(m).values()))
-    own = {id(p) for p in prior.parameters()}
-    explained = {id(p) for m in behind for p in m.parameters()} - own
-    trained = {id(p) for p in model.parameters()}
-    if explained and not explained & trained:
-        raise ValueError(
-            expected_found(
-                f"prior {prior!r}",
-                "an explainer of the model that is trained",
-                "one of a model that shares no parameter with it",
-                "Make the prior from that model, or pass a function that makes it: "
-                "prior=lambda model: ...",
-            )
-        )
+        names = [TOTAL, *terms_of(prior)]
+        table = reduce(torch.stack([self._sums.get(name, self._none) for name in names]))
+        self._sums = {}
+        return {n: total / k for n, (total, k) in zip(names, table.tolist(), strict=True) if k}

@@ -5,15 +5,13 @@ from typing import Any
 from torch import Tensor
 
 from captum_priors._errors import expected_found
-from captum_priors.integrations._terms import Means, evaluate, shared_table
-from captum_priors.priors._base import Prior, check_prior
+from captum_priors.integrations._terms import Means, evaluate
+from captum_priors.priors.base import Prior, Wrapper
 
 __all__ = ["AcceleratedPrior"]
 
-_NEEDED = ("register_for_checkpointing", "reduce", "log")
 
-
-class AcceleratedPrior(Prior):
+class AcceleratedPrior(Wrapper):
     r"""A prior whose state ``accelerator.save_state`` keeps and whose terms it logs.
 
     Make it from the model as it was before ``accelerator.prepare``, and add it to the loss that
@@ -47,13 +45,12 @@ class AcceleratedPrior(Prior):
         ...         optimizer.step()
         ...         optimizer.zero_grad()
         >>> sorted(prior.log(step=1))
-        ['prior', 'prior/PixelPrior_ExpectedGradients_total_variation_n_samples_1']
+        ['prior', 'prior/PixelPrior']
     """
 
     def __init__(self, prior: Prior, accelerator: Any) -> None:
-        super().__init__()
-        check_prior(prior)
-        if not all(hasattr(accelerator, name) for name in _NEEDED):
+        super().__init__(prior)
+        if not hasattr(accelerator, "register_for_checkpointing"):
             raise TypeError(
                 expected_found(
                     "`accelerator`",
@@ -62,25 +59,24 @@ class AcceleratedPrior(Prior):
                     "Pass the one that prepares the model.",
                 )
             )
-        self.prior = prior.to(accelerator.device)
+        self.to(accelerator.device)
         self.accelerator = accelerator
-        self._training_means, self._looks = Means(), Means()
+        self._training, self._looks = Means(accelerator.device), Means(accelerator.device)
         accelerator.register_for_checkpointing(self.prior)
 
-    def forward(self, *data: Any, **named: Any) -> Tensor:
+    def forward(
+        self,
+        inputs: Any,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        **annotations: Any,
+    ) -> Tensor:
         """Return the value of the prior, and keep it for :meth:`log`."""
-        names = ("inputs", "baselines", "target", "additional_forward_args")
-        if len(data) > len(names):
-            raise TypeError(
-                expected_found(
-                    "positional arguments",
-                    f"at most {len(names)}: {', '.join(names)}",
-                    str(len(data)),
-                    "Pass annotations by their names.",
-                )
-            )
-        value, values = evaluate(self.prior, {**dict(zip(names, data, strict=False)), **named})
-        (self._training_means if self.training_step() else self._looks).add(values)
+        call = {"inputs": inputs, "baselines": baselines, "target": target, **annotations}
+        call["additional_forward_args"] = additional_forward_args
+        value, values = evaluate(self.prior, call)
+        (self._training if self.training_step() else self._looks).add(values)
         return value
 
     def log(self, step: int | None = None, **log_options: Any) -> dict[str, float]:
@@ -94,21 +90,11 @@ class AcceleratedPrior(Prior):
             Means of training steps, and with ``"val_"`` before their names those of calls that
             recorded no gradient.
         """
-        means = self._training_means.take(self.prior, self._sum_over_processes)
-        looks = self._looks.take(self.prior, self._sum_over_processes)
+        means = self._training.take(self.prior, self.accelerator.reduce)
+        looks = self._looks.take(self.prior, self.accelerator.reduce)
         means |= {f"val_{name}": value for name, value in looks.items()}
         self.accelerator.log(means, step=step, **log_options)
         return means
-
-    def _sum_over_processes(self, table: Tensor) -> Tensor:
-        summed: Tensor = self.accelerator.reduce(
-            shared_table(table, self.accelerator.device), reduction="sum"
-        )
-        return summed
-
-    def takes(self, name: str) -> bool:
-        """Whether the prior inside takes the keyword."""
-        return self.prior.takes(name)
 
     def formula(self) -> str:
         """Return the prior as it would be written."""

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from captum_priors._errors import expected_found
 from captum_priors._extras import extra
-from captum_priors.integrations._terms import Means, check_explains, evaluate, shared_table
-from captum_priors.priors._base import Prior, check_prior
+from captum_priors.engine import modules_of
+from captum_priors.integrations._terms import Means, check_prior, evaluate
+from captum_priors.priors.base import Prior
 
 __all__ = ["LogitsOf", "PriorTrainerMixin", "classification_arguments"]
 
@@ -119,8 +120,7 @@ class PriorTrainerMixin:
         ...     intermediate_size=8))
         >>> def make_prior(model):
         ...     words = model.bert.embeddings.word_embeddings
-        ...     explainer = LayerExpectedGradients(
-        ...         LogitsOf(model), words, differentiation="finite_difference")
+        ...     explainer = LayerExpectedGradients(LogitsOf(model), words)
         ...     padding = torch.zeros(1, 5, dtype=torch.long)
         ...     return 0.1 * AttributionPrior(explainer, l1, baselines=padding)
         >>> data = [{"input_ids": torch.randint(20, (5,)), "labels": i % 2} for i in range(4)]
@@ -149,8 +149,9 @@ class PriorTrainerMixin:
         self._prior_checkpoint: Path | None = None
         self.prior_arguments = prior_arguments
         self.evaluate_prior = evaluate_prior
-        self._training_means, self._evaluation_means = Means(), Means()
         super().__init__(*args, **kwargs)
+        self._training_means = Means(self.args.device)
+        self._evaluation_means = Means(self.args.device)
         _ = self.prior  # what is wrong with it shows now
 
     # What the trainer that comes after this class has.
@@ -165,7 +166,7 @@ class PriorTrainerMixin:
             made: Any = self._make_prior
             prior = made if isinstance(made, Prior) or not callable(made) else made(self.model)
             check_prior(prior)
-            check_explains(prior, self.model)
+            _check_explains(prior, self.model)
             self._prior_of = (self.model, prior.to(self.args.device))
         return self._prior_of[1]
 
@@ -204,37 +205,30 @@ class PriorTrainerMixin:
         if not is_scaled:
             return 1
         steps: int = self.args.gradient_accumulation_steps
-        return getattr(trainer, "current_gradient_accumulation_steps", None) or steps
+        return getattr(trainer, "current_gradient_accumulation_steps", steps)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the prior with the training loss."""
         if "loss" in logs:
-            logs.update(self._training_means.take(self.prior, self._sum_over_processes))
+            logs.update(self._training_means.take(self.prior, self.accelerator.reduce))
         super().log(logs, *args, **kwargs)  # type: ignore[misc]  # the framework's
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Report the prior as a metric."""
-        self._evaluation_means = Means()
+        self._evaluation_means = Means(self.args.device)
         output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]  # the framework's
         # Positional arguments: dataloader, description, prediction_loss_only, ignore_keys, prefix.
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        means = self._evaluation_means.take(self.prior, self._sum_over_processes)
+        means = self._evaluation_means.take(self.prior, self.accelerator.reduce)
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
 
-    def _sum_over_processes(self, table: Tensor) -> Tensor:
-        summed: Tensor = self.accelerator.reduce(
-            shared_table(table, self.args.device), reduction="sum"
-        )
-        return summed
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save the model, and in a checkpoint the state of the prior."""
-        super().save_model(output_dir, _internal_call)  # type: ignore[misc]  # the framework's
+        super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]  # the framework's
         if output_dir is not None and Path(output_dir).name.startswith("checkpoint-"):
-            folder = Path(output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.prior.state_dict(), folder / self._state_file())
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            torch.save(self.prior.state_dict(), self._state_file(output_dir))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; a checkpoint that training resumes from has the state of the prior, too."""
@@ -242,20 +236,35 @@ class PriorTrainerMixin:
             utils = extra("transformers.trainer_utils", "huggingface")
             resume_from_checkpoint = utils.get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, (str, Path)):
-            self._prior_checkpoint = Path(resume_from_checkpoint)
+            self._prior_checkpoint = self._state_file(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]  # the framework's
 
     def _continue_from_checkpoint(self) -> None:
         """Load the state at the first step: ``model_init`` makes model and prior anew."""
-        folder, self._prior_checkpoint = self._prior_checkpoint, None
-        if folder is None:
+        file, self._prior_checkpoint = self._prior_checkpoint, None
+        if file is None:
             return
-        file = folder / self._state_file()
         if file.exists():
             self.prior.load_state_dict(torch.load(file, weights_only=True))
         else:
-            logger.warning("%s has no state of the prior, which starts anew.", file)
+            logger.warning("There is no %s: the prior starts anew.", file)
 
-    def _state_file(self) -> str:
-        one = self.args.world_size <= 1
-        return "prior_state.pt" if one else f"prior_state_{self.args.process_index}.pt"
+    def _state_file(self, folder: str | Path) -> Path:
+        process = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        return Path(folder) / f"prior_state{process}.pt"
+
+
+def _check_explains(prior: Prior, model: nn.Module) -> None:
+    """Refuse a prior on another model than the one that is trained: it would change nothing."""
+    behind = modules_of(*(value for m in prior.modules() for value in vars(m).values()))
+    explained = {p for m in behind for p in m.parameters()} - set(prior.parameters())
+    if explained and explained.isdisjoint(model.parameters()):
+        raise ValueError(
+            expected_found(
+                f"prior {prior!r}",
+                "an explainer of the model that is trained",
+                "one of a model that shares no parameter with it",
+                "Make the prior from that model, or pass a function that makes it: "
+                "prior=lambda model: ...",
+            )
+        )

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_priors._captum import as_tuple
 from captum_priors._errors import expected_found
-from captum_priors.integrations._terms import evaluate
-from captum_priors.priors._base import Prior, check_prior
+from captum_priors.integrations._terms import check_prior, evaluate
+from captum_priors.priors.base import Prior
 
 __all__ = ["PriorMixin"]
 
@@ -94,12 +95,11 @@ class PriorMixin:
             TypeError: If the batch is no pair.
         """
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            found = f"{len(batch)} entries" if isinstance(batch, (tuple, list)) else type(batch)
             raise TypeError(
                 expected_found(
                     "batch",
                     "a pair of inputs and targets",
-                    str(found),
+                    f"{type(batch).__name__} of {len(batch)} entries",
                     "Define prior_arguments(self, batch), returning {'inputs': ..., ...}.",
                 )
             )
@@ -114,51 +114,41 @@ class PriorMixin:
             log_options: What else ``LightningModule.log`` is to be given.
 
         Raises:
-            AttributeError: If ``self.prior`` is not set.
             TypeError: If ``self.prior`` is no prior, or ``prior_arguments`` is not right.
         """
-        if not hasattr(self, "prior"):
-            raise AttributeError(
-                expected_found(
-                    f"{type(self).__name__}.prior", "a prior", "none", "Set it in __init__."
-                )
-            )
         check_prior(self.prior)
         self._prior_was_added = torch.is_grad_enabled()  # looking at a value adds nothing
         arguments = self.prior_arguments(batch)
         value, values = evaluate(self.prior, arguments)
-        inputs = arguments["inputs"]
-        first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
-        options = {"batch_size": len(first) if isinstance(first, Tensor) else None, **log_options}
+        options = {"batch_size": len(as_tuple(arguments["inputs"])[0]), **log_options}
         named = {prefix + name: number for name, number in values.items()}
         self.log_dict(named, **options)  # type: ignore[attr-defined]  # the framework's
         return value
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what the step of the module returns, with the prior added to its loss."""
-        self._prior_was_added = False
         output = super().training_step(batch, *args, **kwargs)  # type: ignore[misc]  # the framework's
-        automatic = self.automatic_optimization  # type: ignore[attr-defined]  # the framework's
-        if self._prior_was_added or output is None or not automatic:
-            return output
-        if not torch.is_grad_enabled():  # called from a validation_step
+        trains = self.automatic_optimization and torch.is_grad_enabled()  # type: ignore[attr-defined]  # the framework's
+        if self._prior_was_added or output is None or not trains:
             return output
         if isinstance(output, Mapping):
             return {**output, "loss": output["loss"] + self.prior_loss(batch)}
         return output + self.prior_loss(batch)
 
-    def on_before_backward(self, loss: Tensor) -> None:
-        """Refuse a step that goes without the prior."""
-        if self.automatic_optimization:  # type: ignore[attr-defined]  # the framework's
-            self._check_step()
-        super().on_before_backward(loss)  # type: ignore[misc]  # the framework's
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a manual step that went without the prior."""
-        if not self.automatic_optimization:  # type: ignore[attr-defined]  # the framework's
-            self._check_step()
+    def on_train_batch_end(self, outputs: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse a step that went without the prior."""
+        if not self._prior_was_added and outputs is not None:
+            raise RuntimeError(
+                expected_found(
+                    f"{type(self).__name__}.training_step",
+                    "the prior in the loss",
+                    "a step that PriorMixin does not see and that does not call prior_loss",
+                    "List PriorMixin before the class that has the step, or add "
+                    "self.prior_loss(batch) to the loss there.",
+                )
+            )
         self._prior_was_added = False
-        super().on_train_batch_end(*args, **kwargs)  # type: ignore[misc]  # the framework's
+        super().on_train_batch_end(outputs, *args, **kwargs)  # type: ignore[misc]  # the framework's
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         """Log the prior on a batch of the validation set."""
@@ -169,15 +159,3 @@ class PriorMixin:
         """Log the prior on a batch of the test set."""
         self.prior_loss(batch, "test_", sync_dist=True)
         super().on_test_batch_end(outputs, batch, *args, **kwargs)  # type: ignore[misc]  # the framework's
-
-    def _check_step(self) -> None:
-        if not self._prior_was_added:
-            raise RuntimeError(
-                expected_found(
-                    f"{type(self).__name__}.training_step",
-                    "the prior in the loss",
-                    "a step that PriorMixin does not see and that does not call prior_loss",
-                    "List PriorMixin before the class that has the step, or add "
-                    "self.prior_loss(batch) to the loss there.",
-                )
-            )

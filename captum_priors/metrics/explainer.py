@@ -9,7 +9,7 @@ from captum_priors._captum import as_tuple
 from captum_priors._checks import check_count, check_inputs, check_target, positive
 from captum_priors._probe import Probe, check_explainer, check_options, seed_from_global_state
 from captum_priors._types import TensorOrTuple
-from captum_priors.engine import AttributionPass
+from captum_priors.engine import AttributionPass, derive
 from captum_priors.engine.model import out_of_inference
 from captum_priors.engine.random import STREAMS
 from captum_priors.penalties.maths import joined, tensors_of
@@ -77,7 +77,7 @@ def local_lipschitz(
         tensors = tuple(t.detach() for t in out_of_inference(as_tuple(inputs)))
         call = out_of_inference({**attribute_options, **given})
         probe = Probe(explainer, inputs, call)
-        noise = torch.Generator().manual_seed(seed)
+        noise = torch.Generator().manual_seed(derive(seed, 1))
         here = joined(tensors_of(probe(tensors, seed)))
         largest = torch.zeros(n, dtype=here.dtype, device=here.device)
         for _ in range(n_samples):

@@ -11,7 +11,7 @@ from captum_priors import distances
 from captum_priors._checks import check_count
 from captum_priors._errors import expected_found
 from captum_priors._types import TensorOrTuple
-from captum_priors.penalties.annotation import first_of, fitted
+from captum_priors.penalties.annotation import fitted
 from captum_priors.penalties.maths import (
     Axes,
     gini_coefficient,
@@ -289,7 +289,8 @@ def wrong_reason_rate(
                 "Pass a tuple of masks.",
             )
         )
-    allowed = joined(tuple(_binary(t, m).expand_as(t) for t, m in zip(tensors, masks, strict=True)))
+    pairs = zip(tensors, masks, strict=True)
+    allowed = joined(tuple(fitted(t, m, "binary").expand_as(t) for t, m in pairs))
     rows = joined(tensors)
     positive = rows.clamp_min(0)
     low, high = positive.amin(1, keepdim=True), positive.amax(1, keepdim=True)
@@ -306,18 +307,3 @@ def wrong_reason_rate(
     forbidden = allowed == 0
     # 0 / 0 where nothing is forbidden is NaN.
     return _nan_where((on & forbidden).sum(1) / forbidden.sum(1).to(rows.dtype), rows)
-
-
-def _binary(attributions: Tensor, annotation: Any) -> Tensor:
-    mask = fitted(attributions, annotation, mask=False)
-    odd = (annotation != 0) & (annotation != 1)
-    if bool(odd.any()):
-        raise ValueError(
-            expected_found(
-                "`annotation`",
-                "zeros and ones",
-                first_of(annotation, odd),
-                "Threshold it: (mask > 0.5).",
-            )
-        )
-    return mask

@@ -6,10 +6,11 @@ A penalty maps attributions ``(batch, ...)``, or a tuple of them, to one number 
 of all of them together. Any function of this form is a penalty too.
 
 What a person says about the examples is a keyword argument that a prior passes on. Every
-``annotation`` has one rule: the attributions' dimensions, each of the same size, or of size 1 where
-all examples, channels or places share it. From four dimensions on the channels may be left out:
-``(batch, height, width)`` for attributions ``(batch, channels, height, width)``. Its values are
-finite.
+``annotation`` has one rule: an entry for each example, and the attributions' other dimensions, of
+the same size or of size 1 where channels or places share it. From four dimensions on the channels
+may be left out: ``(batch, height, width)`` for attributions ``(batch, channels, height, width)``.
+What is one for the whole batch is ``captum_priors.shared(tensor)``, without the dimension of the
+examples. Values are finite.
 """
 
 from captum_priors.penalties.annotation import alignment, energy_outside, outside

@@ -1,17 +1,35 @@
 """What a person says about the features: one rule for it, and the penalties that take it."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from captum_priors._errors import expected_found, one_of
+from captum_priors._rows import shared
 from captum_priors.penalties.maths import (
     cosine_distance,
     flat,
     in_units_of_largest,
     lift_penalty,
 )
+
+Values = Literal["mask", "binary", "finite"]
+_VALUES: dict[Values, tuple[Callable[[Tensor], Tensor], str, str]] = {
+    "mask": (
+        lambda a: (a >= 0) & (a <= 1),
+        "values from 0 (evidence may not lie here) to 1 (it may)",
+        "Scale the mask to [0, 1], and give a place that is not known a value.",
+    ),
+    "binary": (lambda a: (a == 0) | (a == 1), "zeros and ones", "Threshold it: (mask > 0.5)."),
+    "finite": (
+        torch.isfinite,
+        "finite numbers",
+        "Give a place that is not known a value, for example 0.",
+    ),
+}
 
 
 @lift_penalty
@@ -41,7 +59,7 @@ def outside(attributions: Tensor, *, annotation: Tensor) -> Tensor:
         >>> outside(phi, annotation=allowed).item()
         16.0
     """
-    mask = fitted(attributions, annotation, mask=True)
+    mask = fitted(attributions, annotation, "mask")
     return flat((1 - mask) * attributions).square().sum(1)
 
 
@@ -71,9 +89,9 @@ def energy_outside(attributions: Tensor, *, annotation: Tensor) -> Tensor:
         >>> energy_outside(phi, annotation=allowed).item()
         0.25
     """
-    mask = fitted(attributions, annotation, mask=True)
-    shared = [d for d in range(1, mask.dim()) if mask.shape[d] == 1]
-    evidence = attributions.sum(shared, keepdim=True) if shared else attributions
+    mask = fitted(attributions, annotation, "mask")
+    together = [d for d in range(1, mask.dim()) if mask.shape[d] == 1]
+    evidence = attributions.sum(together, keepdim=True) if together else attributions
     positive = in_units_of_largest(flat(evidence.relu()), 1)
     return (positive * flat(1 - mask)).sum(1) / positive.sum(1).clamp_min(1)
 
@@ -107,85 +125,72 @@ def alignment(
         True
     """
     one_of("measure", measure, ("cosine", "mse"))
-    given = flat(fitted(attributions, annotation, mask=False).expand_as(attributions))
+    given = flat(fitted(attributions, annotation, "finite").expand_as(attributions))
     if measure == "mse":
         return (flat(attributions) - given).square().mean(1)
     return cosine_distance(flat(attributions), given)
 
 
-def fitted(attributions: Tensor, annotation: Any, *, mask: bool) -> Tensor:
+def fitted(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
     """Give an annotation the attributions' dimensions and dtype, so that the two broadcast.
 
-    It has the attributions' number of dimensions, each of the same size or 1: what has size 1 is
-    shared, by the channels of ``(batch, 1, height, width)`` or, in the first place, by all
-    examples. From four dimensions on the channels may be left out, ``(batch, height, width)``. A
-    missing batch dimension is not guessed. All values are finite, and in [0, 1] in a mask.
+    It has an entry for each example, and the attributions' other dimensions, of the same size or of
+    size 1 where channels or places share it. From four dimensions on the channels may be left out,
+    ``(batch, height, width)``. What is one for the whole batch comes as ``shared(tensor)``, without
+    the dimension of the examples.
     """
-    given = _checked(attributions, annotation, mask=mask)
-    shape = tuple(attributions.shape)
-    fits = given.dim() == len(shape) and all(
-        n in (1, size) for n, size in zip(given.shape, shape, strict=False)
-    )
-    if not fits:
+    given = _checked(attributions, annotation, values)
+    n, shape = 1 if isinstance(annotation, shared) else len(attributions), attributions.shape
+    if given.dim() != len(shape) or any(
+        size not in ((n,) if d == 0 else (1, shape[d])) for d, size in enumerate(given.shape)
+    ):
+        found = annotation.value if isinstance(annotation, shared) else annotation
         without = f", or {(shape[0], *shape[2:])} for all channels" if len(shape) > 3 else ""
         raise ValueError(
             expected_found(
                 "`annotation`",
-                f"one for each of the {shape[0]} examples, shape {shape}{without}",
-                str(tuple(annotation.shape)),
-                "Give what is the same for all examples, channels or places a dimension of size 1 "
-                "with unsqueeze, or resize the annotation.",
+                f"one for each of the {len(attributions)} examples, shape {tuple(shape)}{without}",
+                str(tuple(found.shape)),
+                "Wrap what is one for the whole batch, captum_priors.shared(...); unsqueeze what "
+                "channels or places share; or resize the annotation.",
             )
         )
     return given.to(attributions.dtype)
 
 
-def resized(attributions: Tensor, annotation: Any, *, mask: bool) -> Tensor:
+def resized(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
     """Average an annotation of images down to the size of maps ``(batch, channels, h, w)``."""
-    given = _checked(attributions, annotation, mask=mask)
-    size = (attributions.shape[-2], attributions.shape[-1])
-    if given.dim() == attributions.dim() == 4 and tuple(given.shape[2:]) != size:
-        given = F.adaptive_avg_pool2d(given.to(attributions.dtype), size)
-    return fitted(attributions, given, mask=mask)
+    given = _checked(attributions, annotation, values)
+    if isinstance(annotation, shared):
+        given = given.expand(len(attributions), *given.shape[1:])
+    size = attributions.shape[2:]
+    if given.dim() == attributions.dim() == 4 and given.shape[2:] != size:
+        given = F.adaptive_avg_pool2d(given.to(attributions.dtype), (size[0], size[1]))
+    return fitted(attributions, given, values)
 
 
-def _checked(attributions: Tensor, annotation: Any, *, mask: bool) -> Tensor:
-    """Check type, device and values; add the channels where they are left out."""
-    if not isinstance(annotation, Tensor):
+def _checked(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
+    """Check type, device and values; add the dimensions that may be left out."""
+    given = annotation.value if isinstance(annotation, shared) else annotation
+    if not isinstance(given, Tensor):
         raise TypeError(
-            expected_found(
-                "`annotation`", "a tensor", type(annotation).__name__, "Use torch.as_tensor."
-            )
+            expected_found("`annotation`", "a tensor", type(given).__name__, "Use torch.as_tensor.")
         )
-    if annotation.device != attributions.device:
+    if given.device != attributions.device:
         raise ValueError(
             expected_found(
                 "`annotation`",
                 f"device {attributions.device} as for the attributions",
-                str(annotation.device),
+                str(given.device),
                 f"Move it with .to({str(attributions.device)!r}).",
             )
         )
-    good = ((annotation >= 0) & (annotation <= 1)) if mask else annotation.isfinite()
-    if not bool(good.all()):
-        raise ValueError(
-            expected_found(
-                "`annotation`",
-                "values from 0 (evidence may not lie here) to 1 (it may)"
-                if mask
-                else "finite numbers",
-                first_of(annotation, ~good),
-                "Scale the mask to [0, 1], and give a place that is not known a value."
-                if mask
-                else "Give a place that is not known a value, for example 0.",
-            )
-        )
-    if annotation.dim() == attributions.dim() - 1 >= 3:
-        return annotation.unsqueeze(1)
-    return annotation
-
-
-def first_of(annotation: Tensor, bad: Tensor) -> str:
-    """Name the first place that is bad, and what stands there."""
-    place = bad.nonzero()[0].tolist()
-    return f"annotation{place} = {annotation[tuple(place)].item():g}"
+    are_good, expected, remedy = _VALUES[values]
+    bad = ~are_good(given)
+    if bool(bad.any()):
+        place = bad.nonzero()[0].tolist()
+        found = f"annotation{place} = {given[tuple(place)].item():g}"
+        raise ValueError(expected_found("`annotation`", expected, found, remedy))
+    if isinstance(annotation, shared):
+        given = given.unsqueeze(0)
+    return given.unsqueeze(1) if given.dim() == attributions.dim() - 1 >= 3 else given

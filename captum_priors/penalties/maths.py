@@ -109,6 +109,7 @@ def _sum(terms: list[Tensor]) -> Tensor:
 def tensors_of(attributions: Any, name: str = "attributions") -> tuple[Tensor, ...]:
     """Check one tensor ``(batch, ...)`` or a tuple of them, and raise half precision."""
     each = attributions if isinstance(attributions, tuple) else (attributions,)
+    found = []
     for tensor in each:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise TypeError(
@@ -119,18 +120,23 @@ def tensors_of(attributions: Any, name: str = "attributions") -> tuple[Tensor, .
                     "Pass what explainer.attribute(...) returns.",
                 )
             )
-    shapes = [tuple(t.shape) for t in each]
-    if not shapes or any(len(s) < 2 or 0 in s[1:] or s[0] != shapes[0][0] for s in shapes):
-        raise ValueError(
-            expected_found(
-                f"`{name}`",
-                "shape (batch, ...) with features, and one batch size",
-                f"shape {shapes[0]}" if len(shapes) == 1 else f"shapes {shapes}",
-                "Unsqueeze a single example, and select at least one feature.",
+        if tensor.dim() < 2 or 0 in tensor.shape[1:] or len(tensor) != len(each[0]):
+            raise ValueError(
+                expected_found(
+                    f"`{name}`",
+                    "shape (batch, ...) with features, and one batch size",
+                    f"shapes {[tuple(t.shape) for t in each]}",
+                    "Unsqueeze a single example, and select at least one feature.",
+                )
             )
+        # Sums over many features overflow or stall in half precision.
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        found.append(tensor.float() if half else tensor)
+    if not found:
+        raise ValueError(
+            expected_found(f"`{name}`", "at least one tensor", "an empty tuple", "Pass a batch.")
         )
-    # Sums over many features overflow or stall in half precision.
-    return tuple(t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in each)
+    return tuple(found)
 
 
 def pair_of(attributions: Any, other: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

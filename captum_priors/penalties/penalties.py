@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors._errors import expected_found
+from captum_priors._rows import shared
 from captum_priors._types import TensorOrTuple
 from captum_priors.penalties.maths import (
     Axes,
@@ -184,14 +185,15 @@ def group_sparsity(attributions: Tensor, *, groups: Sequence[Sequence[int]] | Te
 def _members(groups: Any, rows: Tensor) -> list[Tensor]:
     """Indices of the features of each group."""
     n = rows.shape[1]
+    groups = groups.value if isinstance(groups, shared) else groups
     if isinstance(groups, Tensor):
-        labels = groups.flatten()
-        if labels.numel() != n:
+        labels, known = groups.flatten(), int(groups.isfinite().sum())
+        if labels.numel() != n or known != n:
             raise ValueError(
                 expected_found(
                     "`groups`",
                     f"a label for each of the {n} features",
-                    f"{labels.numel()} labels",
+                    f"{labels.numel()} labels, {labels.numel() - known} of them not finite",
                     "Label every feature.",
                 )
             )

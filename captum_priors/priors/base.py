@@ -178,7 +178,9 @@ class WeightedPrior(Wrapper):
     def formula(self) -> str:
         """Return the prior as it would be written."""
         inner = self.prior.formula()
-        return f"{self.weight:g} * " + (f"({inner})" if isinstance(self.prior, SumPrior) else inner)
+        short = f"{self.weight:g}"
+        weight = short if float(short) == self.weight else repr(self.weight)
+        return f"{weight} * " + (f"({inner})" if isinstance(self.prior, SumPrior) else inner)
 
 
 class SumPrior(Prior):
@@ -258,9 +260,13 @@ class Call:
 
     def keywords(self) -> dict[str, Any]:
         """Return the annotations by name, each as its penalty takes it."""
-        if not self.annotations:
-            return {}
-        return {k: v.value if isinstance(v, shared) else v for k, v in self.annotations.items()}
+        found = dict(self.annotations)
+        for name, value in self.annotations.items():
+            if isinstance(value, shared):
+                found[name] = value.value
+                if name == "annotation" and isinstance(value.value, Tensor):
+                    found[name] = value.value.expand(self.n, *value.value.shape)
+        return found
 
     @property
     def n(self) -> int:
@@ -269,10 +275,16 @@ class Call:
 
     def rows(self, points: Tensors, target: Any) -> Tensor:
         """Run the model at points that repeat the batch, after a look at whether it may be."""
-        rows = Rows(self.forward_func, target, self.args, self.n)
         if points[0].shape[0] != self.n:
-            rows.refuse_coupled(tuple(x.detach() for x in self.inputs))
-        return rows(points)
+            self.refuse_coupled()
+        return Rows(self.forward_func, target, self.args, self.n)(points)
+
+    def refuse_coupled(self) -> None:
+        """Refuse examples that influence each other, where points of theirs go through together.
+
+        Asked by itself at the first run of more rows than examples.
+        """
+        Rows(self.forward_func, None, self.args, self.n).refuse_coupled(self.inputs)
 
     def output(self, points: Tensors) -> Tensor:
         """Return the target output, shape ``(rows,)``, at points that repeat the batch."""
@@ -381,10 +393,11 @@ class Term(Prior):
         self._check_call(inputs, baselines, target, annotations)
         training = self.training_step()
         rank = rank_of_draws() if training and is_distributed() else 0
+        draw = self.stream.next_seed if advance else self.stream.peek
         explaining = AttributionPass(
             *self._explained(),
             owner=self,
-            seed=self.stream.next_seed(advance=training and advance, rank=rank),
+            seed=draw(advance=training, rank=rank),
             streams=self.draws,
             smooth=self.smooth,
             replayed=self.replayed,

@@ -1,5 +1,6 @@
 """The papers' priors under the papers' names: each an explainer and a penalty."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from captum_priors._captum import select_error
 from captum_priors._checks import check_forward_func
 from captum_priors._errors import expected_found
+from captum_priors._shown import same, shown_value
 from captum_priors._types import Differentiation, TensorOrTuple
 from captum_priors.adapters import differentiable
 from captum_priors.attr import ExpectedGradients
@@ -21,10 +23,30 @@ from captum_priors.penalties import (
     outside,
     total_variation,
 )
+from captum_priors.penalties.annotation import resized
 from captum_priors.priors.attribution import AttributionPrior
 
 
-class PixelPrior(AttributionPrior):
+class _Named(AttributionPrior):
+    """A prior whose explainer and penalty its name says."""
+
+    def _described(self) -> list[str]:
+        signature = inspect.signature(type(self).__init__).parameters
+        own = {name: p.default for name, p in signature.items()}
+        options = [
+            f"{name}={shown_value(value)}"
+            for name, value in self.options.items()
+            if name not in _FIXED and not same(value, own.get(name))
+        ]
+        way = self._way()
+        return options if way == "double_backprop" else [*options, f"differentiation={way!r}"]
+
+
+# Options of ``attribute`` that are part of what a name means.
+_FIXED = ("abs", "relu_attributions")
+
+
+class PixelPrior(_Named):
     r"""Smooth attribution maps: expected gradients with one reference, total variation.
 
     (Erion et al. 2021, pixel prior. They alternate two Adam optimisers, so their :math:`\lambda`
@@ -57,7 +79,7 @@ class PixelPrior(AttributionPrior):
         super().__init__(explainer, total_variation, n_samples=n_samples, **options)
 
 
-class GraphPrior(AttributionPrior):
+class GraphPrior(_Named):
     r"""Similar importance for features that a graph joins: expected gradients, Laplacian.
 
     (Erion et al. 2021, graph prior; 10 references in their experiment.)
@@ -91,7 +113,7 @@ class GraphPrior(AttributionPrior):
         super().__init__(explainer, GraphLaplacian(adjacency), n_samples=n_samples, **options)
 
 
-class SparsityPrior(AttributionPrior):
+class SparsityPrior(_Named):
     r"""Few features that matter: expected gradients, minus the Gini coefficient.
 
     (Erion et al. 2021, sparsity prior.)
@@ -122,7 +144,7 @@ class SparsityPrior(AttributionPrior):
         super().__init__(explainer, gini, n_samples=n_samples, **options)
 
 
-class RightForTheRightReasons(AttributionPrior):
+class RightForTheRightReasons(_Named):
     r"""No gradient where the annotation does not allow it.
 
     .. math:: \sum_i \Big((1 - M_i)\, \frac{\partial}{\partial x_i} \sum_k \log p_k(x)\Big)^2
@@ -169,7 +191,7 @@ class RightForTheRightReasons(AttributionPrior):
         return super().forward(inputs, baselines, None, additional_forward_args, **annotations)
 
 
-class EnergyPrior(AttributionPrior):
+class EnergyPrior(_Named):
     r"""Positive input × gradient attribution inside the annotation.
 
     (Rao et al. 2023, energy loss.)
@@ -199,7 +221,7 @@ class EnergyPrior(AttributionPrior):
         super().__init__(explainer, energy_outside, **options)
 
 
-class HINT(AttributionPrior):
+class HINT(_Named):
     r"""Grad-CAM maps like a person's importance map.
 
     The mean squared difference between the map, scaled to a maximum of 1, and the annotation at
@@ -234,7 +256,7 @@ class HINT(AttributionPrior):
         super().__init__(explainer, _like_annotation, relu_attributions=True, **options)
 
 
-class RRRGradCAM(AttributionPrior):
+class RRRGradCAM(_Named):
     r"""No Grad-CAM attribution where the annotation does not allow it.
 
     .. math:: \sum_i \left((1 - M_i)\, \mathrm{CAM}_i / \max_j \mathrm{CAM}_j\right)^2
@@ -303,12 +325,13 @@ class _SumOfLogProbabilities:
 
 def _like_annotation(attributions: Tensor, *, annotation: Tensor) -> Tensor:
     scaled = _scaled(attributions)
-    return alignment(scaled, annotation=_resized(annotation, scaled), measure="mse")
+    wanted = resized(scaled, annotation, "finite")
+    return alignment(scaled, annotation=wanted, measure="mse")
 
 
 def _outside_annotation(attributions: Tensor, *, annotation: Tensor) -> Tensor:
     scaled = _scaled(attributions)
-    return outside(scaled, annotation=_resized(annotation, scaled))
+    return outside(scaled, annotation=resized(scaled, annotation, "mask"))
 
 
 def _scaled(cam: Tensor) -> Tensor:
@@ -325,22 +348,3 @@ def _scaled(cam: Tensor) -> Tensor:
     top = cam.flatten(1).amax(1).reshape(-1, *[1] * (cam.dim() - 1))
     counts = top > torch.finfo(cam.dtype).tiny ** 0.5
     return torch.where(counts, cam, 0) / torch.where(counts, top, 1)
-
-
-def _resized(annotation: Tensor, cam: Tensor) -> Tensor:
-    """Average the annotation down to the layer's resolution."""
-    if not isinstance(annotation, Tensor) or annotation.dim() < min(3, cam.dim() - 1):
-        found = tuple(annotation.shape) if isinstance(annotation, Tensor) else None
-        raise TypeError(
-            expected_found(
-                "`annotation`",
-                "a tensor (batch, height, width) or (batch, 1, height, width)",
-                type(annotation).__name__ if found is None else f"shape {found}",
-                "Use torch.as_tensor, and one map for each example.",
-            )
-        )
-    if annotation.dim() == cam.dim() - 1:
-        annotation = annotation.unsqueeze(1)
-    if annotation.shape[2:] == cam.shape[2:] or cam.dim() != 4:
-        return annotation
-    return F.adaptive_avg_pool2d(annotation.to(cam.dtype), (cam.shape[2], cam.shape[3]))

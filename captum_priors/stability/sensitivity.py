@@ -111,6 +111,7 @@ class ActivationSensitivity(Regularizer):
         self.__dict__["_chosen"] = chosen  # past nn.Module's registration, as the model
 
     def _scores(self, call: Call) -> Tensor:
+        call.refuse_coupled()  # before the hooks, which would see it run
         clean = repeated(call.inputs, self.n_samples)
         deltas = tuple(map(self._draw, clean))
         noisy = (y + d for y, d in zip(clean, deltas, strict=True))

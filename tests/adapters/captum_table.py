@@ -14,7 +14,7 @@ import captum.attr as ca
 import numpy as np
 import pytest
 import torch
-from captum._utils.models.linear_model import SkLearnLasso, SkLearnRidge
+from captum._utils.models.linear_model import SkLearnLasso, SkLearnLinearRegression, SkLearnRidge
 from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRule
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -59,6 +59,32 @@ class Cnn(nn.Module):
     neuron = (1, 2, 2)
     window = (1, 3, 3)
     shape = (1, 8, 8)
+
+
+class Stem(nn.Module):
+    """How ResNet and VGG begin: strides, paddings, and windows of max-pooling that overlap."""
+
+    def __init__(self, activation: nn.Module, *pools: nn.Module) -> None:
+        super().__init__()
+        self.first, self.act = nn.Conv2d(1, 3, 3, stride=2, padding=1), activation
+        self.pool, self.other = pools
+        self.second, self.last = nn.Conv2d(3, 2, 2), nn.Tanh()
+        self.head = nn.Linear(self.features(torch.zeros(1, *self.shape)).shape[1], 3)
+
+    def features(self, x: Tensor) -> Tensor:
+        hidden = self.other(self.second(self.pool(self.act(self.first(x)))))
+        return self.last(hidden).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+    @property
+    def layer(self) -> nn.Module:
+        return self.act
+
+    neuron = (1, 2, 2)
+    window = (1, 4, 4)
+    shape = (1, 14, 14)
 
 
 class Recurrent(nn.Module):
@@ -130,12 +156,18 @@ MODELS: dict[str, Callable[[], Any]] = {
     "relu-mlp": lambda: Mlp(nn.ReLU()),
     "cnn": lambda: Cnn(nn.Softplus()),
     "relu-cnn": lambda: Cnn(nn.ReLU()),
+    "stem": lambda: Stem(nn.Softplus(), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1, 1)),
+    "relu-stem": lambda: Stem(nn.ReLU(), nn.MaxPool2d(2, 2, 1), nn.MaxPool2d(3, 1, 1)),
+    "plain-stem": lambda: Stem(nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, 1, 1)),
     "sequence": lambda: Recurrent(nn.Tanh()),
     "relu-sequence": lambda: Recurrent(nn.ReLU()),
 }
 
 
-_GENERAL = ("mlp", "relu-mlp", "cnn", "relu-cnn", "sequence", "relu-sequence")
+# One class of each kind is tried on all of them, the others on three.
+_GENERAL = ("mlp", "relu-cnn", "sequence")
+_ALL = (*_GENERAL, "relu-mlp", "cnn", "relu-sequence")
+_RESCALED = ("mlp", "relu-cnn", "stem")
 
 
 @dataclass(frozen=True)
@@ -145,6 +177,8 @@ class Row:
     make: Callable[[Any], Any]
     options: dict[str, Any] = field(default_factory=dict)
     baselines: bool = False
+    # One row to compare with: of zeros, the windows of max-pooling are full of ties.
+    reference: bool = False
     neuron: bool = False
     window: bool = False
     mask: bool = False
@@ -160,15 +194,16 @@ class Row:
     @property
     def model(self) -> str:
         """One model where one is enough."""
-        return "cnn" if "cnn" in self.models else self.models[0]
+        return next((name for name in self.models if "cnn" in name), self.models[0])
 
     def call(self, model: Any) -> dict[str, Any]:
         call = dict(self.options)
         if self.target:
             call["target"] = 1
-        if self.baselines:
+        if self.baselines or self.reference:
             generator = torch.Generator().manual_seed(5)
-            call["baselines"] = torch.randn(5, *model.shape, generator=generator)
+            n_rows = 5 if self.baselines else 1
+            call["baselines"] = torch.randn(n_rows, *model.shape, generator=generator)
         if self.neuron:
             call["neuron_selector"] = model.neuron
         if self.window:
@@ -272,18 +307,24 @@ def masked(mask: Tensor, original: Tensor, **_: Any) -> Tensor:
 ROWS: dict[str, Row] = {
     "Saliency": plain("Saliency"),
     "InputXGradient": plain("InputXGradient"),
-    "IntegratedGradients": plain("IntegratedGradients", options={"n_steps": 4}),
+    "IntegratedGradients": plain("IntegratedGradients", options={"n_steps": 4}, models=_ALL),
     "Deconvolution": plain("Deconvolution"),
-    "DeepLift": plain("DeepLift"),
-    "DeepLiftShap": plain("DeepLiftShap", baselines=True),
-    "LayerDeepLift": layered("LayerDeepLift"),
-    "LayerDeepLiftShap": layered("LayerDeepLiftShap", baselines=True),
-    "NeuronDeepLift": layered("NeuronDeepLift", neuron=True, target=False),
-    "NeuronDeepLiftShap": layered("NeuronDeepLiftShap", baselines=True, neuron=True, target=False),
-    "GuidedBackprop": plain("GuidedBackprop"),
+    "DeepLift": plain(
+        "DeepLift", reference=True, models=(*_ALL, "stem", "relu-stem", "plain-stem")
+    ),
+    "DeepLiftShap": plain("DeepLiftShap", baselines=True, models=_RESCALED),
+    "LayerDeepLift": layered("LayerDeepLift", reference=True, models=(*_RESCALED, "relu-stem")),
+    "LayerDeepLiftShap": layered("LayerDeepLiftShap", baselines=True, models=_RESCALED),
+    "NeuronDeepLift": layered(
+        "NeuronDeepLift", reference=True, neuron=True, target=False, models=_RESCALED
+    ),
+    "NeuronDeepLiftShap": layered(
+        "NeuronDeepLiftShap", baselines=True, neuron=True, target=False, models=_RESCALED
+    ),
+    "GuidedBackprop": plain("GuidedBackprop", models=_ALL),
     "GuidedGradCam": layered("GuidedGradCam", models=("cnn", "relu-cnn")),
-    "GradientShap": plain("GradientShap", options={"n_samples": 3}, baselines=True),
-    "FeatureAblation": plain("FeatureAblation", options={"perturbations_per_eval": 2}),
+    "GradientShap": plain("GradientShap", options={"n_samples": 3}, baselines=True, models=_ALL),
+    "FeatureAblation": plain("FeatureAblation", options={"perturbations_per_eval": 2}, models=_ALL),
     "FeaturePermutation": plain("FeaturePermutation"),
     "Occlusion": plain("Occlusion", window=True, single_precision=True),
     "ShapleyValueSampling": plain(
@@ -293,12 +334,20 @@ ROWS: dict[str, Row] = {
     "NoiseTunnel": Row(
         lambda m: ca.NoiseTunnel(ca.IntegratedGradients(m)),
         {"nt_samples": 3, "nt_type": "vargrad", "n_steps": 3},
+        models=_ALL,
     ),
     "NoiseTunnel-adapter": Row(
         lambda m: ca.NoiseTunnel(differentiable(ca.Saliency(m))), {"nt_samples": 3}
     ),
     "NoiseTunnel-LRP": Row(
-        lambda m: ca.NoiseTunnel(ca.LRP(with_rules(m))), {"nt_samples": 2}, models=_RELEVANCE
+        lambda m: ca.NoiseTunnel(ca.LRP(with_rules(m))), {"nt_samples": 2}, models=_RELEVANCE[1:3]
+    ),
+    "NoiseTunnel-KernelShap": Row(
+        lambda m: ca.NoiseTunnel(ca.KernelShap(m)),
+        {"nt_samples": 2, "n_samples": 12},
+        single_precision=True,
+        mask=True,
+        models=("mlp",),
     ),
     "NoiseTunnel-GuidedBackprop": Row(
         lambda m: ca.NoiseTunnel(ca.GuidedBackprop(m)), {"nt_samples": 3}
@@ -306,7 +355,7 @@ ROWS: dict[str, Row] = {
     "InternalInfluence": layered("InternalInfluence", options={"n_steps": 4}),
     "LayerActivation": layered("LayerActivation", target=False),
     "LayerConductance": layered(
-        "LayerConductance", options={"n_steps": 4, "internal_batch_size": 9}
+        "LayerConductance", options={"n_steps": 4, "internal_batch_size": 9}, models=_ALL
     ),
     "LayerFeatureAblation": layered("LayerFeatureAblation"),
     "LayerGradCam": layered("LayerGradCam"),
@@ -319,13 +368,15 @@ ROWS: dict[str, Row] = {
     "LayerFeaturePermutation": Row(
         lambda m: ca.LayerFeaturePermutation(lambda x: m(x)[:, 1], m.layer), target=False
     ),
-    "LayerLRP": Row(lambda m: ca.LayerLRP(m, m.second), models=_RELEVANCE),
+    "LayerLRP": Row(lambda m: ca.LayerLRP(m, m.second), models=_RELEVANCE[:3]),
     "LayerLRP-rules": Row(
         lambda m: ca.LayerLRP(with_rules(m), [m.second, m.head]), models=_RELEVANCE
     ),
     "LRP": plain("LRP", models=_RELEVANCE),
     "LRP-rules": Row(lambda m: ca.LRP(with_rules(m)), models=_RELEVANCE),
-    "KernelShap": plain("KernelShap", options={"n_samples": 12}, single_precision=True, mask=True),
+    "KernelShap": plain(
+        "KernelShap", options={"n_samples": 12}, single_precision=True, mask=True, models=_ALL
+    ),
     "Lime": Row(
         lambda m: ca.Lime(m, interpretable_model=SkLearnLasso(alpha=1e-3, **CONVERGED)),
         {"n_samples": 12},
@@ -338,6 +389,14 @@ ROWS: dict[str, Row] = {
         {"n_samples": 12},
         single_precision=True,
         mask=True,
+        input_gradients=False,
+    ),
+    "Lime-regression": Row(
+        lambda m: ca.Lime(m, interpretable_model=SkLearnLinearRegression(fit_intercept=False)),
+        {"n_samples": 12},
+        single_precision=True,
+        mask=True,
+        models=("mlp",),
         input_gradients=False,
     ),
     "LimeBase": Row(
@@ -363,7 +422,9 @@ ROWS: dict[str, Row] = {
         lambda m: ca.LayerIntegratedGradients(m, m.embedding),
         n_steps=4,
     ),
-    "NeuronConductance": layered("NeuronConductance", options={"n_steps": 4}, neuron=True),
+    "NeuronConductance": layered(
+        "NeuronConductance", options={"n_steps": 4}, neuron=True, models=_ALL
+    ),
     "NeuronDeconvolution": layered("NeuronDeconvolution", neuron=True, target=False),
     "NeuronFeatureAblation": layered("NeuronFeatureAblation", neuron=True, target=False),
     "NeuronGradient": layered("NeuronGradient", neuron=True, target=False),

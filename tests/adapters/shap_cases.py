@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors import differentiable
-from captum_priors.adapters._shap import ROWS
+from captum_priors.adapters.shap import ROWS
 
 FEATURES = 5
 NAMES = [f"feature {i}" for i in range(FEATURES)]

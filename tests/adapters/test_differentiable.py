@@ -197,13 +197,6 @@ def test_what_is_no_explainer_is_refused() -> None:
         differentiable(Saliency, differentiation="recompute")
 
 
-def test_a_gradient_func_of_the_user_s_is_not_replaced() -> None:
-    stock = Saliency(mlp().model)
-    stock.gradient_func = lambda *args, **named: (torch.zeros(1),)
-    with pytest.raises(NotDifferentiableError, match="Captum's own gradient_func"):
-        differentiable(stock)
-
-
 def test_a_differentiation_that_nobody_would_honour_is_refused() -> None:
     class Mine:
         def attribute(self, inputs: Tensor) -> Tensor:

@@ -570,7 +570,6 @@ BAD: dict[type[Exception], list[tuple[str, Make, dict[str, Any]]]] = {
         ("`step_size`: expected a positive", distance, {"step_size": -1}),
         ("`step_size`: expected one value, or 1", distance, {"step_size": (1, 1)}),
         ("`output_weight`: expected a finite", distance, {"output_weight": -1}),
-        ("`spatial_dims`: expected None", distance, {"spatial_dims": 0}),
         ("`betas`: expected a pair", distance, {"betas": 3}),
         (r"`betas\[1\]`: expected a positive", distance, {"betas": (1, -1)}),
         ("`k`: expected an integer", TopKAttack, {"k": 0}),

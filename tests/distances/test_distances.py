@@ -256,8 +256,8 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
     ),
     r"`attributions`: expected a tensor .*, found list\. Pass what": lambda: mse([[1.0]], [[1.0]]),
     r"`other`: expected a tensor .*, found list": lambda: mse(ONES, [[1.0]]),
-    r"`attributions`: expected shape \(batch, .*, found shape \(3,\)\. Unsqueeze": lambda: pearson(
-        ONES[0], ONES[0]
+    r"`attributions`: expected shape \(batch, .*, found shapes \[\(3,\)\]\. Unsqueeze": lambda: (
+        pearson(ONES[0], ONES[0])
     ),
     r"`attributions`: expected maps .*, found shape \(2, 3\)\. Use mse": lambda: ssim(ONES, ONES),
     r"`attributions`: expected maps .*, found shape \(2, 3, 1\), dim=1\. Use": lambda: ssim(
@@ -270,7 +270,7 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
     r"`k`: expected an integer of at least 1, found 0\. Pass k=1": lambda: SoftTopK(0),
     r"`k`: expected fewer than the 3 features, found 3\. Lower k": lambda: SoftTopK(3)(ONES, ONES),
     **{
-        rf"`temperature`: expected a positive number, found {value}\. Pass": (
+        rf"`temperature`: expected a positive finite number, found {value}\. Pass": (
             lambda value=value: SoftTopK(1, temperature=value)
         )
         for value in (0.0, -1.0, math.inf, math.nan)

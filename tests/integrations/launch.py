@@ -1,4 +1,4 @@
-"""Run a script on two processes, once for all test processes."""
+"""What the tests of training share: a script run on two processes, priors that start alike."""
 
 import json
 import os
@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
+
+from captum_priors.engine import Stream
+from captum_priors.priors import Prior
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,3 +35,10 @@ def results_of(script: str, tmp_path_factory: pytest.TempPathFactory, worker_id:
             )
             assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def restarted(prior: Prior) -> Prior:
+    """Start all streams of a prior as those of its twin, which are others while both live."""
+    for place, stream in enumerate(m for m in prior.modules() if isinstance(m, Stream)):
+        stream.set_extra_state(torch.tensor([place, 0]))
+    return prior

@@ -25,19 +25,32 @@ class Setting:
 
 
 _TWO = "tests/integrations/test_two_processes.py::"
-_TRAINS = f"{_TWO}test_parameters_are_those_of_one_process"
-_REFUSED = f"{_TWO}test_refused_with_the_pattern_that_works"
 _HERE = "tests/integrations/test_training_settings.py::"
 _LIGHTNING = "tests/integrations/test_lightning.py::"
 _HUGGINGFACE = "tests/integrations/test_huggingface.py::"
 _ACCELERATE = "tests/integrations/test_accelerate.py::"
-_FRAMEWORKS = "tests/integrations/test_frameworks_in_two_processes.py::"
-_SAME = "test_parameters_are_those_of_one_process"
 _GUARD = "tests/integrations/test_step_guard.py::"
+_CHECKPOINTING = "tests/priors/test_checkpointing.py::"
 
 
 def _each(test: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{test}[{name}]" for name in names)
+
+
+def _works(*names: str) -> tuple[str, ...]:
+    """Cases on two processes that go as one process would."""
+    return _each(f"{_TWO}test_as_one_process", *names)
+
+
+def _refused(*names: str) -> tuple[str, ...]:
+    """Cases on two processes that are refused on both."""
+    return _each(f"{_TWO}test_refused_with_the_pattern_that_works", *names)
+
+
+def _gradients(*names: str) -> tuple[str, ...]:
+    """Gradients in a setting, in every differentiation."""
+    ways = ("double_backprop", "recompute", "finite_difference")
+    return _each(f"{_HERE}test_gradients", *(f"{n}-{way}" for n in names for way in ways))
 
 
 SETTINGS = [
@@ -49,13 +62,12 @@ SETTINGS = [
         "`ddp.module` explained and `ddp` trained, in one backward pass: "
         "`(F.cross_entropy(ddp(x), y) + prior(x, target=y)).backward()`, or all of it inside the "
         "wrapped `forward`",
-        _each(
-            _TRAINS,
+        _works(
             "ddp_trains plain: double_backprop",
             "ddp_trains static_graph: double_backprop",
             "ddp_trains find_unused_parameters: finite_difference",
             "ddp_trains gradient_as_bucket_view: sum with Lazy",
-            "inside_forward",
+            "inside_forward_trains static_graph",
         ),
     ),
     Setting(
@@ -63,79 +75,84 @@ SETTINGS = [
         "refused",
         "each pass through it prepares its averaging anew, which with `static_graph` would stop in "
         "silence",
-        _each(_REFUSED, "step_with wrapper static_graph", "step_with wrapper hidden"),
+        _refused("wrapped static", "hidden_wrapper"),
     ),
     Setting(
         "— a second backward pass, or none through `ddp`",
         "refused",
-        "its gradients would not be averaged; the prior's own goes first, under `ddp.no_sync()`",
+        "processes drift apart, which `check_synchronised(model)`, called every few hundred steps, "
+        "tells; the prior's own pass goes first, under `ddp.no_sync()`",
         (
-            *_each(_REFUSED, "step_with loss_first ", "step_with past_the_wrapper "),
-            *_each(_TRAINS, "prior_first_under_no_sync"),
+            *_refused("drifts loss_first plain", "drifts past_the_wrapper static_graph"),
+            *_works("prior_first_trains under no_sync"),
         ),
     ),
     Setting(
         "— batches of uneven size",
         "works with",
-        "`prior = AcrossProcesses(prior)` and `prior.share(x) * F.cross_entropy(ddp(x), y)`",
-        _each(_TRAINS, "shared_trains each uneven"),
+        "`prior = AcrossProcesses(prior, ddp)` and `prior.share(x) * F.cross_entropy(ddp(x), y)`",
+        _works("shared_trains each uneven"),
     ),
     Setting(
         "— statistics of the batch (Gini, graph, yours)",
         "works with",
-        "`AcrossProcesses(prior)`, which gathers them; without a word from you an error",
+        "`AcrossProcesses(prior, ddp)`, which gathers them; without a word from you an error",
         (
-            *_each(_TRAINS, "shared_trains gini uneven", "shared_trains graph uneven"),
-            *_each(_REFUSED, "undecided"),
+            *_works("shared_trains gini uneven", "shared_trains graph uneven"),
+            *_refused("undecided_statistic"),
         ),
     ),
     Setting(
         "— `no_sync` and micro-batches",
         "works",
         "with `static_graph`, torch's first backward pass under `no_sync` fails, prior or not",
-        _each(_TRAINS, "accumulation"),
+        _works("accumulation_trains"),
     ),
     Setting(
-        "— `join` with `AcrossProcesses`",
-        "refused",
-        "processes that are through would not answer",
-        _each(_REFUSED, "joined"),
-    ),
-    Setting(
-        "FSDP2 (`fully_shard`), any `reshard_after_forward`",
+        "— `join`",
         "works",
-        "evaluate the prior after the model's forward pass. `double_backprop` and `recompute` "
-        "gather the parameters once more in the backward pass and keep them to its end",
-        _each(
-            _TRAINS,
-            "fsdp_trains layers reshard: double_backprop",
-            "fsdp_trains layers reshard: recompute",
-            "fsdp_trains layers reshard: finite_difference",
-            "fsdp_accumulation",
-            "fsdp_two_terms",
-            "fsdp_shared_statistic",
+        "but not with `AcrossProcesses`, for which those that are through would be waited",
+        _works("uneven_numbers_of_batches"),
+    ),
+    Setting(
+        "FSDP2 (`fully_shard`), any `reshard_after_forward`, also hybrid",
+        "works with",
+        "the prior after the model's forward pass and `with integrations.fsdp.unsharded(model): "
+        "loss.backward()`, which gathers the parameters once more and keeps them to its end; "
+        "without it an error",
+        (
+            *_works(
+                "fsdp_trains layers reshard: double_backprop",
+                "fsdp_trains layers reshard: recompute",
+                "fsdp_trains layers reshard: finite_difference",
+                "fsdp_trains hybrid",
+                "fsdp_accumulation_trains",
+                "fsdp_two_terms_trains",
+                "fsdp_shared_statistic_trains",
+            ),
+            *_refused("fsdp_without_the_block double_backprop"),
         ),
     ),
     Setting(
         "— `recompute`, `finite_difference` evaluated before the forward pass",
         "refused",
         "gradients would come after they are collected",
-        _each(_REFUSED, "fsdp_prior_first recompute", "fsdp_prior_first finite_difference"),
+        _refused("fsdp_prior_first_trains recompute", "fsdp_prior_first_trains finite_difference"),
     ),
     Setting(
         "FSDP1 (`FullyShardedDataParallel`)",
         "refused",
         "it cannot be differentiated twice; use `fully_shard`",
-        _each(_REFUSED, "fsdp1"),
+        _refused("fsdp1"),
     ),
     Setting(
         "Tensor parallelism (`parallelize_module`)",
         "works with",
-        "`finite_difference` and `AcrossProcesses(prior, mesh['data'].get_group())`; others are "
-        "refused, because torch does not differentiate the exchange twice",
+        "`finite_difference` and `AcrossProcesses(prior, mesh['data'])`; others are refused, "
+        "because torch does not differentiate the exchange twice",
         (
-            *_each(_TRAINS, "tensor_parallel finite_difference"),
-            *_each(_REFUSED, "tensor_parallel double_backprop", "tensor_parallel undecided"),
+            *_works("tensor_parallel_trains finite_difference"),
+            *_refused("tensor_parallel_trains double_backprop", "undecided_parallelism whole"),
         ),
     ),
     # Precision
@@ -155,34 +172,25 @@ SETTINGS = [
     # Models
     Setting(
         "`torch.compile`",
-        "works with",
-        "the eager model explained (`compiled._orig_mod`) and the compiled one trained, or "
-        "`finite_difference`",
-        (
-            f"{_HERE}test_compiled_training_with_the_eager_model_explained",
-            f"{_HERE}test_inductor",
-            "tests/engine/test_input_gradients.py::test_compiled_module_under_finite_difference",
-        ),
+        "works",
+        "explanations run eagerly, training compiled",
+        (*_gradients("torch.compile", "model.compile"), f"{_HERE}test_inductor"),
     ),
     Setting(
         "Fused attention",
-        "works with",
-        "`finite_difference`, or `sdpa_kernel(SDPBackend.MATH)` around the prior",
-        (
-            "tests/engine/test_input_gradients.py::"
-            "test_fused_attention_under_finite_difference_and_the_math_kernel",
-            "tests/engine/test_transformer.py::test_trains",
-        ),
+        "works",
+        "explanations run it as plain matrix products",
+        _gradients("fused_attention"),
     ),
     Setting(
         "Activation checkpointing, `use_reentrant=False`",
         "works with",
         "`recompute` or `finite_difference`; not under `smooth`",
         (
-            "tests/priors/test_checkpointing.py::"
+            f"{_CHECKPOINTING}"
             "test_replaying_differentiations_hold_the_model_for_the_second_run_too",
-            "tests/priors/test_checkpointing.py::test_double_backprop_is_refused",
-            "tests/priors/test_checkpointing.py::test_smoothing_refuses_it",
+            f"{_CHECKPOINTING}test_double_backprop_is_refused",
+            f"{_CHECKPOINTING}test_smoothing_refuses_it",
         ),
     ),
     Setting(
@@ -197,9 +205,8 @@ SETTINGS = [
     Setting(
         "`nn.RNN`, `nn.LSTM`, `nn.GRU`",
         "works",
-        "on a GPU (not yet run there) with `finite_difference`, or "
-        "`torch.backends.cudnn.flags(enabled=False)` around the prior",
-        (f"{_HERE}test_recurrent", "tests/gpu/test_cuda.py::test_cudnn_recurrent_modules"),
+        "on a GPU (not yet run there) explained without cuDNN",
+        (*_gradients("RNN", "LSTM", "GRU"), "tests/gpu/test_cuda.py::test_cudnn_recurrent_modules"),
     ),
     Setting(
         "BatchNorm and dropout in train mode",
@@ -217,7 +224,7 @@ SETTINGS = [
         "works",
         "a statistic of the batch is one of each micro-batch",
         (
-            f"{_HERE}test_accumulation",
+            *_gradients("micro_batches"),
             f"{_HERE}test_accumulation_of_a_statement_about_the_batch",
         ),
     ),
@@ -232,13 +239,10 @@ SETTINGS = [
         "`torch.func.functional_call`",
         "works",
         "parameters with a graph of their own with `double_backprop` only",
-        (
-            f"{_HERE}test_functional_call",
-            f"{_HERE}test_parameters_that_training_made",
-        ),
+        (*_gradients("functional_call"), f"{_HERE}test_parameters_that_training_made"),
     ),
-    Setting("Frozen backbones", "works", "", (f"{_HERE}test_frozen_backbone",)),
-    Setting("LoRA-style adapters", "works", "", (f"{_HERE}test_low_rank_adapters",)),
+    Setting("Frozen backbones", "works", "", _gradients("frozen_backbone")),
+    Setting("LoRA-style adapters", "works", "", _gradients("low_rank_adapters")),
     # Frameworks
     Setting(
         "Lightning, also manual optimization, accumulation, two processes",
@@ -247,7 +251,7 @@ SETTINGS = [
         (
             f"{_LIGHTNING}test_fit_is_the_loop_written_by_hand",
             f"{_LIGHTNING}test_logger_gets_every_term",
-            *_each(f"{_FRAMEWORKS}{_SAME}", "lightning", "lightning static_graph"),
+            *_works("lightning", "lightning static_graph"),
         ),
     ),
     Setting(
@@ -269,9 +273,8 @@ SETTINGS = [
         "`class PriorTrainer(PriorTrainerMixin, Trainer)` and `prior=lambda model: ...`",
         (
             f"{_HUGGINGFACE}test_training_is_the_loop_written_by_hand",
-            f"{_HUGGINGFACE}test_fused_attention_is_what_runs",
             f"{_HUGGINGFACE}test_evaluation_reports_the_prior_and_leaves_the_loss",
-            *_each(f"{_FRAMEWORKS}{_SAME}", "huggingface", "huggingface static_graph"),
+            *_works("huggingface", "huggingface static_graph"),
         ),
     ),
     Setting(
@@ -287,7 +290,7 @@ SETTINGS = [
         (
             f"{_ACCELERATE}test_loop_is_the_one_written_by_hand",
             f"{_ACCELERATE}test_mixed_precision_reaches_the_prior",
-            *_each(f"{_FRAMEWORKS}{_SAME}", "accelerate"),
+            *_works("accelerate"),
         ),
     ),
     # Faults
@@ -311,7 +314,7 @@ SETTINGS = [
             f"{_GUARD}test_step_raises_before_anything_changes",
             f"{_GUARD}test_lightning_whose_closure_computes_the_gradients",
             f"{_GUARD}test_hugging_face_by_a_callback",
-            f"{_TWO}test_what_one_process_skips_both_skip",
+            *_works("bad_batch_on_one_process StepGuard", "fsdp_bad_batch"),
         ),
     ),
     Setting(
@@ -321,6 +324,7 @@ SETTINGS = [
         (
             "tests/priors/test_guarded.py::test_skipped_value_leaves_the_rest_of_the_step",
             "tests/priors/test_guarded.py::test_value_beyond_the_limit",
+            *_works("bad_batch_on_one_process Guarded"),
         ),
     ),
     Setting(

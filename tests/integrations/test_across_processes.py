@@ -1,54 +1,53 @@
-"""AcrossProcesses in one process, and what it refuses; ``two_processes.py`` has the rest."""
-
-from typing import Any
+"""What two processes are not needed for: AcrossProcesses alone, and what is refused."""
 
 import pytest
 import torch
 from captum.attr import Saliency
 from torch import nn
 
-from captum_priors import AttributionPrior, Lazy
-from captum_priors.integrations import AcrossProcesses
+from captum_priors import AttributionPrior, Lazy, NotDifferentiableError
+from captum_priors.integrations import AcrossProcesses, check_synchronised
 from captum_priors.penalties import gini, l1, outside
 
 
-def prior_of(penalty: Any) -> AttributionPrior:
+def prior_of(penalty: object) -> AttributionPrior:
     torch.manual_seed(0)
     return AttributionPrior(Saliency(nn.Linear(4, 3)), penalty)
 
 
 def test_alone_it_is_the_prior() -> None:
-    x = torch.randn(5, 4)
-    for penalty in (l1, gini):
+    x, annotation = torch.randn(5, 4), torch.rand(5, 4)
+    for penalty, named in ((l1, {}), (gini, {}), (outside, {"annotation": annotation})):
         prior = prior_of(penalty)
-        shared = AcrossProcesses(prior)
-        assert torch.equal(shared(x, target=1), prior(x, target=1))
-        assert shared.share(x) == 1
+        for group in (None, "self"):
+            shared = AcrossProcesses(prior, group)
+            value = shared(x, target=1, **named)
+            assert torch.equal(value, prior(x, target=1, **named))
+            assert value.item() != 0
+            assert shared.share(x) == 1
+    check_synchronised(nn.Linear(4, 3))
 
 
-def test_composes_and_prints_its_formula() -> None:
-    prior = 2 * AcrossProcesses(Lazy(prior_of(l1), every=2) + prior_of(gini))
+def test_composes_and_keeps_the_state() -> None:
+    inner = Lazy(prior_of(l1), every=2) + prior_of(outside)
+    prior = 2 * AcrossProcesses(inner)
     assert repr(prior) == (
         "2 * AcrossProcesses(Lazy(AttributionPrior(Saliency, l1), every=2) + "
-        "AttributionPrior(Saliency, gini))"
+        "AttributionPrior(Saliency, outside))"
     )
+    assert prior.takes("annotation")
+    assert not prior.takes("baselines")
+    assert prior.state_dict().keys() == {f"prior.prior.{name}" for name in inner.state_dict()}
 
 
-def test_annotations_and_state_are_those_of_the_prior() -> None:
-    prior = prior_of(outside)
-    shared = AcrossProcesses(prior)
-    x = torch.randn(5, 4)
-    annotation = torch.ones(5, 4)
-    value = shared(x, target=0, annotation=annotation)
-    assert float(value.detach()) == 0
-    assert not shared.takes("baselines")
-    assert shared.state_dict().keys() == {f"prior.{name}" for name in prior.state_dict()}
-
-
-def test_bad_arguments() -> None:
+def test_refused() -> None:
     with pytest.raises(TypeError, match="expected a prior, found function"):
         AcrossProcesses(l1)
-    with pytest.raises(ValueError, match="expected a process group, None or 'self', found 'all'"):
+    text = "expected a DistributedDataParallel, a process group, None or 'self', found 'all'"
+    with pytest.raises(ValueError, match=text):
         AcrossProcesses(prior_of(l1), "all")
     with pytest.raises(TypeError, match="`inputs`"):
         AcrossProcesses(prior_of(l1)).share([1.0])
+    wrapped = AttributionPrior(Saliency(nn.DataParallel(nn.Linear(4, 3))), l1)
+    with pytest.raises(NotDifferentiableError, match="the DataParallel around it"):
+        wrapped(torch.randn(5, 4), target=1)

@@ -103,7 +103,7 @@ def test_masks_as_large_as_the_batch(mask: str, penalty: Any, wrap: Any) -> None
     x = torch.rand(shape)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(x[0].numel(), 1))
     prior = wrap(AttributionPrior(ca.InputXGradient(model), penalty))
-    with pytest.raises((TypeError, ValueError), match=r"captum_priors\.shared"):
+    with pytest.raises((TypeError, ValueError), match=r"`annotation`"):
         prior(x, annotation=m.to(x.dtype))
 
 
@@ -113,7 +113,7 @@ def test_shared_masks_are_those_repeated(named: Any, mask: str) -> None:
     from captum_priors import shared
 
     m, shape = MASKS[mask]
-    x = torch.rand(shape)
+    x, m = torch.rand(shape), m.reshape(shape[1:])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(x[0].numel(), 3))
     for rows in (4, 3, 1):
         y, m = torch.zeros(rows, dtype=torch.long), m.to(x.dtype)

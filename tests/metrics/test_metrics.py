@@ -1,5 +1,6 @@
 """Scores against SciPy, plain loops and closed forms, with ties and degenerate maps."""
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
-from captum_priors import ExpectedGradients, differentiable, distances, penalties
+from captum_priors import ExpectedGradients, differentiable, distances, penalties, shared
 from captum_priors.metrics import (
     ReportScore,
     gini,
@@ -167,11 +168,15 @@ def test_wrong_reason_rate_by_hand() -> None:
     torch.testing.assert_close(
         wrong_reason_rate(phi, allowed, threshold=0.3), torch.tensor([1 / 3, 1 / 2, 0.0]), **TIGHT
     )
-    assert wrong_reason_rate(phi, torch.ones(1, 4)).isnan().all()
+    assert wrong_reason_rate(phi, shared(torch.ones(4))).isnan().all()
     parts = ((phi[:, :1], phi[:, 1:]), (allowed[:, :1], allowed[:, 1:]))
     torch.testing.assert_close(wrong_reason_rate(*parts), wrong_reason_rate(phi, allowed))
+    # A map that is not finite is no part of the mean, which is .3 and not .15.
+    broken = torch.tensor([[0.0, 5.0, 1.0, 0.0], [math.nan, 1.0, 2.0, 3.0]])
+    found = wrong_reason_rate(broken, shared(torch.tensor([1, 0, 0, 0])))
+    torch.testing.assert_close(found, torch.tensor([1 / 3, math.nan]), equal_nan=True)
     everywhere = torch.ones(2, 4)
-    assert wrong_reason_rate(everywhere, torch.tensor([[1, 1, 0, 0]])).tolist() == [1, 1]
+    assert wrong_reason_rate(everywhere, shared(torch.tensor([1, 1, 0, 0]))).tolist() == [1, 1]
 
 
 def test_local_lipschitz_of_a_quadratic() -> None:
@@ -189,13 +194,32 @@ def test_local_lipschitz_of_a_quadratic() -> None:
     assert bool((found > 0.9 * largest).all())
 
 
-def test_local_lipschitz_uses_common_draws_and_leaves_no_trace() -> None:
+class Noisy:
+    """Twice the points, shifted by a draw; keeps where it was asked."""
+
+    def __init__(self) -> None:
+        self.points: list[Tensor] = []
+
+    def attribute(self, inputs: Tensor) -> Tensor:
+        self.points.append(inputs)
+        return 2 * inputs + torch.randn_like(inputs)
+
+
+def test_local_lipschitz_uses_common_draws_on_both_sides_of_the_inputs() -> None:
+    explainer, x = Noisy(), torch.zeros(4, 50)
+    found = local_lipschitz(explainer, x, radius=0.1, n_samples=20)
+    torch.testing.assert_close(found, torch.full((4,), 2.0), rtol=1e-9, atol=0)
+    points = torch.stack(explainer.points[1:])
+    assert float(points.min()) == pytest.approx(-0.1, rel=0.01)  # of 4000 draws
+    assert float(points.max()) == pytest.approx(0.1, rel=0.01)
+
+
+def test_local_lipschitz_leaves_no_trace() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
     x = torch.randn(5, 3)
     model(x).sum().backward()
-    explainer = ExpectedGradients(model)
     with leaves_no_trace(model, tensors=[x]):
-        found = local_lipschitz(explainer, x, radius=1e-3, baselines=x)
+        found = local_lipschitz(ExpectedGradients(model), x, radius=1e-3, baselines=x)
     # Expected gradients of an affine model are w (x - mu) for any references.
     weight = model[1].weight[0] / (model[0].running_var + model[0].eps).sqrt()
     assert bool((found <= float(weight.abs().max().detach()) * (1 + 1e-9)).all())
@@ -212,8 +236,8 @@ BAD: dict[str, Callable[[], Any]] = {
     r"`dim`: expected which of the 2 axes": lambda: top_k_intersection(
         ONES[..., None], ONES[..., None], 1
     ),
-    r"`annotation`: expected zeros and ones, found annotation\[0, 2\] = 0.5\. Thresh": lambda: (
-        wrong_reason_rate(ONES, torch.tensor([[0, 1, 0.5]]))
+    r"`annotation`: expected zeros and ones, found annotation\[2\] = 0.5\. Thresh": lambda: (
+        wrong_reason_rate(ONES, shared(torch.tensor([0, 1, 0.5])))
     ),
     r"`annotation`: expected one for each of the 1 tensors .*, found 2": lambda: wrong_reason_rate(
         ONES, (ONES, ONES)

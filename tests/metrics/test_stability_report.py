@@ -137,6 +137,20 @@ def test_labels_axes_and_several_inputs() -> None:
     assert not {"spearman", "pearson"} & set(scores)
 
 
+def test_an_attack_may_change_the_prediction() -> None:
+    class Turned:
+        def perturb(self, inputs: Tensor, target: Any = None) -> Tensor:
+            return -inputs
+
+    x, model = torch.randn(5, 3), nn.Linear(3, 2, bias=False)
+    y = model(x).argmax(1)
+    y[0] = 1 - y[0]
+    turned = {"plain": {"turned": Turned()}}
+    found = stability_report({"plain": Saliency(model)}, turned, [(x, y)], k=1).row().scores
+    columns = ("accuracy", "accuracy, attacked", "prediction kept")
+    assert [found[name].mean for name in columns] == pytest.approx([0.8, 0.2, 0])
+
+
 def test_leaves_no_trace() -> None:
     model, batches = _net().train(), _batches(4)
     model(batches[0][0]).sum().backward()

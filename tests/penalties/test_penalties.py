@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
+from captum_priors import shared
 from captum_priors.metrics import wrong_reason_rate
 from captum_priors.penalties import (
     GraphLaplacian,
@@ -225,7 +226,7 @@ def test_tuple_takes_a_tuple_of_annotations_and_one_option_for_all() -> None:
     value = outside((a, b), annotation=(torch.ones(3, 4), torch.zeros(3, 2, 5)))
     torch.testing.assert_close(value, l2(b), rtol=ROUNDING, atol=0)
     labels = (torch.zeros(4), torch.arange(10))
-    value = group_sparsity((a, b), groups=labels)
+    value = group_sparsity((a, b), groups=(labels[0], shared(labels[1])))
     expected = group_sparsity(a, groups=labels[0]) + l1(b)
     torch.testing.assert_close(value, expected, rtol=ROUNDING, atol=0)
     # As many axes as tensors: still the axes of both.
@@ -322,6 +323,9 @@ def test_values_at_the_ends() -> None:
     assert gini(torch.eye(5)[2:3]).item() == pytest.approx(-(1 - 1 / 5), abs=1e-15)
     assert gini(torch.ones(2, 5)).item() == pytest.approx(0, abs=1e-15)
     assert entropy(torch.ones(1, 8)).item() == pytest.approx(math.log(8), rel=1e-14)
+    # -(log(1 - q) (1 - q) + q log q) for q = 1e-9, to the first order.
+    small = entropy(torch.tensor([[1.0, 1e-9]])).item()
+    assert small == pytest.approx(1e-9 * (1 - math.log(1e-9)), rel=1e-6)
     nothing = energy_outside(-torch.rand(2, 6), annotation=torch.zeros(2, 6))
     assert nothing.tolist() == [0, 0]  # no attribution is positive
     # 2e5 is beyond float16, whose largest number is 65504.
@@ -349,11 +353,11 @@ PHI = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(5))
 
 
 def _as_hint(phi: Tensor, *, annotation: Any) -> Tensor:
-    return by_mse(phi, annotation=resized(phi, annotation, mask=False))
+    return by_mse(phi, annotation=resized(phi, annotation, "finite"))
 
 
 def _as_grad_cam(phi: Tensor, *, annotation: Any) -> Tensor:
-    return outside(phi, annotation=resized(phi, annotation, mask=True))
+    return outside(phi, annotation=resized(phi, annotation, "mask"))
 
 
 TAKE_MASKS = [outside, energy_outside, _as_grad_cam, wrong_reason_rate]
@@ -371,8 +375,8 @@ def test_annotation_has_the_attributions_dimensions_or_shares_them(takes: Any) -
     expected = takes(PHI, annotation=maps[:, None])
     for same in (maps, maps.bool(), maps.long(), maps[:, None].float()):
         torch.testing.assert_close(takes(PHI, annotation=same), expected, rtol=0, atol=0)
-    for shared in (maps[:1, None], maps[:1]):  # one for all examples
-        found = takes(PHI, annotation=shared)
+    for one in (maps[0], maps[:1]):  # for all examples; the second with its channel
+        found = takes(PHI, annotation=shared(one))
         torch.testing.assert_close(found, takes(PHI, annotation=maps[:1].expand(4, 6, 6)))
     full = maps[:, None].expand_as(PHI)
     if takes is not energy_outside:  # which sums channels that share their annotation
@@ -389,6 +393,8 @@ def test_annotation_has_the_attributions_dimensions_or_shares_them(takes: Any) -
     ("phi", "shape"),
     [
         (PHI, (6, 6)),
+        (PHI, (1, 6, 6)),
+        (PHI, (1, 2, 6, 6)),
         (PHI, (2, 6, 6)),
         (PHI, (3, 6, 6)),
         (PHI, (6,)),
@@ -404,8 +410,11 @@ def test_annotation_has_the_attributions_dimensions_or_shares_them(takes: Any) -
 def test_annotation_of_another_shape_is_not_guessed(
     takes: Any, phi: Tensor, shape: tuple[int, ...]
 ) -> None:
-    with pytest.raises(ValueError, match=r"`annotation`: expected one for each of the 4 examples"):
+    expected = r"`annotation`: expected one for each of the 4 examples, .* captum_priors\.shared"
+    with pytest.raises(ValueError, match=expected):
         takes(phi, annotation=torch.ones(shape))
+    with pytest.raises(ValueError, match="`annotation`: expected one for each"):
+        takes(phi, annotation=shared(torch.ones(4, 3, *phi.shape[1:])))
 
 
 @takes_annotation
@@ -430,7 +439,7 @@ def test_annotation_is_averaged_to_the_size_of_a_map() -> None:
     small = torch.zeros(4, 1, 2, 2)
     expected = given.reshape(4, 2, 2, 2, 2).mean((2, 4)).unsqueeze(1)
     for each in (given, given[:, None]):
-        torch.testing.assert_close(resized(small, each, mask=True), expected)
+        torch.testing.assert_close(resized(small, each, "mask"), expected)
 
 
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
@@ -492,12 +501,14 @@ TYPES: dict[str, Bad] = {
     ),
 }
 VALUES: dict[str, Bad] = {
-    r"`attributions`: expected shape \(batch, \.\.\.\).*, found shape \(3,\)\. Unsqueeze": lambda: (
-        l2(TWO[0])
+    r"`attributions`: expected shape \(batch, .*, found shapes \[\(3,\)\]\. Unsqueeze": lambda: l2(
+        TWO[0]
     ),
-    r"`attributions`: expected .*, found shape \(2, 0\)\. .* one feature": lambda: gini(TWO[:, :0]),
+    r"`attributions`: expected .*, found shapes \[\(2, 0\)\]\. .* one feature": lambda: gini(
+        TWO[:, :0]
+    ),
     r"one batch size, found shapes \[\(2, 3\), \(1, 3\)\]": lambda: l2((TWO, TWO[:1])),
-    r"`attributions`: expected .*, found shapes \[\]": lambda: l2(()),
+    r"`attributions`: expected at least one tensor, found an empty tuple": lambda: l2(()),
     **{
         rf"`dim`: expected which of the {n - 1} .*, found None .* Pass dim=\(1, 2\)": lambda n=n: (
             total_variation(torch.ones([2] * n))
@@ -510,7 +521,7 @@ VALUES: dict[str, Bad] = {
         )
         for dim in (0, 2, -2, (1, 1), (), "1", 1.0, True)
     },
-    r"`groups`: expected a label for each of the 3 features, found 2 labels\. Label": lambda: (
+    r"`groups`: expected a label for each of the 3 features, found 2 labels, 0 of them": lambda: (
         group_sparsity(TWO, groups=torch.tensor([0, 1]))
     ),
     **{
@@ -519,6 +530,9 @@ VALUES: dict[str, Bad] = {
         )
         for group in ([0, 3], [-1], [], [0.5])
     },
+    r"`groups`: expected .*, found 3 labels, 3 of them not finite": lambda: group_sparsity(
+        TWO, groups=TWO[0] / 0
+    ),
     r"`groups`: expected .*, found no group\.": lambda: group_sparsity(TWO, groups=[]),
     r"`annotation`: expected one value, or a tuple of 2 .*, found a tuple of 1": lambda: outside(
         (TWO, TWO), annotation=(TWO,)

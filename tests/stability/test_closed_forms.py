@@ -91,7 +91,8 @@ def test_hessian_by_differences_tends_to_the_exact_one(
     errors = []
     exact = HessianPenalty(model, 3).eval()
     for step in (0.04, 0.02, 0.01):
-        near = HessianPenalty(model, 3, method="finite_difference", step=step).eval()
+        near = HessianPenalty(model, 3, curvature="difference", step_size=step).eval()
+        near.load_state_dict(exact.state_dict())  # the same vectors
         values = [p(x, target=y).item() for p in (exact, near)]
         errors.append(abs(values[1] / values[0] - 1))
     assert errors[2] < 2e-3
@@ -255,7 +256,7 @@ def test_small_noise_limit_of_sensitivity_is_the_jacobian(
     hidden = np.mean([(net.hidden_jacobian(a) ** 2).sum() / 6 for a in x.numpy()])
     logits = np.mean([(net.jacobian(a) ** 2).sum() / 3 for a in x.numpy()])
     variance = radius**2 * (1 / 3 if noise == "uniform" else 1)
-    for layers, expected in (("activations", hidden), ([model[2]], logits), (["2"], logits)):
+    for layers, expected in (([model[1]], hidden), (["1"], hidden), ([model[2]], logits)):
         prior = ActivationSensitivity(
             model, radius, layers=layers, noise=noise, scale=scale, n_samples=20
         )
@@ -266,13 +267,15 @@ def test_small_noise_limit_of_sensitivity_is_the_jacobian(
     assert both(x).item() == pytest.approx((hidden + logits) / 2, rel=0.05)
 
 
-@pytest.mark.parametrize("norm", [1, 2])
+@pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("scale", ["noise", "activation", None])
 def test_sensitivity_neuron_by_neuron(
-    model: nn.Module, net: Any, x: Tensor, norm: Any, scale: Any
+    model: nn.Module, net: Any, x: Tensor, power: Any, scale: Any
 ) -> None:
     recorder = Recorder(model)
-    prior = ActivationSensitivity(recorder, 0.5, norm=norm, scale=scale, n_samples=2)
+    prior = ActivationSensitivity(
+        recorder, 0.5, layers=[model[1]], power=power, scale=scale, n_samples=2
+    )
     value = prior(x)
     points = recorder.seen[-1].numpy()
     total = []
@@ -286,34 +289,57 @@ def test_sensitivity_neuron_by_neuron(
                     "activation": abs(clean[j]) + np.abs(clean).mean(),
                     None: 1.0,
                 }[scale]
-                total.append((abs(moved[j] - clean[j]) / size) ** norm)
+                total.append((abs(moved[j] - clean[j]) / size) ** power)
     assert_mean(value, total)
 
 
-def test_sensitivity_finds_activations_of_any_spelling(x: Tensor) -> None:
-    class Functional(nn.Module):
-        def __init__(self, spelling: Any) -> None:
-            super().__init__()
-            self.first, self.last, self.spelling = nn.Linear(4, 6), nn.Linear(6, 3), spelling
+class Tripled(nn.Module):
+    """Goes on in place with what its layer returned, and has another that does not run."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            hidden = self.spelling(self.first(x))
-            hidden *= 3  # what is recorded is not what the model goes on with in place
-            return self.last(hidden)
+    def __init__(self, first: nn.Module, last: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last, self.unused = first, last, nn.Linear(4, 6)
 
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    expected = ActivationSensitivity(model).eval()(x).item()
-    assert expected > 0
-    relu = nn.functional.relu
-    for spelling in (nn.ReLU(), nn.ReLU(inplace=True), relu, torch.relu_, Tensor.relu):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        hidden *= 3
+        return self.last(nn.functional.relu_(hidden))
+
+
+def test_sensitivity_is_of_what_a_layer_returned(x: Tensor) -> None:
+    first, last = nn.Linear(4, 6), nn.Linear(6, 3)
+    twin = nn.Sequential(first, nn.Linear(6, 3))
+    values = []
+    for model in (Tripled(first, last), twin):
         torch.manual_seed(0)
-        assert ActivationSensitivity(Functional(spelling)).eval()(x).item() == expected
+        values.append(ActivationSensitivity(model, layers=[first]).eval()(x).item())
+    assert values[0] == values[1] > 0
 
 
-def test_sensitivity_without_activations_is_refused(x: Tensor) -> None:
-    with pytest.raises(ValueError, match="activation functions that run"):
-        ActivationSensitivity(nn.Linear(4, 3))(x)
+def test_sensitivity_by_default_is_of_the_layers_with_weights_that_run(x: Tensor) -> None:
+    model = Tripled(nn.Linear(4, 6), nn.Linear(6, 3))
+    values = []
+    for layers in ("weights", ["first", "last"], [model.last, model.first]):
+        torch.manual_seed(0)
+        values.append(ActivationSensitivity(model, layers=layers).eval()(x).item())
+    assert values[0] == values[1] == values[2] > 0
+
+
+def test_sensitivity_of_layers_that_do_not_run_is_refused(x: Tensor) -> None:
+    model = Tripled(nn.Linear(4, 6), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match="does not call Linear"):
+        ActivationSensitivity(model, layers=["first", "unused"])(x)
+    elsewhere = nn.Sequential(model.unused)
+    elsewhere.forward = model.forward  # type: ignore[method-assign]  # runs none of its own
+    with pytest.raises(ValueError, match="does not call Linear"):
+        ActivationSensitivity(elsewhere)(x)
+
+
+def test_sensitivity_shows_its_layers_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    assert repr(ActivationSensitivity(model)) == "ActivationSensitivity()"
+    shown = repr(ActivationSensitivity(model, 0.2, layers=[model[0], "2"], power=1, scale=None))
+    assert shown == "ActivationSensitivity(radius=0.2, layers=['0', '2'], power=1, scale=None)"
 
 
 def test_sensitivity_of_layers_without_a_batch_is_refused(x: Tensor) -> None:
@@ -323,7 +349,7 @@ def test_sensitivity_of_layers_without_a_batch_is_refused(x: Tensor) -> None:
             self.layer = nn.Identity()
 
         def forward(self, x: Tensor) -> Tensor:
-            return x.sum(1, keepdim=True) + self.layer(x.mean(0)).sum()
+            return x.sum(1, keepdim=True) + self.layer(torch.ones(3)).sum()
 
     model = Strange()
     with pytest.raises(ValueError, match="first dimension holds the 10 examples"):
@@ -334,5 +360,5 @@ def test_sensitivity_before_the_activations(x: Tensor) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     with torch.no_grad():
         model[0].bias.fill_(-100.0)  # all units dead
-    assert ActivationSensitivity(model)(x).item() == 0
+    assert ActivationSensitivity(model, layers=[model[1]])(x).item() == 0
     assert ActivationSensitivity(model, layers="weights")(x).item() > 0

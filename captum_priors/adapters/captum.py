@@ -1,0 +1,269 @@
+"""Captum's explainers with their graph: the base of their adapters, and the table of them."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import captum.attr
+import torch
+from captum.attr import GradientAttribution, LayerAttribution, NoiseTunnel
+from torch import Tensor
+
+from captum_priors._captum import as_tuple, compute_gradients, like_inputs
+from captum_priors._checks import check_floating, check_target, check_tensors
+from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._types import DIFFERENTIATIONS, Differentiation
+from captum_priors.attr import ExpectedGradients
+from captum_priors.engine import attribution_call
+
+ADAPTERS: dict[type, type["CaptumAdapter"]] = {}
+"""The adapter of each class, by its exact type: a subclass may override the very step that keeps
+the graph."""
+REGISTERED: dict[type, Callable[[Any, Differentiation], Any]] = {}
+"""What users registered."""
+
+
+class CaptumAdapter:
+    """Base of the differentiable twins of Captum's classes; make them with ``differentiable``.
+
+    An adapter is an instance of the class that it stands for and runs that class's own code.
+
+    Attributes:
+        differentiations: The ways in which its parameter gradient can be taken.
+        draws: The global random streams that its method draws from.
+        draws_baselines: Whether its baselines are a distribution, not one row for each example.
+        takes_tensors: Whether it explains tensors.
+
+    Example:
+        >>> import torch
+        >>> from captum.attr import Saliency
+        >>> from captum_priors import CaptumAdapter, differentiable
+        >>> adapter = differentiable(Saliency(torch.nn.Linear(3, 1)))
+        >>> isinstance(adapter, CaptumAdapter), isinstance(adapter, Saliency), adapter.draws
+        (True, True, ())
+    """
+
+    _stock: ClassVar[Any]
+    differentiations: ClassVar[tuple[str, ...]] = tuple(DIFFERENTIATIONS)
+    draws: ClassVar[tuple[str, ...]] = ()
+    draws_baselines: ClassVar[bool] = False
+    takes_tensors: ClassVar[bool] = True
+    differentiation: Differentiation = "double_backprop"
+
+    @classmethod
+    def of(cls, explainer: Any, differentiation: Differentiation) -> Any:
+        """Make the differentiable twin of a Captum explainer."""
+        twin = cls.__new__(cls)
+        twin.__dict__.update(explainer.__dict__)
+        twin._check()
+        return twin.with_differentiation(differentiation)
+
+    def with_differentiation(self, differentiation: Differentiation) -> Any:
+        """Set how the parameter gradient is taken, if this class can."""
+        if differentiation not in self.differentiations:
+            raise NotDifferentiableError(
+                expected_found(
+                    f"`differentiation` of {self._stock.__name__}",
+                    " or ".join(map(repr, self.differentiations)),
+                    repr(differentiation),
+                    "Its attributions are more than arithmetic on input gradients.",
+                )
+            )
+        self.differentiation = differentiation
+        return self
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "_stock" not in cls.__dict__:
+            return
+        ADAPTERS[cls._stock] = cls
+        stock = inspect.signature(cls._stock.attribute)
+        open_end = [p.name for p in stock.parameters.values() if p.kind is p.VAR_KEYWORD]
+
+        def attribute(self: CaptumAdapter, *args: Any, **kwargs: Any) -> Any:
+            given = stock.bind(self, *args, **kwargs).arguments
+            del given["self"]
+            for name in open_end:
+                given.update(given.pop(name, {}))
+            if self._stock is not cls._stock:  # by a method that builds on it, within its own call
+                return inspect.unwrap(cls._stock.attribute)(self, **given)
+            return self._attribute_with_graph(given)
+
+        attribute.__doc__ = f"As :meth:`captum.attr.{cls._stock.__name__}.attribute`."
+        attribute.__signature__ = stock  # type: ignore[attr-defined]  # what inspect reads
+        attribute.__qualname__ = f"{cls.__name__}.attribute"
+        cls.attribute = attribution_call(attribute)  # type: ignore[attr-defined]  # Captum's name
+
+    def _check(self) -> None:
+        """Refuse what is set on the explainer and would not be honoured with a graph."""
+        own = getattr(self, "gradient_func", compute_gradients)
+        if not str(getattr(own, "__module__", "")).startswith("captum."):
+            raise NotDifferentiableError(
+                expected_found(
+                    "`explainer`",
+                    "Captum's own gradient_func",
+                    "another one, which an adapter would replace",
+                    "Register a conversion of your own with differentiable.register.",
+                )
+            )
+
+    def _check_call(self, given: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Check what is explained, for what, and against what; return it as a tuple."""
+        # Not that it is one batch: tables for embedding bags and empty features are welcome.
+        check_tensors(given["inputs"])
+        tensors = as_tuple(given["inputs"])
+        if tensors[0].dim() > 0:
+            check_target(given.get("target"), tensors[0].shape[0])
+        if isinstance(self, GradientAttribution) and not isinstance(self, LayerAttribution):
+            check_floating(tensors)
+        if not isinstance(self, NoiseTunnel):  # what it averages checks the rows that it gets
+            _check_baselines(given.get("baselines"), tensors, drawn=self.draws_baselines)
+        return tensors
+
+    def _copies(self, given: dict[str, Any], tensors: tuple[Tensor, ...]) -> dict[str, Any]:
+        """Give Captum and the model tensors that they may flag and overwrite as they like."""
+        flags = isinstance(self, (GradientAttribution, NoiseTunnel))
+        own = tuple(t.clone() for t in tensors)
+        for t in own:
+            if flags and t.is_floating_point() and not t.requires_grad:
+                t.requires_grad_()  # so that Captum need not warn that it does
+        copies = {**given, "inputs": like_inputs(given["inputs"], own)}
+        if "baselines" in given:
+            copies["baselines"] = _cloned(given["baselines"])
+        return copies
+
+    def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def _run_stock(self, **given: Any) -> Any:
+        return inspect.unwrap(self._stock.attribute)(self, **given)
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_cloned, value))
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _check_baselines(baselines: Any, tensors: tuple[Tensor, ...], *, drawn: bool) -> None:
+    """Require references that fit: a distribution of rows, or what goes with each example."""
+    each = baselines if isinstance(baselines, tuple) else (baselines,)
+    if callable(baselines) or (baselines is None and not drawn):
+        return
+    if len(each) != len(tensors):
+        raise ValueError(
+            expected_found(
+                "`baselines`",
+                f"{len(tensors)}, one for each input",
+                str(len(each)),
+                "Pass a tuple with one entry for each of the inputs, in their order.",
+            )
+        )
+    for i, (baseline, tensor) in enumerate(zip(each, tensors, strict=True)):
+        name = f"`baselines[{i}]`" if isinstance(baselines, tuple) else "`baselines`"
+        if not isinstance(baseline, Tensor) and (drawn or not isinstance(baseline, (int, float))):
+            raise TypeError(
+                expected_found(
+                    name,
+                    "a tensor of reference rows" if drawn else "a tensor or a number",
+                    type(baseline).__name__,
+                    "Pass for example a few hundred training examples stacked along dimension 0."
+                    if drawn
+                    else "Convert it with torch.as_tensor(..., dtype=..., device=...).",
+                )
+            )
+        if isinstance(baseline, Tensor) and not _fits(baseline, tensor, drawn=drawn):
+            raise ValueError(
+                expected_found(
+                    name,
+                    f"reference rows of shape {tuple(tensor.shape[1:])}, any number of them"
+                    if drawn
+                    else f"a number, one row, or rows like those of shape {tuple(tensor.shape)}",
+                    f"shape {tuple(baseline.shape)}",
+                    "The first dimension counts reference rows; the others match the inputs."
+                    if drawn
+                    else "A distribution of reference rows is what ExpectedGradients, GradientShap "
+                    "and DeepLiftShap take.",
+                )
+            )
+
+
+def _fits(baseline: Tensor, tensor: Tensor, *, drawn: bool) -> bool:
+    if drawn:
+        return baseline.shape[1:] == tensor.shape[1:] and baseline.numel() > 0
+    try:
+        return bool(torch.broadcast_shapes(baseline.shape, tensor.shape) == tensor.shape)
+    except RuntimeError:
+        return False
+
+
+def adapted(explainer: Any, differentiation: Differentiation = "double_backprop") -> Any:
+    """Return the twin of one of Captum's explainers; what keeps its own graph stays as it is."""
+    if type(explainer) in REGISTERED:
+        return REGISTERED[type(explainer)](explainer, differentiation)
+    if isinstance(explainer, (CaptumAdapter, ExpectedGradients)):
+        return explainer
+    if type(explainer) not in ADAPTERS:
+        raise NotDifferentiableError(refusal(type(explainer)))
+    return ADAPTERS[type(explainer)].of(explainer, differentiation)
+
+
+_ABSTRACT = "an abstract base class that explains nothing by itself. Pass one of its subclasses"
+REFUSED: dict[str, str] = {
+    "Attribution": _ABSTRACT,
+    "GradientAttribution": _ABSTRACT,
+    "LayerAttribution": _ABSTRACT,
+    "NeuronAttribution": _ABSTRACT,
+    "PerturbationAttribution": _ABSTRACT,
+    "RemoteLLMAttribution": (
+        "which is given plain numbers by a remote server, behind which no gradient can be "
+        "followed. Run the language model here and use LLMAttribution"
+    ),
+}
+"""Why a class cannot be trained on, and what to use instead."""
+
+HELD_FIXED: dict[str, str] = {
+    "DataLoaderAttribution": "the batches",
+    "DeepLift": "which quotients are too small to take, and max-pooling's winners",
+    "FeaturePermutation": "the permutation",
+    "GradientShap": "the draws",
+    "KernelShap": "the sampled coalitions and their weights",
+    "LLMAttribution": "the tokens of prompt and response",
+    "LRP": "the signs of the stabiliser",
+    "Lime": "the samples, their weights, and the active set and signs of the lasso",
+    "LimeBase": "the samples and their weights",
+    "NoiseTunnel": "the draws",
+    "ShapleyValueSampling": "the permutations",
+}
+"""What a derivative leaves out on purpose, for classes and for what is named after them."""
+
+
+def held_fixed(name: str) -> str:
+    """What is held fixed in the derivative of a class's attributions, empty if nothing is."""
+    plain = name.removeprefix("Layer").removeprefix("Neuron")
+    same = {"DeepLiftShap": "DeepLift", "LLMGradientAttribution": "LLMAttribution"}
+    return HELD_FIXED.get(same.get(plain, plain), "")
+
+
+def refusal(cls: type) -> str:
+    """Word the error for a class that has no certified conversion."""
+    reason = REFUSED.get(cls.__name__) if cls.__module__.startswith("captum.") else None
+    if reason is not None:
+        return f"`explainer`: expected one that can be trained on, found {cls.__name__}, {reason}."
+    names = ", ".join(sorted(known.__name__ for known in ADAPTERS))
+    return (
+        f"`explainer`: expected one with a certified conversion ({names}), found {cls.__name__}, "
+        "whose attributions carry no correct gradient to the model's parameters. Use one of these, "
+        "or register a conversion of your own with differentiable.register and certify it with "
+        "captum_priors.testing.check_differentiable."
+    )
+
+
+def exported() -> dict[str, type]:
+    """Every explainer that the installed Captum exports, by name."""
+    names = ((name, getattr(captum.attr, name)) for name in captum.attr.__all__)
+    return {
+        name: cls
+        for name, cls in names
+        if isinstance(cls, type) and issubclass(cls, captum.attr.Attribution)
+    }

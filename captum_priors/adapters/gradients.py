@@ -1,0 +1,133 @@
+"""Captum's methods that are arithmetic on input gradients, with every differentiation."""
+
+import copy
+from contextlib import nullcontext
+from typing import Any, ClassVar, cast
+
+import torch
+from captum.attr import InputXGradient, IntegratedGradients, Saliency
+from torch import Tensor
+
+from captum_priors._captum import as_tuple, forward_args, like_inputs
+from captum_priors._checks import check_inputs
+from captum_priors._rows import Rows
+from captum_priors.adapters.captum import CaptumAdapter
+from captum_priors.adapters.keep_graph import KeepGraph
+from captum_priors.engine import Visit, input_gradients, keep_graph, recompute
+
+
+class SeamAdapter(CaptumAdapter):
+    """Swaps Captum's ``gradient_func`` for the engine's, and leaves everything else to Captum."""
+
+    _takes_batch_size: ClassVar[bool] = False
+    _visit: Visit = staticmethod(keep_graph)
+    gradient_func: Any
+    forward_func: Any
+    compute_convergence_delta: Any
+
+    def _check_call(self, given: dict[str, Any]) -> tuple[Tensor, ...]:
+        check_inputs(given["inputs"])
+        return super()._check_call(given)
+
+    def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
+        self._check()
+        tensors, inputs = self._check_call(given), given["inputs"]
+        wants_delta = given.pop("return_convergence_delta", False)
+        baselines = given.get("baselines")
+        tables = baselines if isinstance(baselines, tuple) else (baselines,)
+        learned = tuple(b for b in tables if isinstance(b, Tensor) and b.requires_grad)
+        worker = copy.copy(self)
+
+        if self.differentiation == "recompute":
+            if self._takes_batch_size and given.get("internal_batch_size") is None:
+                given["internal_batch_size"] = tensors[0].shape[0]
+
+            def program(arguments: tuple[Tensor, ...], visit: Visit) -> tuple[Tensor, ...]:
+                rest = iter(arguments[len(tensors) :])
+                again = tuple(next(rest) if any(b is t for t in learned) else b for b in tables)
+                call = dict(given)
+                if learned:
+                    call["baselines"] = again if isinstance(baselines, tuple) else again[0]
+                worker._visit = visit
+                return worker._evaluate(self._copies(call, arguments[: len(tensors)]))
+
+            result = recompute(program, (*tensors, *learned), forward_func=self.forward_func)
+        else:
+            result = worker._evaluate(self._copies(given, tensors))
+        attributions = like_inputs(inputs, result)
+        if not wants_delta:
+            return attributions
+        ends = self._copies(given, tensors)
+        with KeepGraph(self, tensors[0].shape[0]) if torch.is_grad_enabled() else nullcontext():
+            delta = self.compute_convergence_delta(
+                attributions,
+                ends.get("baselines"),
+                ends["inputs"],
+                additional_forward_args=given.get("additional_forward_args"),
+                target=given.get("target"),
+            )
+        return attributions, delta
+
+    def _evaluate(self, given: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Run Captum's algorithm with the engine's gradients."""
+        worker = copy.copy(self)
+        worker.gradient_func = worker._gradients
+        return self._visit(as_tuple(worker._run_stock(**given)))
+
+    def _gradients(
+        self,
+        forward_fn: Any,
+        inputs: Any,
+        target_ind: Any = None,
+        additional_forward_args: Any = None,
+    ) -> tuple[Tensor, ...]:
+        """Stand in for Captum's ``compute_gradients``; its names, because Captum uses them."""
+        args, n = forward_args(additional_forward_args), as_tuple(inputs)[0].shape[0]
+
+        def field(points: tuple[Tensor, ...]) -> Tensor:
+            return Rows(forward_fn, target_ind, args, n)(points)
+
+        way = "double_backprop" if self.differentiation == "recompute" else self.differentiation
+        return input_gradients(field, as_tuple(inputs), way)
+
+
+class DifferentiableSaliency(SeamAdapter, Saliency):
+    """:class:`captum.attr.Saliency` with its graph."""
+
+    _stock = Saliency
+
+
+class DifferentiableInputXGradient(SeamAdapter, InputXGradient):
+    """:class:`captum.attr.InputXGradient` with its graph."""
+
+    _stock = InputXGradient
+
+
+class DifferentiableIntegratedGradients(SeamAdapter, IntegratedGradients):
+    """:class:`captum.attr.IntegratedGradients` with its graph, internal batches included."""
+
+    _stock = IntegratedGradients
+    _takes_batch_size = True
+
+    def _evaluate(self, given: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Add the chunks up again: Captum detaches all of them but the first."""
+        visit, chunks = self._visit, list[tuple[Tensor, ...]]()
+
+        def add(chunk: tuple[Tensor, ...], rows: slice = slice(None)) -> tuple[Tensor, ...]:
+            chunk = visit(chunk, rows)
+            if chunks:
+                chunks[0] = tuple(a + b for a, b in zip(chunk, chunks[0], strict=True))
+            else:
+                chunks.append(chunk)
+            return chunk
+
+        worker = copy.copy(self)
+        worker._visit, worker._add_chunk = keep_graph, cast("Visit", add)
+        SeamAdapter._evaluate(worker, given)
+        return chunks[0]
+
+    _add_chunk: Visit = staticmethod(keep_graph)
+
+    def _attribute(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Captum calls this once for each internal batch."""
+        return self._add_chunk(super()._attribute(*args, **kwargs))

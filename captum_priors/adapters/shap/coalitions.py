@@ -1,0 +1,187 @@
+r"""Values of coalitions, with their graph, and the masker that hands their numbers to SHAP.
+
+.. math:: v(S) = \operatorname{link}\Big(\frac1R \sum_r f(x_S, b^{(r)}_{\bar S})\Big)
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captum_priors.adapters.shap.model import (
+    TorchModel,
+    as_array,
+    identity,
+    imported,
+    linearising_weights,
+    numbers,
+    rows_at_once,
+    torch_link,
+)
+
+
+class Coalitions:
+    """The game of one row: its coalitions, each once, in the order in which SHAP asks for them.
+
+    Memory: the model's graph on all masked rows.
+
+    Args:
+        model: The torch model.
+        masker: SHAP's masker.
+        row: The arguments of one row; tensors keep their graph where the masker is a table.
+        explainer: SHAP's explainer, whose link is applied.
+    """
+
+    def __init__(self, model: TorchModel, masker: Any, row: Sequence[Any], explainer: Any) -> None:
+        self.masker, self._model, self._row = masker, model, row
+        self._link = torch_link(explainer.link)
+        self._linearized = explainer.linearize_link and self._link is not identity
+        self._weights: Tensor | None = None
+        self._places: dict[bytes, int] = {}
+        self._new: list[np.ndarray] = []
+        self._masks: list[np.ndarray] = []
+        self._values: list[Tensor] = []
+        self._answers: list[np.ndarray] = []
+        self.arrays = [as_array(a) if isinstance(a, Tensor) else a for a in row]
+        shape = getattr(masker, "shape", None)
+        shape = shape(*self.arrays) if callable(shape) else shape
+        n_features = sum(np.prod(a.shape) for a in self.arrays) if shape is None else shape[1]
+        self.n_features = int(n_features)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def key(self) -> bytes:
+        """Return what tells these coalitions and their order from others."""
+        return b"".join(self._places)
+
+    def masks(self) -> np.ndarray:
+        """Return the coalitions, one row each."""
+        return np.concatenate(self._masks)
+
+    def values(self) -> Tensor:
+        """Return the values of all coalitions, ``(coalitions,)`` or with outputs behind."""
+        return torch.cat(self._values)
+
+    def number(self, masks: np.ndarray) -> np.ndarray:
+        """Number coalitions, given as rows of a boolean matrix."""
+        width = (masks.shape[1] + 7) // 8
+        packed, places, new = np.packbits(masks, axis=1).tobytes(), [], []
+        for i in range(len(masks)):
+            mask = packed[i * width : (i + 1) * width]
+            if mask not in self._places:
+                new.append(i)
+            places.append(self._places.setdefault(mask, len(self._places)))
+        if new:
+            self._new.append(masks[new])
+        return np.array(places)
+
+    def answers(self, asked: np.ndarray) -> np.ndarray:
+        """Return values without a graph; what is new is evaluated together."""
+        if self._new:
+            self._masks.append(np.concatenate(self._new))
+            self._new.clear()
+            self._values.append(self._evaluate(self._masks[-1]))
+            self._answers = [np.concatenate([*self._answers, as_array(self._values[-1])])]
+        found: np.ndarray = self._answers[0][asked]
+        return found
+
+    def _evaluate(self, masks: np.ndarray) -> Tensor:
+        if is_table(self.masker):
+            return self._of_table(masks)
+        each: list[tuple[Any, ...]] = []
+        for mask in masks:
+            masked = self.masker(mask, *self.arrays)
+            masked = masked if isinstance(masked, tuple) else (masked,)
+            immutable = getattr(self.masker, "immutable_outputs", False)
+            each.append(masked if immutable else copy.deepcopy(masked))
+        arguments = [np.concatenate(parts) for parts in zip(*each, strict=True)]
+        self._model.settle(arguments)
+        parts = self._model(*arguments).split([len(masked[0]) for masked in each])
+        return torch.cat([self._average(part.unsqueeze(0)) for part in parts])
+
+    def _of_table(self, masks: np.ndarray) -> Tensor:
+        """Mask a background table in torch: the inputs keep their graph, and no row is copied."""
+        background = self._model.convert(numbers(self.masker.data))
+        row = self._row[0] if isinstance(self._row[0], Tensor) else numbers(self._row[0])
+        row, keep = self._model.convert(row), torch.as_tensor(masks, device=background.device)
+        values = []
+        for part in keep.split(max(1, rows_at_once(background.device) // len(background))):
+            rows = torch.where(part.unsqueeze(1), row, background).flatten(0, 1)
+            values.append(self._average(self._model(rows).unflatten(0, (len(part), -1))))
+        return torch.cat(values)
+
+    def _average(self, outputs: Tensor) -> Tensor:
+        """Average over background rows, ``(coalitions, rows, ...)``, in the units of the link."""
+        if not self._linearized:
+            return self._link(outputs.mean(1))
+        if self._weights is None:  # SHAP asks for the empty coalition first
+            self._weights = linearising_weights(outputs[0], self._link)
+        return (self._weights * self._link(outputs)).mean(1)
+
+
+class MaskerStandIn:
+    """Answers each mask with one row that holds the number of its coalition.
+
+    Args:
+        game: The coalitions.
+        varies: Whether SHAP is to see which features vary, and leaves the others out.
+    """
+
+    supports_delta_masking = True
+    immutable_outputs = True
+    fixed_background = False
+
+    def __init__(self, game: Coalitions, *, varies: bool) -> None:
+        self._game = game
+        self.shape = (1, game.n_features)  # of background rows SHAP is to see one
+        if varies and callable(getattr(game.masker, "invariants", None)):
+            self.invariants = self._invariants
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("clustering", "feature_names", "data", "partition", "mask_shapes"):
+            raise AttributeError(name)
+        return getattr(self._game.masker, name)
+
+    def _invariants(self, *row: Any) -> np.ndarray:
+        masker = self._game.masker
+        if is_table(masker):
+            same = np.isclose(numbers(row[0]), numbers(masker.data))
+        else:
+            same = masker.invariants(*row)
+        found: np.ndarray = np.all(same, axis=0, keepdims=True)
+        return found
+
+    def __call__(self, mask: np.ndarray, *row: Any) -> tuple[Any, ...]:
+        """Mask one row, or (given which features to flip) several."""
+        if np.issubdtype(mask.dtype, np.integer):
+            asked = self._game.number(full_masks(mask, self._game.n_features))
+            return (asked,), np.ones((len(asked), 1), dtype=bool)
+        return (self._game.number(mask.reshape(1, -1).astype(bool)),)
+
+
+def full_masks(deltas: np.ndarray, n_features: int) -> np.ndarray:
+    """Expand SHAP's delta encoding: which features each mask flips, negative ones to be continued.
+
+    Example:
+        >>> import numpy as np
+        >>> from captum_priors.adapters.shap.coalitions import full_masks
+        >>> noop = 2147483647
+        >>> full_masks(np.array([noop, 1, -2, 0]), 2).astype(int).tolist()
+        [[0, 0], [0, 1], [1, 0]]
+    """
+    last = deltas >= 0
+    feature = np.minimum(np.where(last, deltas, -deltas - 1), n_features)  # no-ops behind
+    flips = np.zeros((int(last.sum()), n_features + 1), dtype=np.uint8)
+    np.add.at(flips, (np.cumsum(last) - last, feature), 1)
+    masks: np.ndarray = np.bitwise_xor.accumulate(flips & 1, axis=0)[:, :-1].astype(bool)
+    return masks
+
+
+def is_table(masker: Any) -> bool:
+    """Whether a masker is SHAP's table of background rows, with its own way of masking."""
+    maskers = imported().maskers
+    return type(masker) in (maskers.Independent, maskers.Partition)
