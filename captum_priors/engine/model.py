@@ -114,6 +114,10 @@ class AttributionPass:
                 self.left_inference = True
             if self.holds:
                 self._hold(stack)
+            else:
+                for module in modules_of(*self.explained):
+                    if isinstance(module, wrapper_classes()):
+                        raise _wrapped(module)
             if self.exact:
                 enter_exact_kernels(stack, self.modules)
             if self.smooth is not None:
