@@ -43,8 +43,7 @@ every_table = pytest.mark.parametrize("name", OF_TABLES)
 # ---- Samples that SHAP's rounding takes away -----------------------------------------------
 
 
-@pytest.mark.parametrize("weak", [0.1, 0.03, 0.0])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("weak", "seed"), [(0.1, 4), (0.03, 3), (0.03, 7), (0.0, 0)])
 def test_sampling_with_a_feature_that_hardly_counts(weak: float, seed: int) -> None:
     """SHAP's rounding then gives a feature two samples fewer than none."""
     torch.manual_seed(seed)

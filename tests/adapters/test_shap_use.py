@@ -244,7 +244,8 @@ def test_classes() -> None:
     assert isinstance(adapter, ShapAdapter)
     assert type(adapter.explainer) is shap.PermutationExplainer
     assert differentiable(adapter) is adapter
-    total = adapter.attribute(torch.as_tensor(table(2, 1))).sum(1) + adapter.expected_value
+    phi = adapter.attribute(torch.as_tensor(table(2, 1)))
+    total = phi.sum(1) + float(adapter.expected_value[0])
     assert torch.allclose(total, model(torch.as_tensor(table(2, 1)))[:, 0])
     with pytest.raises(NotDifferentiableError, match="model=net"):
         differentiable(shap.KernelExplainer)(lambda x: x.sum(1), table(7, 0))

@@ -12,10 +12,16 @@ from torch import Tensor
 
 from captum_priors._captum import as_tuple, like_inputs
 from captum_priors._checks import check_inputs, check_target
-from captum_priors._errors import NotDifferentiableError, TargetError, expected_found
+from captum_priors._errors import TargetError, expected_found
 from captum_priors._rows import selected
 from captum_priors._types import Differentiation, Target, TensorOrTuple
-from captum_priors.adapters.shap.model import TorchModel, imported, numbers, stock_function
+from captum_priors.adapters.shap.model import (
+    TorchModel,
+    imported,
+    numbers,
+    refused,
+    stock_function,
+)
 from captum_priors.engine import attribution_call
 
 
@@ -72,14 +78,12 @@ class ShapAdapter:
     ) -> None:
         name = type(explainer).__name__
         if differentiation not in self.differentiations:
-            raise NotDifferentiableError(
-                expected_found(
-                    f"`differentiation` of {name}",
-                    " or ".join(map(repr, self.differentiations)),
-                    repr(differentiation),
-                    "It differentiates the model once, which the default does, also where the "
-                    "model's backward pass cannot be differentiated.",
-                )
+            raise refused(
+                f"`differentiation` of {name}",
+                " or ".join(map(repr, self.differentiations)),
+                repr(differentiation),
+                "It differentiates the model once, which the default does, also where the "
+                "model's backward pass cannot be differentiated.",
             )
         self.explainer, self.given, self.differentiation = explainer, model, differentiation
         self._start()
@@ -140,13 +144,11 @@ class ShapAdapter:
     def _check_constant(self, args: Sequence[Any]) -> None:
         """Refuse inputs with a graph where a method takes them as constants."""
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            raise NotDifferentiableError(
-                expected_found(
-                    f"`inputs` of {type(self.explainer).__name__}",
-                    "inputs that require no gradient",
-                    "some that do",
-                    "They go through NumPy and are constants to it: detach them.",
-                )
+            raise refused(
+                f"`inputs` of {type(self.explainer).__name__}",
+                "inputs that require no gradient",
+                "some that do",
+                "They go through NumPy and are constants to it: detach them.",
             )
 
     # As Captum.

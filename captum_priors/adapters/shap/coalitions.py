@@ -44,6 +44,7 @@ class Coalitions:
         self._new: list[np.ndarray] = []
         self._masks: list[np.ndarray] = []
         self._values: list[Tensor] = []
+        self._table: list[Tensor] = []
         self._answers: list[np.ndarray] = []
         self.arrays = [as_array(a) if isinstance(a, Tensor) else a for a in row]
         shape = getattr(masker, "shape", None)
@@ -68,8 +69,8 @@ class Coalitions:
 
     def number(self, masks: np.ndarray) -> np.ndarray:
         """Number coalitions, given as rows of a boolean matrix."""
-        width = (masks.shape[1] + 7) // 8
-        packed, places, new = np.packbits(masks, axis=1).tobytes(), [], []
+        width, places, new = (masks.shape[1] + 7) // 8, [], []
+        packed = np.packbits(masks, axis=1).tobytes()
         for i in range(len(masks)):
             mask = packed[i * width : (i + 1) * width]
             if mask not in self._places:
@@ -105,9 +106,11 @@ class Coalitions:
 
     def _of_table(self, masks: np.ndarray) -> Tensor:
         """Mask a background table in torch: the inputs keep their graph, and no row is copied."""
-        background = self._model.convert(numbers(self.masker.data))
-        row = self._row[0] if isinstance(self._row[0], Tensor) else numbers(self._row[0])
-        row, keep = self._model.convert(row), torch.as_tensor(masks, device=background.device)
+        if not self._table:
+            row = self._row[0] if isinstance(self._row[0], Tensor) else numbers(self._row[0])
+            self._table = [self._model.convert(a) for a in (row, numbers(self.masker.data))]
+        row, background = self._table
+        keep = torch.as_tensor(masks, device=background.device)
         values = []
         for part in keep.split(max(1, rows_at_once(background.device) // len(background))):
             rows = torch.where(part.unsqueeze(1), row, background).flatten(0, 1)

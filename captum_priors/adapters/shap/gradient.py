@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import expected_found
 from captum_priors._rows import Rows, take
 from captum_priors._types import Target
 from captum_priors.adapters.shap.adapter import ShapAdapter, explanation
+from captum_priors.adapters.shap.model import refused
 from captum_priors.engine import (
     Visit,
     input_gradients,
@@ -45,13 +46,11 @@ class ModuleAdapter(ShapAdapter):
         self.layer: nn.Module | None = getattr(self.inner, "layer", None)
         module = getattr(self.inner, "model", None)
         if not isinstance(module, nn.Module) or self.given not in (None, module):
-            raise NotDifferentiableError(
-                expected_found(
-                    f"`model` of {type(self.explainer).__name__}",
-                    "none beside the torch module that SHAP holds",
-                    f"{type(self.given).__name__} beside {type(module).__name__}",
-                    "Leave it out; TensorFlow's models have no graph in torch.",
-                )
+            raise refused(
+                f"`model` of {type(self.explainer).__name__}",
+                "none beside the torch module that SHAP holds",
+                f"{type(self.given).__name__} beside {type(module).__name__}",
+                "Leave it out; TensorFlow's models have no graph in torch.",
             )
         if getattr(self.inner, "input_handle", None) is not None:
             # What SHAP's constructor leaves on the layer, its own call removes and adds again.
@@ -108,13 +107,11 @@ class ModuleAdapter(ShapAdapter):
 
     def _values(self, tensors: Tensors, target: Target, options: dict[str, Any]) -> Tensors:
         if self.layer is not None:
-            raise NotDifferentiableError(
-                expected_found(
-                    f"`attribute` of {type(self.explainer).__name__}",
-                    "an explainer of the model's inputs",
-                    "one of a layer, whose attributions are not like the inputs",
-                    "Use adapter(X).tensor, or LayerExpectedGradients.",
-                )
+            raise refused(
+                f"`attribute` of {type(self.explainer).__name__}",
+                "an explainer of the model's inputs",
+                "one of a layer, whose attributions are not like the inputs",
+                "Use adapter(X).tensor, or LayerExpectedGradients.",
             )
         return self._phi(tuple(map(self._torch.convert, tensors)), [target], options)[0]
 
@@ -138,14 +135,12 @@ class GradientAdapter(ModuleAdapter):
         self, inputs: Tensors, targets: Sequence[Target], options: dict[str, Any]
     ) -> list[Tensors]:
         if self.layer is not None and self.differentiation != "double_backprop":
-            raise NotDifferentiableError(
-                expected_found(
-                    "GradientExplainer at a layer",
-                    "differentiation='double_backprop'",
-                    repr(self.differentiation),
-                    "The layer's input depends on the parameters below it, which only a graph "
-                    "takes into account.",
-                )
+            raise refused(
+                "GradientExplainer at a layer",
+                "differentiation='double_backprop'",
+                repr(self.differentiation),
+                "The layer's input depends on the parameters below it, which only a graph "
+                "takes into account.",
             )
         seed, n_samples = options.get("rseed"), int(options.get("nsamples", 200))
         if seed is None:  # SHAP's draw from the global stream, and its only one
@@ -223,13 +218,11 @@ class GradientAdapter(ModuleAdapter):
     ) -> tuple[Tensors, Tensors]:
         """Gradients between the layer's inputs."""
         if self.layer is None:
-            raise NotDifferentiableError(
-                expected_found(
-                    "GradientExplainer of token ids",
-                    "a layer, (model, layer), whose inputs are floating-point",
-                    "none",
-                    "Token ids have no gradient.",
-                )
+            raise refused(
+                "GradientExplainer of token ids",
+                "a layer, (model, layer), whose inputs are floating-point",
+                "none",
+                "Token ids have no gradient.",
             )
         repeated = tuple(a.repeat(len(alphas), *[1] * (a.dim() - 1)) for a in x)
         ends = [self._at_layer(field, p)[1] for p in (repeated, references)]

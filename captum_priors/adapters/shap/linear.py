@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors.adapters.shap.adapter import ShapAdapter, explanation
-from captum_priors.adapters.shap.model import as_array, numbers
+from captum_priors.adapters.shap.model import as_array, numbers, refused
 
 
 class AdditiveAdapter(ShapAdapter):
@@ -68,6 +67,7 @@ class LinearAdapter(AdditiveAdapter):
     """Reads the coefficients off the torch module at every call."""
 
     mechanism = "coefficients read off the module"
+
     held_fixed = "orders of imputed features"
     _slopes: Tensor | None = None
 
@@ -103,13 +103,11 @@ class LinearAdapter(AdditiveAdapter):
 
     def _imputed(self, x: Tensor, coef: Tensor) -> Tensor:
         if coef.dim() > 1:
-            raise NotDifferentiableError(
-                expected_found(
-                    "LinearExplainer with an Impute masker",
-                    "a model with one output",
-                    f"{coef.shape[1]}",
-                    "SHAP has no such values; explain one output at a time.",
-                )
+            raise refused(
+                "LinearExplainer with an Impute masker",
+                "a model with one output",
+                f"{coef.shape[1]}",
+                "SHAP has no such values; explain one output at a time.",
             )
         stock = self.explainer
         if self._slopes is None:

@@ -167,10 +167,13 @@ class PermutationAdapter(MaskedAdapter):
 
     def _first_columns(self, game: Coalitions, options: dict[str, Any]) -> int:
         n, most = game.n_features, options["max_evals"]
-        most = (20 * n if most == "auto" else int(most)) + n + 1  # with main effects
-        # Orders along a tree come from Numba's generator: nobody could run them again.
-        clustered = getattr(self.masker, "clustering", None) is not None
-        return (most if clustered else _width(most, n)) if torch.is_grad_enabled() else 0
+        most = 20 * n if most == "auto" else int(most)
+        if not torch.is_grad_enabled():
+            return 0
+        if getattr(self.masker, "clustering", None) is not None:
+            # Orders along a tree come from Numba's generator: nobody could run them again.
+            return most + n + 1
+        return _width(most // (2 * n + 1) * 2 * n + 1, n)
 
     def shap_values(self, X: Any, npermutations: int = 10, **options: Any) -> Any:  # noqa: N803
         """Explain as SHAP, arrays alone."""

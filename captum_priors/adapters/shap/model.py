@@ -44,14 +44,12 @@ class TorchModel:
     def __init__(self, stock: Any, given: Any, sample: Sequence[Any] | None, name: str) -> None:
         self.function = stock if given is None else given
         if not callable(self.function) or (given is None and not isinstance(stock, nn.Module)):
-            raise NotDifferentiableError(
-                expected_found(
-                    f"`model` of {name}",
-                    "the torch model behind the function that SHAP holds",
-                    f"a {type(self.function).__name__} that takes and answers arrays",
-                    "Write differentiable(explainer, model=net), with the module or a function of "
-                    "tensors.",
-                )
+            raise refused(
+                f"`model` of {name}",
+                "the torch model behind the function that SHAP holds",
+                f"a {type(self.function).__name__} that takes and answers arrays",
+                "Write differentiable(explainer, model=net), with the module or a function of "
+                "tensors.",
             )
         self._stock, self._settled, self._whole = stock, False, False
         self._shape: tuple[int, ...] | None = None
@@ -126,6 +124,11 @@ class TorchModel:
         if output.shape[:1] != (n,):
             raise output_error(output, n)
         return output.double() if self._shape is None else output.double().reshape(n, *self._shape)
+
+
+def refused(what: str, expected: str, found: object, remedy: str) -> NotDifferentiableError:
+    """Word why something cannot be differentiated."""
+    return NotDifferentiableError(expected_found(what, expected, found, remedy))
 
 
 def rows_at_once(device: torch.device) -> int:
@@ -204,13 +207,11 @@ def torch_link(link: Any, *, clipped: bool = False) -> Link:
     known = {"identity": identity, "logit": logit}
     name = str(getattr(link, "__name__", link))
     if name not in known:
-        raise NotDifferentiableError(
-            expected_found(
-                "`link`",
-                "shap.links.identity or shap.links.logit",
-                name,
-                "Make the link the last step of the model and explain with the identity.",
-            )
+        raise refused(
+            "`link`",
+            "shap.links.identity or shap.links.logit",
+            name,
+            "Make the link the last step of the model and explain with the identity.",
         )
     return known[name]
 
