@@ -146,11 +146,11 @@ class Rows:
         Captum's classes do, but not (``always``) where the gradient comes later.
         """
         current = current_pass()
-        if current is None or current.judged or not current.first or self.n < 2:
+        if current is None or current.seen.judged or self.n < 2:
             return
         if not (always or current.holds):
             return
-        current.judged = True
+        current.seen.judged = True
         if not current.holds:
             refuse_batch_statistics(submodules_of(self.forward_func))
 
