@@ -150,7 +150,6 @@ class Rows:
             return
         if not (always or current.holds):
             return
-        current.seen.judged = True
         if not current.holds:
             refuse_batch_statistics(submodules_of(self.forward_func))
 
@@ -162,6 +161,7 @@ class Rows:
             return found.detach()
 
         refuse_coupled_examples(run, self.n)
+        current.seen.judged = True
 
 
 def run_forward(
