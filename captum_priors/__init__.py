@@ -26,6 +26,7 @@ from captum_priors._errors import NotDifferentiableError
 from captum_priors._rows import shared
 from captum_priors.adapters import CaptumAdapter, ShapAdapter, differentiable
 from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
+from captum_priors.integrations import check_synchronised
 from captum_priors.priors import (
     AttributionPrior,
     Guarded,
@@ -49,6 +50,7 @@ __all__ = [
     "StabilityPrior",
     "Subsample",
     "Term",
+    "check_synchronised",
     "differentiable",
     "shared",
 ]

@@ -1,6 +1,5 @@
 """The examples of a batch: what travels with them, and the model as a function of their rows."""
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -96,24 +95,31 @@ class Rows:
 
     def __call__(self, points: tuple[Any, ...]) -> Tensor:
         """Return the target output of each row, selected as Captum does."""
-        current = current_pass()
-        exact = current is None or current.exact
-        given, constant = [], torch.is_grad_enabled() and exact
-        for point in points:
-            leaf = getattr(point, "is_leaf", True)
-            constant = constant and leaf
-            # A compiled model warns of what is no leaf, and torch protects those that are.
-            protected = leaf and not exact and "torch._dynamo" in sys.modules
-            given.append(point if protected or not isinstance(point, Tensor) else point.clone())
         times = points[0].shape[0] // self.n if self.args or self.target is not None else 1
-        args = [tile(arg, times, self.n) for arg in self.args] if self.args else ()
-        # Nobody will ask for a second derivative by leaves: no graph through its zeros.
-        mode = ReluMode(current_beta()) if constant else nullcontext()
-        with mode:
-            if isinstance(self.forward_func, nn.Module):
-                output = self.forward_func(*given, *args)
-            else:  # Captum looks up the signature, for functions of nothing
-                output = run_function(self.forward_func, tuple(given), None, tuple(args) or None)
+        args = tuple([tile(arg, times, self.n) for arg in self.args]) if self.args else ()
+        run, k = self.forward_func, len(points)
+        if not isinstance(
+            run, nn.Module
+        ):  # Captum looks up the signature, for functions of nothing
+            run = lambda *a: run_function(self.forward_func, a[:k], None, a[k:] or None)  # noqa: E731
+        current, constant = current_pass(), torch.is_grad_enabled()
+        given: list[Any] = []
+        for point in points:
+            given.append(point.clone() if isinstance(point, Tensor) else point)
+            constant = constant and getattr(point, "is_leaf", True)
+        if current is None or current.exact:
+            # Nobody asks for a second derivative by leaves: no graph through its zeros.
+            with ReluMode(current_beta()) if constant else nullcontext():
+                output = run(*given, *args)
+        else:  # compiled modules, which run here, warn of copies of leaves that torch protects
+            leaves = [isinstance(p, Tensor) and p.is_leaf and p.requires_grad for p in points]
+            plain = [p if leaf else g for p, g, leaf in zip(points, given, leaves, strict=True)]
+            try:
+                output = run(*plain, *args)
+            except RuntimeError as error:
+                if "leaf Variable that requires grad" not in str(error):
+                    raise
+                output = run(*given, *args)
         if not isinstance(output, Tensor):
             raise select_error(output, self.target)
         if self.target is None:
@@ -140,11 +146,10 @@ class Rows:
         Captum's classes do, but not (``always``) where the gradient comes later.
         """
         current = current_pass()
-        if current is None or current.judged or not current.first or self.n < 2:
+        if current is None or current.seen.judged or self.n < 2:
             return
         if not (always or current.holds):
             return
-        current.judged = True
         if not current.holds:
             refuse_batch_statistics(submodules_of(self.forward_func))
 
@@ -156,6 +161,7 @@ class Rows:
             return found.detach()
 
         refuse_coupled_examples(run, self.n)
+        current.seen.judged = True
 
 
 def run_forward(

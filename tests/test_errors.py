@@ -39,7 +39,6 @@ from captum_priors.attacks import (
 )
 from captum_priors.distances import SoftTopK, mse
 from captum_priors.metrics import (
-    completeness_gap,
     local_lipschitz,
     spearman,
     stability_report,
@@ -185,7 +184,6 @@ EXPLAINED: dict[str, Call] = {
     "local_lipschitz": lambda model, x, y: local_lipschitz(
         Saliency(model), x, radius=0.1, n_samples=1, target=y
     ),
-    "completeness_gap": lambda model, x, y: completeness_gap(model, x, images(), target=y),
 }
 # These look at all outputs or at none: a target that does not fit is not looked at.
 WITHOUT_TARGET: dict[str, Call] = {
@@ -208,7 +206,7 @@ WRONG_INPUTS: dict[str, Callable[[], Any]] = {
 }
 WRONG_TARGETS: dict[str, Any] = {
     "out of range": 7,
-    "out of range for one": [0, 1, 2, 0, 9],
+    "out of range for most": [0, 9, 9, 9, 9],
     "tensor out of range": torch.full((N,), 7),
     "one-hot": torch.eye(3)[labels()],
     "probabilities": torch.rand(N),
@@ -293,14 +291,12 @@ def gradient_maps(perturbation: Any, distance: Any = mse) -> StabilityPrior:
 
 
 def report(**wrong: Any) -> Any:
+    explainer = Saliency(net())
     given = {
-        "models": net(),
-        "explainers": Saliency,
-        "attacks": lambda e: RandomAttack(e, radius=0.1),
+        "explainers": {"gradient": explainer},
+        "attacks": {"gradient": {"noise": RandomAttack(explainer, radius=0.1)}},
         "loader": [(x(), torch.ones(5).long())],
         "k": 2,
-        "show_progress": False,
-        "show_table": False,
     }
     return stability_report(**{**given, **wrong})
 
@@ -456,16 +452,18 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "annotation that is no mask": (lambda: wrong_reason_rate(x(), 2 * x()), "zeros and ones"),
     "report on one batch": (lambda: report(loader=x()), "[(inputs, labels)]"),
     "report on nothing": (lambda: report(loader=[]), "loader"),
-    "report on an attack class": (lambda: report(attacks=RandomAttack), "radius"),
-    "report of an unknown metric": (lambda: report(metrics=["rank"]), "spearman"),
-    "report into no folder": (lambda: report(figure_path="/nowhere/at/all.png"), "nowhere"),
+    "report on an attack class": (
+        lambda: report(attacks={"gradient": {"noise": RandomAttack}}),
+        "RandomAttack",
+    ),
+    "report of an unknown metric": (lambda: report(metrics={"rank": "rank"}), "spearman"),
     # Penalties
     "groups as one list": (lambda: group_sparsity(x(), groups=[0, 0, 1]), "torch.tensor(groups)"),
     "groups beyond the features": (lambda: group_sparsity(x(), groups=[[0, 9]]), "9"),
     "annotation by position": (lambda: outside(x(), x()), "outside()"),
     "unknown measure": (lambda: alignment(x(), annotation=x(), measure="l2"), "cosine"),
     "graph of other features": (lambda: GraphLaplacian(torch.ones(4, 4))(x()), "4 features"),
-    "words as spatial_dims": (lambda: total_variation(x(), spatial_dims="2"), "'2'"),
+    "words as dim": (lambda: total_variation(x(), dim="2"), "'2'"),
 }
 
 

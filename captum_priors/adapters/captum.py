@@ -9,9 +9,11 @@ import torch
 from captum.attr import GradientAttribution, LayerAttribution, NoiseTunnel
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, compute_gradients, like_inputs
+from captum_priors._captum import as_tuple, compute_gradients, forward_args, like_inputs
 from captum_priors._checks import check_floating, check_target, check_tensors
 from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._probe import forward_func_of
+from captum_priors._rows import Rows
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
 from captum_priors.attr import ExpectedGradients
 from captum_priors.engine import attribution_call
@@ -21,6 +23,17 @@ ADAPTERS: dict[type, type["CaptumAdapter"]] = {}
 the graph."""
 REGISTERED: dict[type, Callable[[Any, Differentiation], Any]] = {}
 """What users registered."""
+
+
+# Classes that send several points of each example through the model together.
+_STACKING = (
+    "IntegratedGradients",
+    "Conductance",
+    "InternalInfluence",
+    "GradientShap",
+    "DeepLift",
+    "NoiseTunnel",
+)
 
 
 class CaptumAdapter:
@@ -114,10 +127,15 @@ class CaptumAdapter:
         tensors = as_tuple(given["inputs"])
         if tensors[0].dim() > 0:
             check_target(given.get("target"), tensors[0].shape[0])
-        if isinstance(self, GradientAttribution) and not isinstance(self, LayerAttribution):
+        layer = isinstance(self, LayerAttribution)
+        if isinstance(self, NoiseTunnel) or (isinstance(self, GradientAttribution) and not layer):
             check_floating(tensors)
         if not isinstance(self, NoiseTunnel):  # what it averages checks the rows that it gets
             _check_baselines(given.get("baselines"), tensors, drawn=self.draws_baselines)
+        if any(name in self._stock.__name__ for name in _STACKING) and tensors[0].dim() > 0:
+            args = forward_args(given.get("additional_forward_args"))
+            rows = Rows(forward_func_of(self), None, args, tensors[0].shape[0])
+            rows.refuse_coupled(tensors, always=self.differentiation == "recompute")
         return tensors
 
     def _copies(self, given: dict[str, Any], tensors: tuple[Tensor, ...]) -> dict[str, Any]:
@@ -127,6 +145,8 @@ class CaptumAdapter:
         for t in own:
             if flags and t.is_floating_point() and not t.requires_grad:
                 t.requires_grad_()  # so that Captum need not warn that it does
+        if isinstance(self, LayerAttribution):
+            own = tuple(t.clone() for t in own)  # no leaves, which nobody may work in place on
         copies = {**given, "inputs": like_inputs(given["inputs"], own)}
         if "baselines" in given:
             copies["baselines"] = _cloned(given["baselines"])

@@ -83,12 +83,8 @@ class SeamAdapter(CaptumAdapter):
     ) -> tuple[Tensor, ...]:
         """Stand in for Captum's ``compute_gradients``; its names, because Captum uses them."""
         args, n = forward_args(additional_forward_args), as_tuple(inputs)[0].shape[0]
-
-        def field(points: tuple[Tensor, ...]) -> Tensor:
-            return Rows(forward_fn, target_ind, args, n)(points)
-
         way = "double_backprop" if self.differentiation == "recompute" else self.differentiation
-        return input_gradients(field, as_tuple(inputs), way)
+        return input_gradients(Rows(forward_fn, target_ind, args, n), as_tuple(inputs), way)
 
 
 class DifferentiableSaliency(SeamAdapter, Saliency):

@@ -197,15 +197,19 @@ class Batch:
     def outputs(self, points: Tensors, *, graph: bool = False) -> Tensor:
         """Return all outputs of the model."""
         with torch.set_grad_enabled(graph):
-            found = run_forward(self._forward_func, points, None, forward_args(self._args))
+            copies, args = _copies(points), forward_args(self._args)
+            found = run_forward(self._forward_func, copies, None, args)
         if found.shape[:1] != (self.n,):
             raise output_error(found, self.n)
         return found
 
     def maps(self, points: Tensors, draws: int = 0, *, graph: bool = False) -> Tensors:
         """Return the attributions; what the explainer draws is the same for the same number."""
-        copies = tuple(p.clone() for p in points)
-        return self._probe(copies, derive(self.seed, draws), graph=graph)
+        return self._probe(_copies(points), derive(self.seed, draws), graph=graph)
+
+
+def _copies(points: Tensors) -> Tensors:
+    return tuple(p.clone() for p in points)
 
 
 def one_each(what: str, values: Any, n: int) -> Tensor:

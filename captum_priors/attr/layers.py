@@ -184,7 +184,7 @@ class _Layer:
         current = current_pass()
         if rest or times == 0 or any(a.shape[0] != n_rows for a in found):
             raise _not_examples(found, batch)
-        if batch > 1 and (times > 1 or (current is not None and current.first)):
+        if batch > 1 and (times > 1 or (current is not None and not current.seen.before)):
             some = slice(0, batch // 2)
             half = self._recorded(
                 tuple(x[some] for x in inputs), tuple(take(arg, some, batch) for arg in args)

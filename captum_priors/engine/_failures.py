@@ -4,6 +4,7 @@ Looked into only after a failure, so that nothing is refused that works (a model
 a model that moves its inputs), nothing is run twice, and a call that succeeds costs nothing.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,7 +46,19 @@ def _of_captum(error: Exception, tensors: list[Tensor], given: dict[str, Any]) -
     for frame in reversed(frames):
         if frame.f_code.co_name == "_select_targets":
             return select_error(frame.f_locals["output"], frame.f_locals["target"])
-    if not frames or not isinstance(error, AssertionError):
+    if not frames or frames[-1] is not [*_frames(error)][-1]:  # the model's own error
+        return None
+    returned = re.search(r"must be Tensor, not (\w+)", str(error))
+    if returned:
+        return TypeError(
+            expected_found(
+                "`forward_func`",
+                "it to return a torch.Tensor",
+                returned[1],
+                "Wrap it in a function that returns the logits alone.",
+            )
+        )
+    if not isinstance(error, AssertionError):
         return None
     if "Forward hook did not obtain" in str(error):
         return ValueError(

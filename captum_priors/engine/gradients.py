@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from captum_priors.engine._torch import (
     now,
     older,
 )
-from captum_priors.engine.model import current_pass
+from captum_priors.engine.model import Seen, current_pass
 from captum_priors.engine.random import GlobalState
 
 Field = Callable[[tuple[Tensor, ...]], Tensor]
@@ -135,10 +134,10 @@ def with_second_derivative(
             that is needed.
     """
     current = current_pass()
-    first, owner = (True, _ALONE) if current is None else (current.first, current.owner)
+    seen = Seen() if current is None else current.seen
     each = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-    if first and _wrong_third(each):
-        raise NotDifferentiableError(_third("a forward pass that takes a gradient itself"))
+    if not seen.before and _wrong_third(each):
+        raise NotDifferentiableError(_third("derivatives of input gradients"))
     if cotangents is None:
         # Ones that require a gradient in their turn, because torch marks a function as
         # differentiable only once where its cotangent does, and drops its graph silently elsewhere.
@@ -150,12 +149,11 @@ def with_second_derivative(
         )
     except RuntimeError as error:
         raise _worded(error) from error
-    if first:
+    if not seen.before:
         present = [g for g in gradients if g is not None]
         refuse_dead_ends(present)
-        if _wrong_third(present):
-            _guarded.add(owner)
-    if owner in _guarded:
+        seen.wrong_third = seen.wrong_third or _wrong_third(present)
+    if seen.wrong_third:
         once = iter(_OnceMore.apply(*(g for g in gradients if g is not None)))  # type: ignore[no-untyped-call]
         gradients = tuple(g if g is None else next(once) for g in gradients)
     return gradients
@@ -252,15 +250,6 @@ def refuse_batch_statistics(modules: Iterable[nn.Module]) -> None:
             )
 
 
-class _Alone:
-    """Stands for the owner of calls outside any pass."""
-
-
-_ALONE = _Alone()
-_guarded: WeakSet[Any] = WeakSet()
-"""Whose gradients pass through second derivatives that torch cannot differentiate."""
-
-
 class _OnceMore(torch.autograd.Function):
     """Gradients whose own gradient is right, and whose second is not."""
 
@@ -271,7 +260,7 @@ class _OnceMore(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled():
-            raise NotDifferentiableError(_third("a gradient of attributions with a graph"))
+            raise NotDifferentiableError(_third("second derivatives of attributions"))
         return cotangents
 
 

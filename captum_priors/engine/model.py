@@ -6,8 +6,9 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,18 @@ _HOLDERS = ("forward_func", "model", "attribution_method", "attr_method", "expla
 # Modules' flags and buffers belong to the process: passes in several threads take turns.
 _turn = threading.RLock()
 _thread = threading.local()
-_explained_before: WeakSet[Any] = WeakSet()
+
+
+@dataclass
+class Seen:
+    """What earlier passes of one prior or explainer have found out."""
+
+    before: bool = False  # a pass with gradients has been through
+    judged: bool = False  # examples that influence each other have been looked for
+    wrong_third: bool = False  # its gradients run through derivatives that torch gets wrong
+
+
+_seen: WeakKeyDictionary[Any, Seen] = WeakKeyDictionary()
 
 _CHECKPOINTED = (
     "expected a model without activation checkpointing (or other saved-tensor hooks), found some: "
@@ -95,15 +107,14 @@ class AttributionPass:
         self.exact = exact
         self.holds = holds
         self.left_inference = False
-        self.judged = False  # whether examples that influence each other have been looked for
         self.modules: set[nn.Module] = set()
         self.seeded = 0 if seed is None else seed
         self._seeds, self._replayed, self._given = seed is not None, replayed, given or {}
         self._undo: list[tuple[nn.Module, str, Any]] = []
         if owner is None and explained and explained[0].__hash__ is not None:
             owner = explained[0]
-        self.owner = self if owner is None else owner
-        self.first = self.owner not in _explained_before
+        # Of the owner itself the pass keeps nothing: graphs whose gradient comes later keep it.
+        self.seen = Seen() if owner is None else _seen.setdefault(owner, Seen())
 
     def __enter__(self) -> "AttributionPass":
         self._outer, self._thread = current_pass(), threading.get_ident()
@@ -114,6 +125,10 @@ class AttributionPass:
                 self.left_inference = True
             if self.holds:
                 self._hold(stack)
+            else:
+                for module in modules_of(*self.explained):
+                    if isinstance(module, wrapper_classes()):
+                        raise _wrapped(module)
             if self.exact:
                 enter_exact_kernels(stack, self.modules)
             if self.smooth is not None:
@@ -128,9 +143,7 @@ class AttributionPass:
         _thread.current = self._outer
         self._stack.close()
         if error is None:
-            if self.first and torch.is_grad_enabled():
-                self.first = False
-                _explained_before.add(self.owner)
+            self.seen.before = self.seen.before or torch.is_grad_enabled()
         elif type(error) is RuntimeError and str(error) == _CHECKPOINTED:
             raise NotDifferentiableError(_CHECKPOINTED) from error
         elif self._outer is None:

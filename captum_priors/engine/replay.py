@@ -101,7 +101,7 @@ def recompute(
         >>> from captum_priors.engine import recompute
         >>> w = torch.tensor(2.0, requires_grad=True)
         >>> program = lambda args, visit: visit((w.square() * args[0],))
-        >>> (value,) = recompute(program, (torch.tensor(3.0),), forward_func=None)
+        >>> (value,) = recompute(program, (torch.tensor([3.0]),), forward_func=None)
         >>> value.item(), torch.autograd.grad(value, w)[0].item()
         (12.0, 12.0)
     """

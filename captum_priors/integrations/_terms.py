@@ -24,7 +24,7 @@ def terms_of(prior: Prior) -> dict[str, Prior]:
     for module in prior.modules():
         inside = [m for m in module.modules() if m is not module]
         if isinstance(module, Prior) and not any(isinstance(m, Prior) for m in inside):
-            formula = re.sub(r", \w+=tensor\(.*?\)", "", module.formula())
+            formula = re.sub(r"(, )?\w+=\.\.\.", "", module.formula())
             name = stem = f"{TOTAL}/" + re.sub(r"\W+", "_", formula).strip("_")
             times = 1
             while name in terms:

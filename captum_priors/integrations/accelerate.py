@@ -45,7 +45,7 @@ class AcceleratedPrior(Wrapper):
         ...         optimizer.step()
         ...         optimizer.zero_grad()
         >>> sorted(prior.log(step=1))
-        ['prior', 'prior/PixelPrior_ExpectedGradients_total_variation_n_samples_1']
+        ['prior', 'prior/PixelPrior']
     """
 
     def __init__(self, prior: Prior, accelerator: Any) -> None:

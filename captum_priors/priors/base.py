@@ -374,6 +374,8 @@ class Term(Prior):
             inputs, baselines, target, additional_forward_args, annotations
         )
         with evaluating as call:
+            if is_distributed():
+                self._check_spread(call)  # before a graph is built
             scores = self._scores(call)
         return self._reduce(scores, call)
 
@@ -393,10 +395,11 @@ class Term(Prior):
         self._check_call(inputs, baselines, target, annotations)
         training = self.training_step()
         rank = rank_of_draws() if training and is_distributed() else 0
+        draw = self.stream.next_seed if advance else self.stream.peek
         explaining = AttributionPass(
             *self._explained(),
             owner=self,
-            seed=self.stream.next_seed(advance=training and advance, rank=rank),
+            seed=draw(advance=training, rank=rank),
             streams=self.draws,
             smooth=self.smooth,
             replayed=self.replayed,
@@ -475,13 +478,17 @@ class Term(Prior):
         reduced: Tensor = scores.mean() if self.reduction == "mean" else scores.sum()
         return self._spread(reduced, shape == (), call) if is_distributed() else reduced
 
+    def _check_spread(self, call: Call) -> None:
+        modules = tuple(call.explaining.modules)
+        if modules and not self._told and self.training_step():
+            refuse_spread_parameters(modules, twice=self._way() != "finite_difference")
+            self._told = True
+
     def _spread(self, reduced: Tensor, whole: bool, call: Call) -> Tensor:
         """Weigh the value of this process's part of a batch."""
         processes, training = current_processes(), self.training_step()
+        self._check_spread(call)  # of modules that a function has hidden until now
         modules = tuple(call.explaining.modules)
-        if training and not self._told:
-            refuse_spread_parameters(modules, twice=self._way() != "finite_difference")
-            self._told = True
         if whole:
             if processes is None and training:
                 raise ValueError(_UNDECIDED)

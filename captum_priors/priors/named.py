@@ -23,6 +23,7 @@ from captum_priors.penalties import (
     outside,
     total_variation,
 )
+from captum_priors.penalties.annotation import resized
 from captum_priors.priors.attribution import AttributionPrior
 
 
@@ -324,12 +325,13 @@ class _SumOfLogProbabilities:
 
 def _like_annotation(attributions: Tensor, *, annotation: Tensor) -> Tensor:
     scaled = _scaled(attributions)
-    return alignment(scaled, annotation=_resized(annotation, scaled), measure="mse")
+    wanted = resized(scaled, annotation, "finite")
+    return alignment(scaled, annotation=wanted, measure="mse")
 
 
 def _outside_annotation(attributions: Tensor, *, annotation: Tensor) -> Tensor:
     scaled = _scaled(attributions)
-    return outside(scaled, annotation=_resized(annotation, scaled))
+    return outside(scaled, annotation=resized(scaled, annotation, "mask"))
 
 
 def _scaled(cam: Tensor) -> Tensor:
@@ -346,22 +348,3 @@ def _scaled(cam: Tensor) -> Tensor:
     top = cam.flatten(1).amax(1).reshape(-1, *[1] * (cam.dim() - 1))
     counts = top > torch.finfo(cam.dtype).tiny ** 0.5
     return torch.where(counts, cam, 0) / torch.where(counts, top, 1)
-
-
-def _resized(annotation: Tensor, cam: Tensor) -> Tensor:
-    """Average the annotation down to the layer's resolution."""
-    if not isinstance(annotation, Tensor) or annotation.dim() < min(3, cam.dim() - 1):
-        found = tuple(annotation.shape) if isinstance(annotation, Tensor) else None
-        raise TypeError(
-            expected_found(
-                "`annotation`",
-                "a tensor (batch, height, width) or (batch, 1, height, width)",
-                type(annotation).__name__ if found is None else f"shape {found}",
-                "Use torch.as_tensor, and one map for each example.",
-            )
-        )
-    if annotation.dim() == cam.dim() - 1:
-        annotation = annotation.unsqueeze(1)
-    if annotation.shape[2:] == cam.shape[2:] or cam.dim() != 4:
-        return annotation
-    return F.adaptive_avg_pool2d(annotation.to(cam.dtype), (cam.shape[2], cam.shape[3]))

@@ -113,7 +113,7 @@ def test_shared_masks_are_those_repeated(named: Any, mask: str) -> None:
     from captum_priors import shared
 
     m, shape = MASKS[mask]
-    x, m = torch.rand(shape), m.reshape(1, *shape[1:])
+    x, m = torch.rand(shape), m.reshape(shape[1:])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(x[0].numel(), 3))
     for rows in (4, 3, 1):
         y, m = torch.zeros(rows, dtype=torch.long), m.to(x.dtype)

@@ -77,9 +77,7 @@ def test_repr_is_the_formula(model: nn.Module) -> None:
         ExpectedGradients(model), l1, n_samples=3, smooth=30, baselines=torch.ones(1)
     )
     q = AttributionPrior(Saliency(model), partial(alignment, measure="mse"), reduction="sum")
-    first = (
-        "AttributionPrior(ExpectedGradients, l1, n_samples=3, baselines=tensor(1,), smooth=30.0)"
-    )
+    first = "AttributionPrior(ExpectedGradients, l1, n_samples=3, baselines=..., smooth=30.0)"
     second = "AttributionPrior(Saliency, alignment(measure='mse'), reduction='sum')"
     assert repr(p) == first
     assert repr(q) == second

@@ -282,7 +282,7 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
             torch.ones(2, 3), annotation=torch.full((2, 3), 2)
         ),
         ValueError,
-        r"`annotation`: expected values from 0 .*, found values from 2 to 2",
+        r"`annotation`: expected values from 0 .*, found annotation\[0, 0\] = 2",
     ),
 ]
 
