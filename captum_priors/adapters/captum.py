@@ -57,6 +57,7 @@ class CaptumAdapter:
     """
 
     _stock: ClassVar[Any]
+    _takes: ClassVar[frozenset[str]]  # the arguments of its ``attribute``
     differentiations: ClassVar[tuple[str, ...]] = tuple(DIFFERENTIATIONS)
     draws: ClassVar[tuple[str, ...]] = ()
     draws_baselines: ClassVar[bool] = False
@@ -91,6 +92,7 @@ class CaptumAdapter:
             return
         ADAPTERS[cls._stock] = cls
         stock = inspect.signature(cls._stock.attribute)
+        cls._takes = frozenset(stock.parameters)
         open_end = [p.name for p in stock.parameters.values() if p.kind is p.VAR_KEYWORD]
 
         def attribute(self: CaptumAdapter, *args: Any, **kwargs: Any) -> Any:
@@ -130,7 +132,11 @@ class CaptumAdapter:
         layer = isinstance(self, LayerAttribution)
         if isinstance(self, NoiseTunnel) or (isinstance(self, GradientAttribution) and not layer):
             check_floating(tensors)
-        if not isinstance(self, NoiseTunnel):  # what it averages checks the rows that it gets
+        # Elsewhere it is a keyword for something else: a tunnel's method, LIME's functions.
+        if "baselines" in self._takes:
+            if self.draws_baselines and callable(given.get("baselines")):
+                takes_inputs = inspect.signature(given["baselines"]).parameters
+                given["baselines"] = given["baselines"](*[given["inputs"]] * bool(takes_inputs))
             _check_baselines(given.get("baselines"), tensors, drawn=self.draws_baselines)
         if any(name in self._stock.__name__ for name in _STACKING) and tensors[0].dim() > 0:
             args = forward_args(given.get("additional_forward_args"))
@@ -168,7 +174,7 @@ def _cloned(value: Any) -> Any:
 def _check_baselines(baselines: Any, tensors: tuple[Tensor, ...], *, drawn: bool) -> None:
     """Require references that fit: a distribution of rows, or what goes with each example."""
     each = baselines if isinstance(baselines, tuple) else (baselines,)
-    if callable(baselines) or (baselines is None and not drawn):
+    if baselines is None and not drawn:
         return
     if len(each) != len(tensors):
         raise ValueError(

@@ -73,8 +73,10 @@ class ModeAdapter(CaptumAdapter):
             torch.backends.mha.set_fastpath_enabled(fast)
 
     def _with_graph(self, given: dict[str, Any]) -> Any:
-        inputs = as_tuple(given["inputs"]) if self.takes_tensors else ()
-        mode = self._mode(self, inputs[0].shape[0] if inputs and inputs[0].dim() else 1)
+        # What a neuron's selector returns may well be one number.
+        counts = "target" in self._takes and self.takes_tensors
+        first = as_tuple(given["inputs"])[0] if counts else torch.empty(1)
+        mode = self._mode(self, first.shape[0] if first.dim() else 1)
         try:
             with self._put_back(), mode:
                 return self._run_stock(**given)

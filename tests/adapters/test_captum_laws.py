@@ -150,6 +150,15 @@ def test_one_number_for_all_rows_is_refused(name: str, shape: tuple[int, ...]) -
         differentiable(row.make(network)).attribute(x, **call)
 
 
+def test_a_neuron_may_be_a_sum_over_the_batch() -> None:
+    _, model, x = set_up("NeuronIntegratedGradients", "mlp")
+    stock = ca.NeuronIntegratedGradients(model, model.layer)
+    call = {"neuron_selector": lambda hidden: hidden[:, 1].sum(), "n_steps": 3}
+    adapter = differentiable(stock)
+    assert_same_numbers(adapter.attribute(x, **call), stock.attribute(x.clone(), **call))
+    check_differentiable(adapter, x, parameters=model.named_parameters(), **call)
+
+
 @pytest.mark.parametrize("name", ["Saliency", "DeepLift", "GuidedBackprop", "NeuronGradient"])
 def test_token_ids_have_no_gradient(name: str) -> None:
     row, model, x = set_up(name, "mlp")
@@ -178,6 +187,8 @@ def test_baselines_that_do_not_fit_say_so(name: str) -> None:
     ]
     if row.baselines:
         wrong.append((0.5, TypeError, "a tensor of reference rows, found float"))
+        wrong.append((lambda: [0.0], TypeError, "a tensor of reference rows, found list"))
+        wrong.append((lambda x: x[:, :1], ValueError, rows))
     else:
         wrong.append((torch.zeros(7, *model.shape), ValueError, "ExpectedGradients, GradientShap"))
     for baselines, kind, match in wrong:
