@@ -152,12 +152,15 @@ class ExplainerPrior(Term):
             options["generator"] = generator.clone_state()  # looking at a value moves nothing
         return options
 
-    def explain(self, inputs: Any, options: dict[str, Any], seed: int, call: Call) -> Any:
-        """Attribute with the draws of a seed, and insist on a graph where there is one to have."""
+    def _drawing(self, options: dict[str, Any], seed: int, call: Call) -> dict[str, Any]:
+        """Options of a call of the explainer whose draws are those of a seed."""
         call.explaining.seed(seed)
         if "generator" in self._taken and "generator" not in options:
-            options = {**options, "generator": torch.Generator().manual_seed(seed)}
-        attributions = self.explainer.attribute(inputs, **options)
+            return {**options, "generator": torch.Generator().manual_seed(seed)}
+        return options
+
+    def _maps(self, attributions: Any, call: Call) -> Any:
+        """Attributions as tensors; insist on a graph where there is one to have."""
         if hasattr(self.explainer, "tensors_of"):  # Captum's result object for language models
             attributions = self.explainer.tensors_of(attributions)
         if isinstance(attributions, list):  # one entry for each layer of a list
@@ -289,8 +292,9 @@ class AttributionPrior(ExplainerPrior):
         return penalty
 
     def _scores(self, call: Call) -> Any:
-        found = self.explain(call.given, self.options_of(call), derive(call.seed, 0), call)
-        return self._score((found,), call)
+        options = self._drawing(self.options_of(call), derive(call.seed, 0), call)
+        found = self.explainer.attribute(call.given, **options)
+        return self._score((self._maps(found, call),), call)
 
 
 def _each(attributions: Any) -> tuple[Any, ...]:

@@ -116,8 +116,10 @@ class StabilityPrior(ExplainerPrior):
         again = dict(options)
         if isinstance(options.get("generator"), torch.Generator):
             again["generator"] = options["generator"].clone_state()
-        here = self.explain(call.given, again, seed, call)
-        there = self.explain(moved, options, seed, call)
+        here, there = (
+            self._maps(self.explainer.attribute(x, **self._drawing(each, seed, call)), call)
+            for x, each in ((call.given, again), (moved, options))
+        )
         return self._score((here, there), call)
 
     def _moved(self, call: Call) -> TensorOrTuple:
