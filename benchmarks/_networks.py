@@ -1,15 +1,11 @@
 """Three small networks to measure on: an MLP, a convolutional network, a transformer."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from captum_priors._types import Penalty
 from captum_priors.penalties import l1, total_variation
 
 CLASSES = 10
@@ -23,8 +19,7 @@ class Network:
     x: Tensor
     y: Tensor
     background: Tensor
-    penalty: Penalty
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    penalty: Callable[[Tensor], Tensor]
 
 
 def mlp(batch: int = 64, features: int = 64, width: int = 128) -> Network:
@@ -77,13 +72,12 @@ class Transformer(nn.Module):
 def transformer(
     batch: int = 32, length: int = 16, features: int = 8, width: int = 64, layers: int = 2
 ) -> Network:
-    """A small encoder; its attention on the math kernel, the only one with second derivatives."""
+    """A small encoder, with fused attention where nobody differentiates twice."""
     return _network(
         lambda: Transformer(length, features, width, layers),
         (length, features),
         batch,
         l1,
-        lambda: sdpa_kernel(SDPBackend.MATH),
     )
 
 
@@ -91,11 +85,10 @@ def _network(
     make: Callable[[], nn.Module],
     shape: tuple[int, ...],
     batch: int,
-    penalty: Penalty,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    penalty: Callable[[Tensor], Tensor],
 ) -> Network:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(batch, *shape, generator=generator)
     y = torch.randint(CLASSES, (batch,), generator=generator)
     background = torch.rand(1000, *shape, generator=generator)
-    return Network(make, x, y, background, penalty, context)
+    return Network(make, x, y, background, penalty)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_priors import differentiable
-from captum_priors._captum import as_tuple
 from tests.adapters.captum_table import ROWS, set_up
 
 
@@ -156,7 +155,8 @@ def _runs(
 
     def with_backward() -> object:
         found = adapter.attribute(x, **call)
-        found = (found.seq_attr,) if hasattr(found, "seq_attr") else as_tuple(found)
+        found = getattr(found, "seq_attr", found)
+        found = found if isinstance(found, tuple) else (found,)
         loss = torch.stack([f.square().sum() for f in found]).sum()
         return torch.autograd.grad(loss, parameters, allow_unused=True)
 

@@ -19,8 +19,8 @@ from _networks import mlp
 from matplotlib.figure import Figure
 
 from captum_priors import AttributionPrior, ExpectedGradients
-from captum_priors._types import DIFFERENTIATIONS
 
+WAYS = ("double_backprop", "recompute", "finite_difference")
 BASE = {"batch": 128, "features": 256, "samples": 8, "width": 256}
 # Sizes at which the arithmetic outweighs what a call costs anyway.
 GRID = {
@@ -62,7 +62,7 @@ def runs_of(*, batch: int, features: int, samples: int, width: int) -> tuple[Any
     def values() -> object:
         return explainer.attribute(network.x, network.background, samples, target=network.y)
 
-    runs = {"plain step": plain, **{way: prior(way) for way in DIFFERENTIATIONS}, "values": values}
+    runs = {"plain step": plain, **{way: prior(way) for way in WAYS}, "values": values}
     return runs, sum(p.numel() for p in parameters)
 
 

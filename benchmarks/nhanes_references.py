@@ -104,19 +104,24 @@ def gradient_errors(
     fit(model, None, data, 30, RATE)
     x = data.train[0]
 
-    def gradient(estimator: str, k: int) -> Tensor:
+    def gradients(estimator: str, k: int, n: int) -> list[Tensor]:
+        """Take several from one prior, which draws anew at each step."""
         prior = SparsityPrior(model, n_samples=k, estimator=estimator)
-        value = prior(x, target=0, baselines=x)
-        # The bias of the output moves no attribution.
-        each = torch.autograd.grad(value, [*model.parameters()], allow_unused=True)
-        return torch.cat([g.flatten() for g in each if g is not None])
+        found = []
+        for _ in range(n):
+            value = prior(x, target=0, baselines=x)
+            # The bias of the output moves no attribution.
+            each = torch.autograd.grad(value, [*model.parameters()], allow_unused=True)
+            found.append(torch.cat([g.flatten() for g in each if g is not None]))
+        return found
 
     torch.manual_seed(10_000 + seed)
-    exact = torch.stack([gradient("control_variate", 512) for _ in range(4)]).mean(0)
+    exact = torch.stack(gradients("control_variate", 512, 4)).mean(0)
+    torch.manual_seed(20_000 + seed)  # draws of their own
     found = {}
     for estimator in ESTIMATORS:
         for k in references:
-            squares = [(gradient(estimator, k) - exact).square().sum() for _ in range(repeats)]
+            squares = [(g - exact).square().sum() for g in gradients(estimator, k, repeats)]
             error = (torch.stack(squares).mean() / exact.square().sum()).sqrt()
             found[name_of(estimator, k)] = error.item()
     return found

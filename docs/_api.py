@@ -3,10 +3,13 @@
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from sphinx.pycode import ModuleAnalyzer
 
 _MODULE = """\
 {title}
@@ -17,40 +20,40 @@ _MODULE = """\
 
 .. currentmodule:: {name}
 
-{summary}{elsewhere}{entries}
+{summary}{entries}
 """
 
 
 def public_modules() -> list[ModuleType]:
-    """Return the package and every module below it without a leading underscore in its name."""
+    """Return the package, the packages below it, and single modules that export names.
+
+    Files without ``__all__``, and packages inside others, are how things are done.
+    """
     names = ["captum_priors"]
     for name in names:
         within = getattr(importlib.import_module(name), "__path__", [])
         names += sorted(
             f"{name}.{found.name}"
             for found in pkgutil.iter_modules(within)
-            if not found.name.startswith("_")
+            if not found.name.startswith("_") and not (found.ispkg and "." in name)
         )
-    return [importlib.import_module(name) for name in sorted(names)]
-
-
-def exports(module: ModuleType) -> list[str]:
-    """Return the names that a module exports, or those of its own that look public."""
-    own = [
-        name
-        for name, thing in vars(module).items()
-        if not name.startswith("_") and getattr(thing, "__module__", None) == module.__name__
-    ]
-    return list(getattr(module, "__all__", own))
+    modules = [importlib.import_module(name) for name in sorted(names)]
+    return [module for module in modules if hasattr(module, "__all__")]
 
 
 def homes() -> dict[str, str]:
-    """Where each public name is documented: ``module.name`` to the name of its one entry."""
+    """Where each public name is documented: ``module.name`` to the name of its one entry.
+
+    That is in the subpackage, also for names that the package itself exports: Sphinx's pages of
+    source code lead back to one module for each file. A name that is a file's, too, is the file's.
+    """
     entry: dict[int, str] = {}
     found: dict[str, str] = {}
-    for module, name, thing in _exports():
+    for module, name, thing in sorted(_exports(), key=lambda each: -each[0].__name__.count(".")):
         full = f"{module.__name__}.{name}"
-        found[full] = entry.setdefault(id(thing), full)
+        if full in sys.modules:
+            full = f"captum_priors.{name}"
+        found[f"{module.__name__}.{name}"] = entry.setdefault(id(thing), full)
     return found
 
 
@@ -87,7 +90,7 @@ def write(folder: Path) -> None:
 
 def _exports() -> Iterator[tuple[ModuleType, str, Any]]:
     for module in public_modules():
-        for name in exports(module):
+        for name in module.__all__:
             yield module, name, getattr(module, name)
 
 
@@ -98,41 +101,56 @@ def _index(modules: list[ModuleType]) -> str:
 
 def _page(module: ModuleType) -> str:
     home = homes()
-    here, there = [], []
-    for name in exports(module):
-        full = f"{module.__name__}.{name}"
-        (here if home[full] == full else there).append(full)
+    names = [f"{module.__name__}.{name}" for name in module.__all__]
+    here = [name for name in names if home[name] == name]
     return _MODULE.format(
         title=module.__name__,
         rule="=" * len(module.__name__),
         name=module.__name__,
-        summary=_summary(here),
-        elsewhere=_elsewhere([home[full] for full in there]),
+        summary=_summary([home[n] for n in names], f"{module.__name__}."),
         entries="\n".join(_entry(full) for full in here),
     )
 
 
-def _summary(names: list[str]) -> str:
+def _summary(names: list[str], prefix: str) -> str:
+    names = [name for name in names if not _is_value(name)]
     if not names:
         return ""
-    entries = "\n".join(f"   {name.rpartition('.')[2]}" for name in names)
+    entries = "\n".join(f"   {name.removeprefix(prefix)}" for name in names)
     return f".. autosummary::\n   :nosignatures:\n\n{entries}\n\n"
 
 
-def _elsewhere(names: list[str]) -> str:
-    if not names:
-        return ""
-    links = ", ".join(f":py:obj:`{name}`" for name in names)
-    return f"Also exported here: {links}.\n\n"
-
-
 def _entry(full: str) -> str:
-    module, _, name = full.rpartition(".")
-    thing = getattr(importlib.import_module(module), name)
+    thing = _thing(full)
     if inspect.isclass(thing):
         return f".. autoclass:: {full}\n   :members:\n"
+    if _is_value(full):
+        said = "\n".join(f"   {line}".rstrip() for line in _said_below(full))
+        return f".. py:data:: {full.rpartition('.')[2]}\n\n{said}\n"
     text = f".. autofunction:: {full}\n"
     for method in vars(type(thing)):
         if not inspect.isroutine(thing) and not method.startswith("_"):
             text += f"\n.. autofunction:: {full}.{method}\n"
     return text
+
+
+def _thing(full: str) -> Any:
+    module, _, name = full.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _is_value(full: str) -> bool:
+    """Whether a name stands for another library's object, such as ``Callable[..., Tensor]``."""
+    thing = _thing(full)
+    ours = type(thing).__module__.startswith("captum_priors")
+    return not (inspect.isclass(thing) or inspect.isroutine(thing) or ours)
+
+
+def _said_below(full: str) -> list[str]:
+    """Return the string below a value, from the file of the package that defines it."""
+    package, _, name = full.rpartition(".")
+    for module in [m for key, m in sorted(sys.modules.items()) if key.startswith(f"{package}.")]:
+        lines = ModuleAnalyzer.for_module(module.__name__).find_attr_docs().get(("", name))
+        if lines:
+            return lines
+    raise LookupError(f"{full}: expected a string below its definition, found none.")

@@ -36,6 +36,7 @@ html_copy_source = False
 
 autodoc_typehints = "none"  # signatures are long; types stand in the arguments' descriptions
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # as written, not as printed
 autosummary_generate = False  # the pages are made by _api, one for each public module
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
