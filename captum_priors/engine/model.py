@@ -191,7 +191,11 @@ class AttributionPass:
                 module.dropout = 0.0
             elif module.training:
                 self._undo.append((module, "training", True))
-                module.training = False
+                own = vars(module)  # past nn.Module's search for parameters, where it can be
+                if "training" in own:
+                    own["training"] = False
+                else:
+                    module.training = False
             if isinstance(module, Normalisation):
                 for name, buffer in module.named_buffers(recurse=False):
                     self._undo.append((module, name, buffer))
@@ -200,7 +204,11 @@ class AttributionPass:
 
     def _put_back(self) -> None:
         for module, name, value in reversed(self._undo):
-            setattr(module, name, value)
+            own = vars(module)
+            if name in own:
+                own[name] = value
+            else:
+                setattr(module, name, value)
         self._undo.clear()
 
 

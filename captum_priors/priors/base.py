@@ -242,6 +242,16 @@ class Call:
     """One batch, and the model as a function of points that repeat it.
 
     ``inputs`` are copies, with their graph: whoever works in place on them harms nobody.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.priors import Term
+        >>> class MeanOutput(Term):
+        ...     def _scores(self, call):
+        ...         return call.output(call.inputs).reshape(call.n)
+        >>> model, x = torch.nn.Linear(3, 1), torch.randn(4, 3)
+        >>> torch.allclose(MeanOutput(model)(x), model(x).mean())
+        True
     """
 
     forward_func: Any

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captum_priors._checks import check_floating
 from captum_priors._errors import expected_found
 from captum_priors._rows import Rows, take
 from captum_priors._types import Target
@@ -113,7 +114,9 @@ class ModuleAdapter(ShapAdapter):
                 "one of a layer, whose attributions are not like the inputs",
                 "Use adapter(X).tensor, or LayerExpectedGradients.",
             )
-        return self._phi(tuple(map(self._torch.convert, tensors)), [target], options)[0]
+        given = tuple(map(self._torch.convert, tensors))
+        check_floating(given)
+        return self._phi(given, [target], options)[0]
 
     def _phi(
         self, inputs: Tensors, targets: Sequence[Target], options: dict[str, Any]
@@ -222,7 +225,7 @@ class GradientAdapter(ModuleAdapter):
                 "GradientExplainer of token ids",
                 "a layer, (model, layer), whose inputs are floating-point",
                 "none",
-                "Token ids have no gradient.",
+                "Token ids have no gradient: use (model, layer), or LayerExpectedGradients.",
             )
         repeated = tuple(a.repeat(len(alphas), *[1] * (a.dim() - 1)) for a in x)
         ends = [self._at_layer(field, p)[1] for p in (repeated, references)]
