@@ -194,6 +194,20 @@ def check_labels(target: Any) -> None:
         )
 
 
+def check_annotation(name: str, value: Any, n: int) -> None:
+    """Require an entry for each example, unless it is said that there is one for all."""
+    for each in value if isinstance(value, tuple) else (value,):
+        if isinstance(each, Tensor) and each.shape[:1] != (n,):
+            raise ValueError(
+                expected_found(
+                    f"`{name}`",
+                    f"an entry for each of the {n} examples",
+                    f"shape {tuple(each.shape)}",
+                    "Wrap what is one for the whole batch: captum_priors.shared(...).",
+                )
+            )
+
+
 def check_floating(tensors: Sequence[Tensor]) -> None:
     """Require floating-point tensors: others have no gradient."""
     for i, tensor in enumerate(tensors):

@@ -17,10 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import NotDifferentiableError
 from captum_priors.engine._failures import cause_of
 from captum_priors.engine._torch import Normalisation, saved_tensors_hooks
-from captum_priors.engine.processes import wrapper_classes
+from captum_priors.engine.processes import wrapped, wrapper_classes
 from captum_priors.engine.random import GlobalState, seed_global
 
 T = TypeVar("T")
@@ -128,7 +128,7 @@ class AttributionPass:
             else:
                 for module in modules_of(*self.explained):
                     if isinstance(module, wrapper_classes()):
-                        raise _wrapped(module)
+                        raise wrapped(module)
             if self.exact:
                 enter_exact_kernels(stack, self.modules)
             if self.smooth is not None:
@@ -184,7 +184,7 @@ class AttributionPass:
             if module in self.modules:
                 continue
             if isinstance(module, wrappers):
-                raise _wrapped(module)
+                raise wrapped(module)
             self.modules.add(module)
             if isinstance(module, nn.RNNBase):
                 self._undo.append((module, "dropout", module.dropout))
@@ -342,19 +342,6 @@ def run_modules() -> Iterator[list[nn.Module]]:
         yield roots
     finally:
         handle.remove()
-
-
-def _wrapped(module: nn.Module) -> NotDifferentiableError:
-    return NotDifferentiableError(
-        expected_found(
-            "`forward_func`",
-            "the module that is trained",
-            f"the {type(module).__name__} around it, whose forward pass prepares the next backward "
-            "pass",
-            "Explain wrapper.module, call the wrapper for the training loss, and run one "
-            "backward() over both.",
-        )
-    )
 
 
 # ---- Activations ---------------------------------------------------------------------------

@@ -117,6 +117,20 @@ def wrapper_classes() -> tuple[type[nn.Module], ...]:
     return (DataParallel, DistributedDataParallel, *_fsdp("FullyShardedDataParallel"))
 
 
+def wrapped(module: nn.Module) -> NotDifferentiableError:
+    """Word that a wrapper was given where the module inside is explained."""
+    return NotDifferentiableError(
+        expected_found(
+            "`forward_func`",
+            "the module that is trained",
+            f"the {type(module).__name__} around it, whose forward pass prepares the next backward "
+            "pass",
+            "Explain wrapper.module, call the wrapper for the training loss, and run one "
+            "backward() over both.",
+        )
+    )
+
+
 def refuse_spread_parameters(modules: Sequence[nn.Module], *, twice: bool) -> None:
     """Refuse tensor parallelism that a prior was not told of, or that loses its gradient.
 

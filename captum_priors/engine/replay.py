@@ -66,6 +66,7 @@ _REPRODUCES = 1e-2
 # to 1e-3. Half precision rounds at 2^-8 to 2^-11: in bfloat16 the minimum of 1 to 4 % lies between
 # steps of 5 and 20 %.
 _STEP, _TOLERANCE = 0.002, (0.35, 0.02)  # of any example, and of a typical one
+_HALF = (torch.float16, torch.bfloat16)
 _STEP_HALF, _TOLERANCE_HALF = 0.1, (0.5, 0.25)
 
 
@@ -229,19 +230,15 @@ def _moves(
 
 def _rows(tensor: Tensor) -> Tensor:
     rows = tensor.reshape(tensor.shape[0], -1)
-    return rows.float() if _is_half(rows) else rows
-
-
-def _is_half(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.float16, torch.bfloat16)
+    return rows.float() if rows.dtype in _HALF else rows
 
 
 def computes_in_half(points: Sequence[Tensor], modules: Sequence[nn.Module] = ()) -> bool:
     """Whether the model will compute in half precision, of itself or by autocast."""
     return (
-        any(map(_is_half, points))
+        any(p.dtype in _HALF for p in points)
         or torch.is_autocast_enabled(points[0].device.type)
-        or any(_is_half(p) for m in modules for p in m.parameters(recurse=False))
+        or any(p.dtype in _HALF for m in modules for p in m.parameters(recurse=False))
     )
 
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from captum_priors._errors import expected_found
 from captum_priors.integrations._terms import Means, evaluate
-from captum_priors.priors.base import Prior, Wrapper
+from captum_priors.priors.base import Prior
+from captum_priors.priors.combined import Wrapper
 
 __all__ = ["AcceleratedPrior"]
 

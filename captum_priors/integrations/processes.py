@@ -15,7 +15,8 @@ from captum_priors._errors import expected_found
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine.processes import Processes, spread_over, world_rank, world_size
 from captum_priors.engine.random import Counter  # streams are counters, too
-from captum_priors.priors.base import Prior, Wrapper
+from captum_priors.priors.base import Prior
+from captum_priors.priors.combined import Wrapper
 
 
 class AcrossProcesses(Wrapper):

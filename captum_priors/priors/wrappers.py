@@ -8,22 +8,15 @@ from torch import Tensor
 
 from captum_priors import _checks
 from captum_priors._captum import as_tuple
-from captum_priors._checks import check_inputs, check_target
+from captum_priors._checks import check_annotation, check_inputs, check_target
 from captum_priors._errors import expected_found, one_of
 from captum_priors._rows import shared, take, take_each
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine import Stream, any_process
 from captum_priors.engine.processes import rank_of_draws
 from captum_priors.engine.random import Counter
-from captum_priors.priors.base import (
-    Prior,
-    SumPrior,
-    Term,
-    WeightedPrior,
-    Wrapper,
-    check_annotation,
-    check_keywords,
-)
+from captum_priors.priors.base import Prior, Term, check_keywords
+from captum_priors.priors.combined import SumPrior, WeightedPrior, Wrapper
 
 logger = logging.getLogger(__name__)
 
@@ -213,8 +206,8 @@ class Guarded(Wrapper):
         >>> x = torch.randn(4, 3)
         >>> prior = AttributionPrior(ExpectedGradients(torch.nn.Linear(3, 1)), l1, baselines=x)
         >>> guarded = Guarded(prior, "skip", max_value=1e3)
-        >>> torch.equal(guarded(x), guarded.prior(x)), guarded(x * float("nan")).item()
-        (False, 0.0)
+        >>> guarded(x).item() > 0, guarded(x * float("nan")).item()
+        (True, 0.0)
         >>> int(guarded.skips)
         1
     """

@@ -1,0 +1,132 @@
+"""Priors compose: sums and multiples, with the formula as their ``repr``."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from captum_priors._errors import expected_found
+from captum_priors._shown import shown_options
+from captum_priors._types import TensorOrTuple
+from captum_priors.priors.base import Prior, check_keywords
+
+
+class Wrapper(Prior):
+    """A prior around another: it takes what that takes."""
+
+    prior: Prior
+
+    def __init__(self, prior: Prior) -> None:
+        super().__init__()
+        if not isinstance(prior, Prior):
+            raise TypeError(
+                expected_found(
+                    "`prior`",
+                    "a prior",
+                    type(prior).__name__,
+                    "Pass an AttributionPrior, or a sum.",
+                )
+            )
+        self.prior = prior
+
+    def takes(self, name: str) -> bool:
+        """Whether the prior inside takes the keyword."""
+        return self.prior.takes(name)
+
+    def formula(self) -> str:
+        """Return the prior as it would be written."""
+        options = shown_options(self, skip=("prior",))
+        return f"{type(self).__name__}({', '.join([self.prior.formula(), *options])})"
+
+
+class WeightedPrior(Wrapper):
+    """``weight * prior``; write it like that.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors import AttributionPrior, ExpectedGradients
+        >>> from captum_priors.penalties import l1
+        >>> 2 * (0.5 * AttributionPrior(ExpectedGradients(torch.nn.Linear(3, 1)), l1))
+        1 * AttributionPrior(ExpectedGradients, l1)
+    """
+
+    weight: float
+
+    def __init__(self, weight: float, prior: Prior) -> None:
+        if not abs(weight) < float("inf"):
+            raise ValueError(
+                expected_found(
+                    "`weight`", "a finite number", repr(weight), "Check where it comes from."
+                )
+            )
+        if isinstance(prior, WeightedPrior):
+            weight, prior = weight * prior.weight, prior.prior
+        super().__init__(prior)
+        self.weight = weight
+
+    def forward(self, *data: Any, **named: Any) -> Tensor:
+        """Return the weighted value."""
+        value: Tensor = self.weight * self.prior(*data, **named)
+        return value
+
+    def formula(self) -> str:
+        """Return the prior as it would be written."""
+        inner = self.prior.formula()
+        short = f"{self.weight:g}"
+        weight = short if float(short) == self.weight else repr(self.weight)
+        return f"{weight} * " + (f"({inner})" if isinstance(self.prior, SumPrior) else inner)
+
+
+class SumPrior(Prior):
+    """``prior + prior``; write it like that. Each term takes the keywords that it knows.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors import AttributionPrior, ExpectedGradients
+        >>> from captum_priors.penalties import l1, outside
+        >>> explainer = ExpectedGradients(torch.nn.Linear(3, 1))
+        >>> prior = sum([AttributionPrior(explainer, l1), AttributionPrior(explainer, outside)])
+        >>> x, background = torch.randn(4, 3), torch.randn(9, 3)
+        >>> prior(x, background, annotation=torch.ones(4, 3)).shape
+        torch.Size([])
+    """
+
+    terms: Sequence[Prior]
+
+    def __init__(self, terms: Sequence[Prior]) -> None:
+        super().__init__()
+        flat = [t for term in terms for t in (term.terms if isinstance(term, SumPrior) else [term])]
+        self.terms = cast("Sequence[Prior]", nn.ModuleList(flat))
+
+    def forward(
+        self,
+        inputs: TensorOrTuple,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        **annotations: Any,
+    ) -> Tensor:
+        """Return the sum of the terms' values."""
+        check_keywords(self, baselines, annotations)
+        named = dict(annotations)
+        if baselines is not None:
+            named["baselines"] = baselines
+        values = [
+            term(
+                inputs,
+                target=target,
+                additional_forward_args=additional_forward_args,
+                **{name: value for name, value in named.items() if term.takes(name)},
+            )
+            for term in self.terms
+        ]
+        return torch.stack(values).sum()
+
+    def takes(self, name: str) -> bool:
+        """Whether any term takes the keyword."""
+        return any(term.takes(name) for term in self.terms)
+
+    def formula(self) -> str:
+        """Return the prior as it would be written."""
+        return " + ".join(term.formula() for term in self.terms)
