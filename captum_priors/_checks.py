@@ -13,6 +13,16 @@ from captum_priors._errors import TargetError, expected_found
 
 def check_tensors(inputs: Any) -> None:
     """Require a tensor, or a tuple of at least one."""
+    if isinstance(inputs, PackedSequence):  # a tuple, by its type
+        raise TypeError(
+            expected_found(
+                "`inputs`",
+                "a torch.Tensor",
+                "PackedSequence",
+                "Pass the padded tensor, and the lengths in additional_forward_args; pack them "
+                "inside forward_func.",
+            )
+        )
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     if not tensors:
         raise ValueError(
@@ -35,11 +45,6 @@ def _named(inputs: Any, i: int) -> str:
 
 
 def _remedy_of_type(found: Any) -> str:
-    if isinstance(found, PackedSequence):
-        return (
-            "Pass the padded tensor, and the lengths in additional_forward_args; pack them inside "
-            "forward_func."
-        )
     if isinstance(found, list) and any(isinstance(t, Tensor) for t in found):
         return "Pass a tuple of tensors for several inputs."
     if hasattr(found, "__array__") or isinstance(found, (list, int, float)):

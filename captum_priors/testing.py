@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from captum.attr import Attribution
 from torch import Tensor
 
 from captum_priors._captum import as_tuple
@@ -130,7 +131,14 @@ def check_differentiable(
                 numeric.append(_central_difference(value, tensor, direction, step))
     finally:
         state.restore()
-    return _verdict([name for name, _ in tensors], analytic, numeric, tolerance, raise_exception)
+    remedy = (
+        "Do not train on it: a part of the computation is missing from its graph, or is random, or "
+        "has a kink within the step."
+    )
+    if isinstance(explainer, Attribution) and type(explainer).__module__.startswith("captum."):
+        remedy = "Captum's own classes drop the graph: wrap it, differentiable(explainer)."
+    names = [name for name, _ in tensors]
+    return _verdict(names, analytic, numeric, tolerance, remedy if raise_exception else None)
 
 
 def _verdict(
@@ -138,7 +146,7 @@ def _verdict(
     analytic: list[float],
     numeric: list[float],
     tolerance: float,
-    raise_exception: bool,
+    remedy: str | None,
 ) -> Certificate:
     scale = max([abs(v) for v in (*analytic, *numeric) if math.isfinite(v)], default=1.0)
     finite = all(map(math.isfinite, (*analytic, *numeric)))
@@ -156,14 +164,13 @@ def _verdict(
     each = [e if math.isfinite(e) else math.inf for e in each]
     worst = names[each.index(max(each))]
     certificate = Certificate(max(each), dict(zip(names, each, strict=True)), tolerance)
-    if raise_exception and not certificate.passed:
+    if remedy is not None and not certificate.passed:
         raise NotDifferentiableError(
             expected_found(
                 "`explainer`",
                 f"a gradient within {tolerance:g} of central differences",
                 f"an error of {certificate.error:.2g}, the largest at {worst!r}",
-                "Do not train on it: a part of the computation is missing from its graph, or is "
-                "random, or has a kink within the step.",
+                remedy,
             )
         )
     return certificate

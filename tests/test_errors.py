@@ -301,7 +301,25 @@ def report(**wrong: Any) -> Any:
     return stability_report(**{**given, **wrong})
 
 
+def packed() -> Any:
+    return nn.utils.rnn.pack_padded_sequence(torch.randn(3, 4, 2), [3, 2, 1, 1])
+
+
 OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
+    # What names the way out
+    "packed sequence": (lambda: AttributionPrior(Saliency(net()), l1)(packed()), "lengths in"),
+    "several classes for each example": (
+        lambda: AttributionPrior(Saliency(net()), l1)(x(), target=torch.ones(5, 3).long()),
+        "target=(class, row, column)",
+    ),
+    "class index of a dense model": (
+        lambda: AttributionPrior(Saliency(nn.Conv2d(1, 3, 1)), l1)(images(), target=1),
+        "target=(class, row, column)",
+    ),
+    "stock explainer in the certificate": (
+        lambda: check_differentiable(IntegratedGradients(net().double()), x().double(), target=1),
+        "differentiable(explainer)",
+    ),
     # Priors
     "class as explainer": (lambda: AttributionPrior(Saliency, l1), "class Saliency"),
     "model as explainer": (lambda: AttributionPrior(net(), l1), "Sequential"),

@@ -187,8 +187,9 @@ def check_rows(outputs: Tensor, n_rows: int) -> None:
             "`target`",
             f"it to select one output for each of the {n_rows} rows",
             f"outputs of shape {tuple(outputs.shape)}",
-            "Pass target=... (a class index, or one for each example), or let forward_func return "
-            "shape (batch,).",
+            "Pass target=..., a class index, or one for each example; for outputs of several "
+            "dimensions a tuple, target=(class, row, column); or let forward_func return shape "
+            "(batch,).",
         )
     )
 

@@ -393,7 +393,7 @@ class Conditions:
             _set_all(self._states)
             if self._exact:
                 enter_exact_kernels(stack, self.modules)
-            if self._beta is not None or current_beta() is not None or self._exact:
+            if self._beta is not None or current_beta() is not None:
                 stack.enter_context(ReluMode(self._beta))
             for device, enabled, dtype in self._autocast:
                 if enabled or torch.is_autocast_enabled(device):
