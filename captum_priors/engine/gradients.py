@@ -51,7 +51,7 @@ def input_gradients(
 
     Raises:
         TypeError: If a point is no floating-point tensor.
-        TargetError: If the outputs are not one number for each row.
+        ValueError: If the outputs are not one number for each row.
         NotDifferentiableError: If no correct parameter gradient exists.
 
     Example:
@@ -166,7 +166,7 @@ def check_rows(outputs: Tensor, n_rows: int) -> None:
     """Require one number for each row.
 
     Raises:
-        TargetError: If there are several for each row, or one for all rows.
+        ValueError: If there are several for each row, or one for all rows.
     """
     if outputs.shape[:1] == (n_rows,) and outputs.numel() == n_rows:
         return

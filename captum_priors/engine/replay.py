@@ -65,7 +65,7 @@ _REPRODUCES = 1e-2
 # trained transformers and convolutional networks in float32 the minimum lies near 0.2 %, at 1e-4
 # to 1e-3. Half precision rounds at 2^-8 to 2^-11: in bfloat16 the minimum of 1 to 4 % lies between
 # steps of 5 and 20 %.
-_STEP, _TOLERANCE = 0.002, (0.35, 0.02)  # of any example, and of a typical one
+_STEP, _TOLERANCE = 0.002, (0.2, 0.02)  # of most examples, and of a typical one
 _HALF = (torch.float16, torch.bfloat16)
 _STEP_HALF, _TOLERANCE_HALF = 0.1, (0.5, 0.25)
 
@@ -262,9 +262,10 @@ def _refuse_another_function(
     # An example whose gradient is much smaller than the batch's is lost in rounding.
     scale = expected.abs() + (size + 0.1 * size.mean()) / vectors.shape[1] ** 0.5
     share = (slopes - expected).abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)
-    # Some examples may lie at kinks within the step; that most are off has another reason.
+    # One example in twenty may lie at a kink within the step, where a part of its slope changes;
+    # more than that, or a slope that is another altogether, has another reason.
     wrong = share > (tolerance[0] if share.median() <= tolerance[1] else tolerance[1])
-    if bool(wrong.any()):
+    if bool((wrong.sum() > max(1, len(wrong) // 20)) | (share.amax() > 0.6)):
         raise NotDifferentiableError(
             expected_found(
                 "finite_difference",

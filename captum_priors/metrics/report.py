@@ -185,7 +185,7 @@ def stability_report(
         seed: Seed of all draws; every explainer sees the same.
 
     Returns:
-        The report: ``print`` it, or take its ``rows`` or ``to_frame()``.
+        The report; ``print`` it, or take its ``rows`` or ``to_frame()``.
 
     Raises:
         ImportError: Without the extra ``metrics`` (scipy).
