@@ -234,8 +234,10 @@ def test_gradients_at_token_ids_are_those_of_the_values() -> None:
 
     check_differentiable(AsCaptum(), torch.zeros(1))
     at_inputs = differentiable(shap.GradientExplainer(net, background))
-    with pytest.raises(NotDifferentiableError, match="token ids"):
+    with pytest.raises(TypeError, match="LayerExpectedGradients"):
         at_inputs.attribute(x, target=1)
+    with pytest.raises(NotDifferentiableError, match="LayerExpectedGradients"):
+        at_inputs(x)
 
 
 # ---- W is read in any number of pieces -----------------------------------------------------
