@@ -2,8 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 from zlib import crc32
 
@@ -15,7 +15,6 @@ from captum_priors._captum import as_tuple, forward_args, like_inputs
 from captum_priors._errors import expected_found
 from captum_priors._rows import run_forward
 from captum_priors._types import TensorOrTuple
-from captum_priors.engine import AttributionPass
 from captum_priors.engine.random import STREAMS, seed_global
 
 _PASSED_AT_CALL = ("inputs", "target", "additional_forward_args")
@@ -71,13 +70,6 @@ def forward_func_of(explainer: Any) -> Any:
 def seed_from_global_state() -> int:
     """Read a seed off torch's global generator without moving it."""
     return crc32(torch.get_rng_state().numpy().tobytes())
-
-
-@contextmanager
-def undisturbed(seed: int, *holders: Any) -> Iterator[None]:
-    """Hold the modules behind the holders still, with random streams of the block's own."""
-    with AttributionPass(*holders, seed=seed, streams=STREAMS, replayed=True):
-        yield
 
 
 class Probe:
