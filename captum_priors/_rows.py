@@ -98,10 +98,12 @@ class Rows:
         times = points[0].shape[0] // self.n if self.args or self.target is not None else 1
         args = tuple([tile(arg, times, self.n) for arg in self.args]) if self.args else ()
         run, k = self.forward_func, len(points)
-        if not isinstance(
-            run, nn.Module
-        ):  # Captum looks up the signature, for functions of nothing
-            run = lambda *a: run_function(self.forward_func, a[:k], None, a[k:] or None)  # noqa: E731
+        if not isinstance(run, nn.Module):
+
+            def run(*passed: Any) -> Any:
+                # Captum looks at the signature, for functions of nothing.
+                return run_function(self.forward_func, passed[:k], None, passed[k:] or None)
+
         current, constant = current_pass(), torch.is_grad_enabled()
         given: list[Any] = []
         for point in points:

@@ -106,7 +106,8 @@ class ExpectedGradients(GradientAttribution):
             return_convergence_delta: Also return, for each sample of each example, the sum of its
                 attribution minus :math:`f(x) - f(x')`: shape ``(batch * n_samples,)``, detached.
             estimator: ``"monte_carlo"`` is the paper's. ``"control_variate"`` has the same
-                expectation and less variance: :math:`(x - \mu) \odot \bar g` plus the covariance
+                expectation and mostly less variance, though more at two to four samples of a
+                quadratic function: :math:`(x - \mu) \odot \bar g` plus the covariance
                 of :math:`x - x'` and :math:`g` over samples spread evenly along the path. With one
                 sample there is no covariance and the two are the same.
             internal_batch_size: At most this many rows go through the model at once.

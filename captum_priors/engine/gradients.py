@@ -154,7 +154,8 @@ def with_second_derivative(
         refuse_dead_ends(present)
         seen.wrong_third = seen.wrong_third or _wrong_third(present)
     if seen.wrong_third:
-        once = iter(_OnceMore.apply(*(g for g in gradients if g is not None)))  # type: ignore[no-untyped-call]
+        present = [g for g in gradients if g is not None]
+        once = iter(_OnceMore.apply(*present))  # type: ignore[no-untyped-call]  # torch's
         gradients = tuple(g if g is None else next(once) for g in gradients)
     return gradients
 

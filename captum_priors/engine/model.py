@@ -383,11 +383,11 @@ class ReluMode(TorchFunctionMode):
             self._ban = torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED)
             self._ban.__enter__()
         _thread.beta = self.beta
-        return super().__enter__()  # type: ignore[no-untyped-call]
+        return super().__enter__()  # type: ignore[no-untyped-call]  # torch's
 
     def __exit__(self, *error: Any) -> None:
         _thread.beta = self._before
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's
         if self.beta is not None:
             self._ban.__exit__(*error)
             if error[0] is RuntimeError and str(error[1]) == _CHECKPOINTED:

@@ -211,7 +211,7 @@ def needs_unsharded(value: Tensor, modules: Sequence[nn.Module]) -> Tensor:
                         "loss.backward().",
                     )
                 )
-            module.unshard()  # type: ignore[operator]
+            module.unshard()  # type: ignore[operator]  # an FSDPModule's
 
     value.register_hook(on_gradient)
     return value

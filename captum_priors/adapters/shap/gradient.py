@@ -74,7 +74,7 @@ class ModuleAdapter(ShapAdapter):
     def _base(self) -> Tensor:
         return self._torch(*self._backgrounds()).mean(0)
 
-    def _all(self, X: Any, options: dict[str, Any]) -> tuple[list[Tensor], Tensors]:  # noqa: N803
+    def _all(self, X: Any, options: dict[str, Any]) -> tuple[list[Tensor], Tensors]:  # noqa: N803  # SHAP's
         """Attributions ``(rows, ..., outputs)`` of all outputs, and the inputs."""
         rows = X if self.inner.multi_input else [X]
         if not isinstance(rows, (list, tuple)) or len(rows) != len(self._held):

@@ -91,7 +91,7 @@ class MaskedAdapter(ShapAdapter):
         state = np.random.get_state()  # noqa: NPY002  # the generator that SHAP draws from
 
         def run(columns: range) -> Found:
-            np.random.set_state(state)  # noqa: NPY002
+            np.random.set_state(state)  # noqa: NPY002  # as above
             return self._run(game, dict(options), columns)
 
         result, weights = run(range(self._first_columns(game, options)))
