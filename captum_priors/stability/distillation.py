@@ -128,6 +128,13 @@ class ATEX(Regularizer):
                 )
             )
 
+    def train(self, mode: bool = True) -> "ATEX":
+        """Set the mode of the prior; the copy that teaches keeps its running statistics."""
+        super().train(mode)
+        if self._owns_teacher:
+            self.teacher.eval()
+        return self
+
     def takes(self, name: str) -> bool:
         """Whether the explainer takes baselines."""
         attribute = getattr(self.explainer, "attribute", self._smooth_gradients)
