@@ -54,7 +54,7 @@ class Ball:
     def step(self, points: Tensor, gradient: Tensor, size: float) -> Tensor:
         """Go ``size`` in the norm's steepest direction, and back into the ball."""
         gradient = torch.nan_to_num(gradient, 0.0, 0.0, 0.0) * self._free
-        direction = gradient.sign() if self.norm == "Linf" else _unit(gradient)
+        direction = gradient.sign() if self.norm == "Linf" else unit(gradient)
         return self.project(points + size * direction)
 
     def draw(self, distribution: Distribution, generator: torch.Generator) -> Tensor:
@@ -65,7 +65,7 @@ class Ball:
             noise = 2 * torch.rand(x.shape, **options) - 1
             noise = noise if distribution == "uniform" else noise.sign()
         else:
-            noise = _unit(torch.randn(x.shape, **options) * self._free)
+            noise = unit(torch.randn(x.shape, **options) * self._free)
             if distribution == "uniform":
                 dimensions = self._free.flatten(1).sum(1).clamp_min(1)
                 share = torch.rand(len(x), **options) ** (1 / dimensions)
@@ -147,7 +147,7 @@ def ascend(
     return tuple(ball.step(p.detach(), g, size) for ball, p, g, size in each)
 
 
-def _unit(tensor: Tensor) -> Tensor:
+def unit(tensor: Tensor) -> Tensor:
     """Divide each example by its Euclidean norm; zeros stay."""
     # In units of the largest entry first: squares of small numbers would vanish.
     rows = F.normalize(tensor.flatten(1), torch.inf, eps=torch.finfo(tensor.dtype).tiny)
