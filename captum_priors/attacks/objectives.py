@@ -224,20 +224,11 @@ class RandomAttack(BoundedPerturbation):
     Args:
         explainer: An explainer, for its model alone, so that this is made as attacks are; or the
             model.
-        radius: As in :class:`AttributionAttack`, like the other options.
-        norm: ``"Linf"`` or ``"L2"``.
+        radius: As in :class:`AttributionAttack`, like all that is not named here.
         distribution: ``"surface"`` or ``"uniform"``.
         n_tries: Draws for an example whose prediction changes.
-        lower_bound: Least valid value.
-        upper_bound: Largest valid value.
         keep_prediction: Whether the prediction must stay. Without, one draw is final and no model
             is run: noise for :class:`captum_priors.StabilityPrior`.
-        forward_func: The model; by default the explainer's.
-        seed: Seed of the draws; by default read off torch's global generator, which does not move.
-
-    Raises:
-        TypeError: If an argument has another type.
-        ValueError: If an argument is out of range.
 
     Example:
         >>> import torch

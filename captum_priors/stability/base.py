@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_floating, check_forward_func
@@ -22,12 +23,17 @@ from captum_priors.priors.base import Call, Reduction, Term
 Way = Literal["double_backprop", "finite_difference"]
 
 
-class Shared(TypedDict, total=False):
+class Options(TypedDict, total=False):
+    """Options of every regularizer."""
+
+    reduction: Reduction
+    smooth: float | None
+
+
+class GradientOptions(Options, total=False):
     """Options of every :class:`GradientRegularizer`."""
 
     differentiation: Way
-    reduction: Reduction
-    smooth: float | None
 
 
 class Regularizer(Term):
@@ -63,10 +69,9 @@ class GradientRegularizer(Regularizer):
         forward_func: Any,
         *,
         differentiation: Way = "double_backprop",
-        reduction: Reduction = "mean",
-        smooth: float | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        super().__init__(forward_func, **options)
         one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))
         self.differentiation = differentiation
         self.replayed = differentiation == "finite_difference"
