@@ -11,7 +11,6 @@ from typing import Any, Literal, TypedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import Unpack
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_floating, check_forward_func
@@ -23,17 +22,12 @@ from captum_priors.priors.base import Call, Reduction, Term
 Way = Literal["double_backprop", "finite_difference"]
 
 
-class Options(TypedDict, total=False):
-    """Options of every regularizer."""
-
-    reduction: Reduction
-    smooth: float | None
-
-
-class GradientOptions(Options, total=False):
+class Shared(TypedDict, total=False):
     """Options of every :class:`GradientRegularizer`."""
 
     differentiation: Way
+    reduction: Reduction
+    smooth: float | None
 
 
 class Regularizer(Term):
@@ -69,9 +63,10 @@ class GradientRegularizer(Regularizer):
         forward_func: Any,
         *,
         differentiation: Way = "double_backprop",
-        **options: Unpack[Options],
+        reduction: Reduction = "mean",
+        smooth: float | None = None,
     ) -> None:
-        super().__init__(forward_func, **options)
+        super().__init__(forward_func, reduction=reduction, smooth=smooth)
         one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))
         self.differentiation = differentiation
         self.replayed = differentiation == "finite_difference"

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from captum_priors._captum import as_tuple, forward_args
 from captum_priors._checks import count, positive
@@ -23,14 +22,7 @@ from captum_priors.attacks.ball import Tensors, unit
 from captum_priors.engine import derive, input_gradients
 from captum_priors.engine.random import STREAMS
 from captum_priors.priors.base import Call, Reduction
-from captum_priors.stability.base import (
-    Options,
-    Regularizer,
-    flat_rows,
-    logits_of,
-    points_of,
-    repeated,
-)
+from captum_priors.stability.base import Regularizer, flat_rows, logits_of, points_of, repeated
 
 
 class _SmoothGrad:
@@ -240,7 +232,8 @@ class SaliencyGuided(Regularizer):
         fraction: Share of the features that is replaced, .5 in the paper.
         abs: Rank by absolute gradients; the public code ranks signed ones unless told otherwise,
             and so replaces the features that speak most against the class.
-        options: ``reduction`` and ``smooth``, as in :class:`InputGradientRegularization`.
+        reduction: ``"mean"`` or ``"sum"`` over the examples.
+        smooth: Run the model with ReLU as Softplus of this steepness.
 
     Raises:
         ValueError: If ``fraction`` is not in (0, 1].
@@ -260,9 +253,10 @@ class SaliencyGuided(Regularizer):
         fraction: float = 0.5,
         *,
         abs: bool = True,  # noqa: A002  # Captum's name for it
-        **options: Unpack[Options],
+        reduction: Reduction = "mean",
+        smooth: float | None = None,
     ) -> None:
-        super().__init__(forward_func, **options)
+        super().__init__(forward_func, reduction=reduction, smooth=smooth)
         self.fraction, self.abs = check_fraction("fraction", fraction), abs
 
     def _scores(self, call: Call) -> Tensor:

@@ -11,8 +11,8 @@ from captum_priors._checks import count, positive
 from captum_priors.attacks.ball import Tensors, unit
 from captum_priors.priors.base import Call
 from captum_priors.stability.base import (
-    GradientOptions,
     GradientRegularizer,
+    Shared,
     flat_rows,
     logits_of,
     points_of,
@@ -68,7 +68,7 @@ class CurvatureRegularization(GradientRegularizer):
     Args:
         forward_func: The model, which returns logits.
         step_size: :math:`h`, in units of the inputs; an attribute that may be raised in training.
-        options: As in :class:`InputGradientRegularization`.
+        shared: As in :class:`InputGradientRegularization`.
 
     Raises:
         ValueError: If an option is not one of those above, or a label is none of the classes.
@@ -85,10 +85,8 @@ class CurvatureRegularization(GradientRegularizer):
 
     labels = True
 
-    def __init__(
-        self, forward_func: Any, step_size: float = 3.0, **options: Unpack[GradientOptions]
-    ) -> None:
-        super().__init__(forward_func, **options)
+    def __init__(self, forward_func: Any, step_size: float = 3.0, **shared: Unpack[Shared]) -> None:
+        super().__init__(forward_func, **shared)
         self.step_size = positive("step_size", step_size)
 
     def _scores(self, call: Call) -> Tensor:
@@ -134,7 +132,7 @@ class JacobianRegularization(_OutputsRegularizer):
         forward_func: The model: logits in the paper; wrap it in a softmax for probabilities.
         n_samples: Random directions :math:`u` for each call, or None for the norm itself at the
             price of a backward pass for each output.
-        options: As in :class:`InputGradientRegularization`.
+        shared: As in :class:`InputGradientRegularization`.
 
     Raises:
         ValueError: If an option is not one of those above.
@@ -149,9 +147,9 @@ class JacobianRegularization(_OutputsRegularizer):
     """
 
     def __init__(
-        self, forward_func: Any, n_samples: int | None = 1, **options: Unpack[GradientOptions]
+        self, forward_func: Any, n_samples: int | None = 1, **shared: Unpack[Shared]
     ) -> None:
-        super().__init__(forward_func, **options)
+        super().__init__(forward_func, **shared)
         self.n_samples = None if n_samples is None else count("n_samples", n_samples)
 
     def _scores(self, call: Call) -> Tensor:
@@ -185,7 +183,7 @@ class SmoothSurface(_OutputsRegularizer):
 
     Args:
         forward_func: The model, which returns logits; a single one is a binary classifier's.
-        options: As in :class:`InputGradientRegularization`.
+        shared: As in :class:`InputGradientRegularization`.
 
     Raises:
         ValueError: If an option is not one of those above.
@@ -200,8 +198,8 @@ class SmoothSurface(_OutputsRegularizer):
         True
     """
 
-    def __init__(self, forward_func: Any, **options: Unpack[GradientOptions]) -> None:
-        super().__init__(forward_func, **options)
+    def __init__(self, forward_func: Any, **shared: Unpack[Shared]) -> None:
+        super().__init__(forward_func, **shared)
         self.replayed = False  # the probabilities come from an ordinary forward pass
 
     def _scores(self, call: Call) -> Tensor:

@@ -7,15 +7,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from captum_priors._checks import count, positive
 from captum_priors._errors import one_of
 from captum_priors.attacks.ball import Tensors, per_example
 from captum_priors.engine import with_second_derivative
 from captum_priors.engine.replay import computes_in_half
-from captum_priors.priors.base import Call
-from captum_priors.stability.base import Options, Regularizer, flat_rows, square_norms
+from captum_priors.priors.base import Call, Reduction
+from captum_priors.stability.base import Regularizer, flat_rows, square_norms
 
 # The truncation error falls as the square of the step, rounding rises as its inverse.
 _STEP, _STEP_HALF = 0.01, 0.1
@@ -51,7 +50,8 @@ class HessianPenalty(Regularizer):
         curvature: ``"exact"``, ``"difference"`` or ``"difference_twice"``.
         step_size: :math:`h` relative to the root mean square of an example's entries; by default
             .01, and .1 in half precision.
-        options: ``reduction`` and ``smooth``, as in :class:`InputGradientRegularization`.
+        reduction: ``"mean"`` or ``"sum"`` over the examples.
+        smooth: Take the Hessian with ReLU as Softplus of this steepness.
 
     Raises:
         ValueError: If an option is not one of those above.
@@ -73,9 +73,10 @@ class HessianPenalty(Regularizer):
         *,
         curvature: Curvature = "exact",
         step_size: float | None = None,
-        **options: Unpack[Options],
+        reduction: Reduction = "mean",
+        smooth: float | None = None,
     ) -> None:
-        super().__init__(forward_func, **options)
+        super().__init__(forward_func, reduction=reduction, smooth=smooth)
         one_of("curvature", curvature, ("exact", "difference", "difference_twice"))
         self.curvature, self.n_samples = curvature, count("n_samples", n_samples)
         self.step_size = None if step_size is None else positive("step_size", step_size)

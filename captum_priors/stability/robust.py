@@ -18,8 +18,8 @@ from captum_priors.engine.gradients import differentiate
 from captum_priors.penalties.maths import cosine_distance
 from captum_priors.priors.base import Call, Reduction
 from captum_priors.stability.base import (
-    GradientOptions,
     GradientRegularizer,
+    Shared,
     Way,
     cross_entropies,
     flat_rows,
@@ -54,9 +54,9 @@ class _WorstCase(GradientRegularizer):
         *,
         lower_bound: Any = float("-inf"),
         upper_bound: Any = float("inf"),
-        **options: Unpack[GradientOptions],
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(forward_func, **options)
+        super().__init__(forward_func, **shared)
         self.radius = check_sizes("radius", radius)
         self.step_size = check_sizes("step_size", step_size)
         self.step_num = count("step_num", step_num)

@@ -6,13 +6,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from captum_priors._checks import count, positive
 from captum_priors._errors import expected_found, one_of
 from captum_priors.engine import modules_of
-from captum_priors.priors.base import Call
-from captum_priors.stability.base import Options, Regularizer, flat_rows, repeated
+from captum_priors.priors.base import Call, Reduction
+from captum_priors.stability.base import Regularizer, flat_rows, repeated
 from captum_priors.stability.hessian import rademacher
 
 Layers = Literal["weights"] | Sequence[nn.Module | str]
@@ -60,7 +59,8 @@ class ActivationSensitivity(Regularizer):
             or None, 1.
         noise: ``"gaussian"``, ``"uniform"`` or ``"sign"`` (each entry plus or minus the radius).
         n_samples: Perturbations for each call.
-        options: ``reduction`` and ``smooth``, as in :class:`InputGradientRegularization`.
+        reduction: ``"mean"`` or ``"sum"`` over the examples.
+        smooth: Run the model with ReLU as Softplus of this steepness.
 
     Raises:
         ValueError: If an option is not one of those above, or the forward pass calls no such layer.
@@ -86,9 +86,10 @@ class ActivationSensitivity(Regularizer):
         scale: Scale = "noise",
         noise: Noise = "gaussian",
         n_samples: int = 1,
-        **options: Unpack[Options],
+        reduction: Reduction = "mean",
+        smooth: float | None = None,
     ) -> None:
-        super().__init__(forward_func, **options)
+        super().__init__(forward_func, reduction=reduction, smooth=smooth)
         one_of("power", power, get_args(Power))
         one_of("scale", scale, get_args(Scale))
         one_of("noise", noise, get_args(Noise))
