@@ -199,17 +199,16 @@ class Batch:
 
     def one_each(self, what: str, values: Any) -> Tensor:
         """Require one value for each example."""
-        if not isinstance(values, Tensor) or tuple(values.shape) != (self.n,):
-            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
-                expected_found(
-                    what,
-                    f"a tensor of shape ({self.n},)",
-                    str(shape),
-                    "Return one value for each example.",
-                )
+        if isinstance(values, Tensor) and tuple(values.shape) == (self.n,):
+            return values
+        raise ValueError(
+            expected_found(
+                what,
+                f"a tensor of shape ({self.n},)",
+                str(tuple(values.shape)) if isinstance(values, Tensor) else type(values).__name__,
+                "Return one value for each example.",
             )
-        return values
+        )
 
 
 class AttributionAttack(BoundedPerturbation):

@@ -57,11 +57,9 @@ class ATEX(Regularizer):
     explainer need not be differentiable. The paper trains on this term alone, from the teacher's
     parameters.
 
-    The published code has :math:`t \in \{-1, 0\}`, ``positions=(-1, 0)``: never up the explanation.
-    It takes an optimizer step for each :math:`t`, twice, with the student in train mode, averages
-    the divergence over the classes, too, and projects each colour channel by itself; here one value
-    averages over :math:`t`, the student is held still as by every prior, and all features of an
-    example count together.
+    The published code has ``positions=(-1, 0)``: never up the explanation. It takes an optimizer
+    step for each :math:`t`, twice, with the student in train mode, averages the divergence over the
+    classes, too, and projects each colour channel by itself.
 
     Args:
         forward_func: The student, which returns logits; a single one is a binary classifier's.
@@ -70,10 +68,10 @@ class ATEX(Regularizer):
         radius: :math:`r`, in units of the inputs; .32 is the paper's for images in [0, 1].
         temperature: :math:`T` of the teacher.
         n_samples: Draws of the noise for each :math:`t`.
-        teacher: Module or function that predicts as the student does; by default a frozen copy of
-            the student as it is now. The copy is part of this prior's ``state_dict``, so that
-            resumed training has the same teacher, and moves to the student's device; a teacher that
-            is passed stays the caller's, who saves and moves it. No teacher is ever trained.
+        teacher: Module or function of the student's classes, which stays the caller's to save and
+            move. By default a frozen copy of the student as it is now, which follows it to its
+            device, and is in this prior's ``state_dict``, so that resumed training has the same.
+            No teacher is ever trained.
         positions: Values of :math:`t`.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Run student and teacher with ReLU as Softplus of this steepness.

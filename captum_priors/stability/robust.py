@@ -37,11 +37,7 @@ class Ascent(TypedDict, total=False):
 
 
 class _WorstCase(GradientRegularizer):
-    """A regularizer at the worst point of a ball of the maximum norm, with labels as the target.
-
-    The worst point is sought by signed gradient ascent from a random one (at the centre the
-    gradients that matter vanish), and is then a constant.
-    """
+    """A regularizer at the worst point of a ball of the maximum norm, with labels as the target."""
 
     labels: ClassVar[bool] = True
 
@@ -63,7 +59,7 @@ class _WorstCase(GradientRegularizer):
         self.lower_bound, self.upper_bound = lower_bound, upper_bound
 
     def _start(self, call: Call) -> tuple[tuple[Ball, ...], Tensors]:
-        """Return the ball and a random point of it."""
+        """Make the ball, and draw a point of it."""
         region = balls(call.inputs, self.radius, "Linf", self.lower_bound, self.upper_bound)
         generator = torch.Generator(call.inputs[0].device).manual_seed(derive(call.seed, 0))
         return region, draw(region, "uniform", generator)
@@ -91,9 +87,9 @@ class RobustAttribution(_WorstCase):
     al. 2019). The first is added to the cross entropy, with weight 1 in the paper; the second takes
     its place. The target is the class labels.
 
-    The maximum is sought by signed gradient ascent from a random point, and is then a constant.
-    Defaults are the paper's for MNIST. Each of ``step_num`` steps differentiates
-    ``attack_n_steps`` input gradients.
+    The maximum is sought by signed gradient ascent from a random point (at the centre the gradients
+    that matter vanish), and is then a constant. Defaults are the paper's for MNIST. Each of
+    ``step_num`` steps differentiates ``attack_n_steps`` input gradients.
 
     Args:
         forward_func: The model, which returns logits; a single one is a binary classifier's.

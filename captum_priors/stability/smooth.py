@@ -75,12 +75,11 @@ class smooth_activations(nn.Module):  # noqa: N801  # used like a function, as t
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     r"""Optimizer parameter groups in which only weight matrices and kernels decay.
 
-    Smaller weights bound the curvature (:func:`manipulability_bound`; Dombrowski et al. 2022),
-    :math:`\lVert\nabla^2 f\rVert \le \frac\beta4 \sum_l \prod_{k \le l} \lVert W_k\rVert^2
-    \prod_{k > l} \lVert W_k\rVert`. Biases and normalisation layers do not occur in it, and decay
-    harms them: parameters of norm layers, biases and all others with fewer than two dimensions are
-    left alone. So are embedding tables, whose rows are inputs of the network rather than weights of
-    it, unless a layer that decays shares them. Frozen parameters are left out.
+    Smaller weights bound the curvature (:func:`manipulability_bound`; Dombrowski et al. 2022).
+    Biases and normalisation layers do not occur in that bound, and decay harms them: parameters of
+    norm layers, biases and all others with fewer than two dimensions are left alone. So are
+    embedding tables, whose rows are inputs of the network rather than weights of it, unless a layer
+    that decays shares them. Frozen parameters are left out.
 
     Args:
         model: The model.
@@ -115,8 +114,8 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
                 found = weight and not isinstance(module, spared)
                 decays[parameter] = decays.get(parameter, False) or found
     groups = [
-        {"params": [p for p in decays if decays[p]], "weight_decay": weight_decay},
-        {"params": [p for p in decays if not decays[p]], "weight_decay": 0.0},
+        {"params": [p for p in decays if decays[p] is decaying], "weight_decay": weight}
+        for decaying, weight in ((True, weight_decay), (False, 0.0))
     ]
     return [group for group in groups if group["params"]]
 
