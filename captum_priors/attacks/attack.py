@@ -56,7 +56,6 @@ class BoundedPerturbation(Perturbation, ABC):
 
     is_control = False
     explainer: Any = None
-    attribute_options: dict[str, Any] = {}  # noqa: RUF012  # replaced, never changed
     output_weight = 0.0
 
     def __init__(
@@ -82,6 +81,7 @@ class BoundedPerturbation(Perturbation, ABC):
         self.radius, self.norm = check_sizes("radius", radius), norm
         self.forward_func, self.keep_prediction, self.seed = forward_func, keep_prediction, seed
         self.lower_bound, self.upper_bound = bounds
+        self.attribute_options: dict[str, Any] = {}
 
     @abstractmethod
     def _visits(self, batch: "Batch") -> Iterator[Tensors]:
