@@ -75,7 +75,3 @@ class AcceleratedPrior(Wrapper):
         means = self._means.take(self.prior, self.accelerator.reduce)
         self.accelerator.log(means, step=step, **log_options)
         return means
-
-    def formula(self) -> str:
-        """Return the prior as it would be written."""
-        return self.prior.formula()

@@ -61,19 +61,17 @@ class LogitsOf:
 class PriorTrainerMixin:
     """Add a prior to the loss of a ``Trainer``, and log it.
 
-    The prior is evaluated on each micro-batch and averaged over those of an optimizer step, whether
-    or not the trainer divides the loss: for models whose ``forward`` takes ``**kwargs`` it does
-    not. (Some of these, BERT's classifier among them, return a mean all the same, and the trainer
-    sums it; in transformers 5, ``loss_is_scaled_for_ga = False`` on the trainer's class has it
-    divide both.) With the training loss it logs ``"prior"``, what was added on average, and each
-    term's own value without its weight as ``"prior/<term>"``.
+    The prior is averaged over the micro-batches of an optimizer step, whether or not the trainer
+    divides its loss by their number. (It does not for models whose ``forward`` takes ``**kwargs``,
+    although some of these, BERT's classifier among them, return a mean; in transformers 5,
+    ``loss_is_scaled_for_ga = False`` on the trainer's class has it divide both.) With the training
+    loss it logs ``"prior"``, what was added on average, and each term's own value without its
+    weight as ``"prior/<term>"``.
 
     Evaluation leaves ``eval_loss`` as it is, so that runs and early stopping compare, and reports
-    the prior as the metric ``"eval_prior"`` and its terms likewise; that takes the time of an
-    explanation for each batch.
-
-    The prior's counters and generators are saved with each checkpoint, in each process. A model
-    wrapped by ``DistributedDataParallel`` is explained unwrapped, which ``ddp_static_graph`` needs.
+    the metrics ``"eval_prior"`` and ``"eval_prior/<term>"``. Each process saves the prior's
+    counters and generators with each checkpoint. A model wrapped by ``DistributedDataParallel`` is
+    explained unwrapped, which ``ddp_static_graph`` needs.
 
     Args:
         args: For the trainer.
@@ -81,7 +79,7 @@ class PriorTrainerMixin:
         prior_arguments: A function of a batch that returns the prior's keywords. It may ``pop``
             what the model does not take, such as annotations (keep those columns with
             ``remove_unused_columns=False``).
-        evaluate_prior: Whether evaluation reports the prior.
+        evaluate_prior: Whether evaluation reports the prior, which takes an explanation's time.
         kwargs: For the trainer.
 
     Example:
@@ -171,10 +169,7 @@ class PriorTrainerMixin:
         return (loss, outputs) if return_outputs else loss
 
     def _undivided_steps(self, num_items_in_batch: Any) -> int:
-        """Return the steps of accumulation that the trainer does not divide its loss by.
-
-        It does not where the loss was normalised by ``num_items_in_batch`` or is the user's own.
-        """
+        """Return the steps of accumulation that the trainer does not divide its loss by."""
         trainer: Any = self
         is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # transformers 5
         if is_scaled is None:
