@@ -1,9 +1,8 @@
 """What all SHAP adapters share: SHAP's calls, Captum's call, Explanations."""
 
-import copy
 import copyreg
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -135,12 +134,6 @@ class ShapAdapter:
             base = self._base()
         return getattr(self.explainer, "expected_value", None) if base is None else _plain(base)
 
-    def _worker(self, step: str, function: Callable[..., Any]) -> Any:
-        """Copy SHAP's explainer with one step replaced, for SHAP's own methods to call."""
-        worker = copy.copy(self.explainer)
-        setattr(worker, step, function)
-        return worker
-
     def _check_constant(self, args: Sequence[Any]) -> None:
         """Refuse inputs with a graph where a method takes them as constants."""
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -168,33 +161,31 @@ class ShapAdapter:
         Raises:
             TypeError: At an option that SHAP's explainer does not have.
         """
-        for name in options:
-            if name not in self.options:
-                known = f"{type(self.explainer).__name__} ({', '.join(self.options)})"
-                raise TypeError(
-                    expected_found(
-                        f"`{name}`", f"an option of {known}", "another", "Check the spelling."
-                    )
+        for name in set(options) - set(self.options):
+            known = f"{type(self.explainer).__name__} ({', '.join(self.options)})"
+            raise TypeError(
+                expected_found(
+                    f"`{name}`", f"an option of {known}", "another", "Check the spelling."
                 )
-        check_inputs(inputs)
+            )
+        check_target(target, check_inputs(inputs))
         tensors = as_tuple(inputs)
-        check_target(target, tensors[0].shape[0])
         quiet = {"silent": True} if "silent" in self.options else {}
         values = self._values(tensors, target, {**quiet, **self.defaults, **options})
+        floating = [t.is_floating_point() for t in tensors]
         return like_inputs(
             inputs,
             tuple(
-                v.to(t) if t.is_floating_point() else v.to(t.device)
-                for v, t in zip(values, tensors, strict=True)
+                v.to(t if f else t.device)
+                for v, t, f in zip(values, tensors, floating, strict=True)
             ),
         )
 
     def _values(
         self, tensors: tuple[Tensor, ...], target: Target, options: dict[str, Any]
     ) -> tuple[Tensor, ...]:
-        found = self._explain(tensors, options)
-        each = found if isinstance(found, list) else [found]
-        return tuple(select_output(e.tensor, t, target) for e, t in zip(each, tensors, strict=True))
+        """Return the target's attributions, one tensor for each input."""
+        return (select_output(self._explain(tensors, options).tensor, tensors[0], target),)
 
 
 def select_output(values: Tensor, like: Tensor, target: Target) -> Tensor:
@@ -231,34 +222,28 @@ def _plain(base: Tensor) -> Any:
 def _explanation_class() -> Any:
     shap = imported()
 
-    def state(self: Any, protocol: Any) -> Any:  # copied and pickled without tensors
-        kept = {k: v for k, v in vars(self).items() if k not in ("tensor", "tensor_base")}
-        return copyreg.__newobj__, (shap.Explanation,), kept  # type: ignore[attr-defined]  # for pickle
+    class DifferentiableExplanation(shap.Explanation):  # type: ignore[name-defined]  # of any type
+        """SHAP's, with its tensors beside it.
 
-    members = {"__doc__": "SHAP's, with its tensors beside it.", "__reduce_ex__": state}
-    return type(shap.Explanation)("DifferentiableExplanation", (shap.Explanation,), members)
+        A graph cannot be copied, and SHAP's plots copy: copies and slices have none.
+        """
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            kept = {k: v for k, v in vars(self).items() if k not in ("tensor", "tensor_base")}
+            return copyreg.__newobj__, (shap.Explanation,), kept  # type: ignore[attr-defined]  # for pickle
+
+    return DifferentiableExplanation
 
 
 def with_tensors(explanation: Any, values: Any, base: Tensor) -> Any:
-    """Put tensors beside the arrays of an Explanation.
-
-    A graph cannot be copied, and SHAP's plots copy: copies and slices have none.
-    """
+    """Put tensors beside the arrays of an Explanation."""
     found = _explanation_class().__new__(_explanation_class())
     vars(found).update(vars(explanation), tensor=values, tensor_base=base)
     return found
 
 
 def explanation(values: Tensor, base: Tensor, data: Any, names: Any = None, **arrays: Any) -> Any:
-    """Build an Explanation from its tensors, with the names that SHAP's plots ask for.
-
-    Args:
-        values: Tensor ``(rows, features, ...)``, or one row.
-        base: The base value of each row.
-        data: What is explained, as the user passed it; or None.
-        names: Names of the features; by default the columns of a DataFrame, or numbers.
-        arrays: Further arrays of the Explanation.
-    """
+    """Build an Explanation of rows, or one row, with the names that SHAP's plots ask for."""
     if hasattr(data, "columns"):
         names, data = list(data.columns), data.to_numpy()
     if names is None and values.dim() - base.dim() == 1:

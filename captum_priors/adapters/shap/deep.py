@@ -15,7 +15,7 @@ Private: ``op_handler`` of shap.explainers._deep.deep_pytorch, its rule for each
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from captum_priors._errors import expected_found
 from captum_priors._rows import take
 from captum_priors._types import Target
 from captum_priors.adapters.shap.adapter import output_index
-from captum_priors.adapters.shap.gradient import ModuleAdapter, Tensors, captured, detached
+from captum_priors.adapters.shap.gradient import ModuleAdapter, Tensors, capturing, detached
 from captum_priors.adapters.shap.model import imported
 from captum_priors.engine import with_second_derivative
 
@@ -44,7 +44,7 @@ Record = tuple[Tensor, Tensor]
 
 
 class DeepAdapter(ModuleAdapter):
-    """Two forward passes and a gradient; no hook and no attribute is left on the model."""
+    """Two forward passes and a gradient."""
 
     mechanism = "rescale rule as derivative of stand-in activations"
     draws = ()
@@ -69,8 +69,8 @@ class DeepAdapter(ModuleAdapter):
         pairs = (len(inputs[0]), len(backgrounds[0]))
         xs = [x.repeat_interleave(pairs[1], 0) for x in inputs]
         bs = [b.repeat(pairs[0], *[1] * (b.dim() - 1)) for b in backgrounds]
-        record, found = _Record(self.model), []
-        with torch.enable_grad(), captured(self.layer) as reached:
+        record, reached, found = _Record(self.model), list[Tensors](), []
+        with torch.enable_grad(), capturing(self.layer, reached):
             with record.first_pass():
                 both = self.model(*map(torch.cat, zip(xs, bs, strict=True)))
             explained = tuple(b.detach().requires_grad_(b.is_floating_point()) for b in bs)
@@ -93,7 +93,7 @@ class DeepAdapter(ModuleAdapter):
                 if checks:
                     _check_sum(x[:, 0] - b.mean(1) - sum(p.flatten(1).sum(1) for p in phi))
                 found.append(phi)
-        return found if torch.is_grad_enabled() else list(map(detached, found))
+        return list(map(detached, found))
 
 
 def _check_sum(missing: Tensor) -> None:
@@ -122,13 +122,11 @@ class _Record:
 
     @contextmanager
     def _hooks(self, before: Any, after: Any) -> Iterator[None]:
-        handles = [leaf.register_forward_pre_hook(before) for leaf in self._leaves]
-        handles += [leaf.register_forward_hook(after) for leaf in self._leaves]
-        try:
+        with ExitStack() as hooks:
+            for leaf in self._leaves:
+                hooks.enter_context(leaf.register_forward_pre_hook(before))
+                hooks.enter_context(leaf.register_forward_hook(after))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def first_pass(self) -> Any:
         """Record the modules on examples and background rows, one half each."""

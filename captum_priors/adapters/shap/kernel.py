@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_priors._types import Target
-from captum_priors.adapters.shap.adapter import ShapAdapter, explanation, select_output
+from captum_priors.adapters.shap.adapter import ShapAdapter, explanation
 from captum_priors.adapters.shap.model import (
     as_numbers,
     numbers,
     torch_link,
     warn_of_truncation,
 )
+
+_CLIP = 1e-15  # as SHAP does with probabilities, and the masked-model explainers do not
 
 
 class KernelAdapter(ShapAdapter):
@@ -35,7 +36,7 @@ class KernelAdapter(ShapAdapter):
     options: ClassVar[tuple[str, ...]] = ("nsamples", "l1_reg", "silent", "gc_collect")
 
     def _start(self) -> None:
-        self._link = torch_link(self.explainer.link, clipped=True)
+        self._link = torch_link(self.explainer.link, clip=_CLIP)
 
     def _sample(self) -> Sequence[Any]:
         data = self.explainer.data
@@ -62,12 +63,6 @@ class KernelAdapter(ShapAdapter):
             values, base = torch.stack(found), base.expand(len(found), *base.shape)
         names = getattr(self.explainer, "data_feature_names", None)
         return explanation(values, base, rows, names)
-
-    def _values(
-        self, tensors: tuple[Tensor, ...], target: Target, options: dict[str, Any]
-    ) -> tuple[Tensor, ...]:
-        found, _ = self._rows(tensors[0], options)
-        return (select_output(torch.stack(found), tensors[0], target),)
 
     def _rows(self, rows: Any, options: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
         """Attributions of each row, and the base value."""
@@ -96,7 +91,9 @@ class KernelAdapter(ShapAdapter):
             found.append(values)
             return numbers(values)
 
-        self._worker("explain", explain).shap_values(as_numbers(rows), **options)
+        worker = copy.copy(self.explainer)
+        worker.explain = explain
+        worker.shap_values(as_numbers(rows), **options)
         return found, self._link(null)
 
     def _run(self, inner: Any, instance: Any, options: dict[str, Any]) -> np.ndarray:

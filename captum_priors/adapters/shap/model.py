@@ -3,6 +3,7 @@
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,7 @@ from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors.engine import AttributionPass, modules_of, run_modules
 
 _AGREE = 1e-4  # single precision on one side, rounding of the same sums on the other
-# As SHAP (0.51.0): KernelExplainer clips probabilities here, the masked-model explainers do not;
-# and the step of the forward difference that linearises the link.
-_CLIP, _STEP = 1e-15, 1e-4
+_STEP = 1e-4  # as SHAP (0.51.0), of the forward difference that linearises the link
 
 Link = Callable[[Tensor], Tensor]
 
@@ -164,14 +163,7 @@ def as_array(argument: Any) -> Any:
 
 
 def as_numbers(rows: Any) -> Any:
-    """Give SHAP an array in place of a tensor, and floats in place of booleans and mixed columns.
-
-    Example:
-        >>> import numpy as np
-        >>> from captum_priors.adapters.shap.model import as_numbers
-        >>> as_numbers(np.array([[True, 0.5]], dtype=object)).tolist()
-        [[1.0, 0.5]]
-    """
+    """Give SHAP arrays in place of tensors, and floats in place of booleans and mixed columns."""
     rows = as_array(rows) if isinstance(rows, Tensor) else rows
     if hasattr(rows, "toarray") or np.asarray(rows).dtype.kind not in "bO":
         return rows
@@ -198,13 +190,9 @@ def warn_of_truncation(rows: Any, background: Any) -> None:
         )
 
 
-def torch_link(link: Any, *, clipped: bool = False) -> Link:
+def torch_link(link: Any, *, clip: float | None = None) -> Link:
     """Return a link, a function or one of KernelExplainer's objects, as a function of tensors."""
-
-    def logit(values: Tensor) -> Tensor:
-        return torch.logit(values.clamp(_CLIP, 1 - _CLIP) if clipped else values)
-
-    known = {"identity": identity, "logit": logit}
+    known: dict[str, Link] = {"identity": identity, "logit": partial(torch.logit, eps=clip)}
     name = str(getattr(link, "__name__", link))
     if name not in known:
         raise refused(
