@@ -40,15 +40,9 @@ ROWS: dict[str, type[ShapAdapter]] = {
 }
 
 _TREES = "walks the splits of trees, and there is no torch model behind it"
-_FOREST = "fits a forest to the answers, which has no derivative"
 _REFUSED = {
     "TreeExplainer": _TREES,
     "GPUTreeExplainer": _TREES,
-    "TreeGain": "returns numbers that a tree stores",
-    "Coefficient": "returns numbers that a linear model stores",
-    "Maple": _FOREST,
-    "TreeMaple": _FOREST,
-    "Random": "returns random numbers that do not depend on the model",
     "LimeTabular": "selects features on arrays; captum.attr.Lime is adapted",
     "Explainer": "only chooses one of the others; pass what shap.Explainer(...) makes",
 }

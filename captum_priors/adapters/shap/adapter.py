@@ -23,6 +23,9 @@ from captum_priors.adapters.shap.model import (
 )
 from captum_priors.engine import attribution_call
 
+Tensors = tuple[Tensor, ...]
+Options = dict[str, Any]
+
 
 class ShapAdapter:
     r"""Base of what ``differentiable`` makes of SHAP's explainers: one of them, with its graph.
@@ -114,8 +117,6 @@ class ShapAdapter:
         """Return the Explanation, or one for each argument."""
         raise NotImplementedError
 
-    # As SHAP.
-
     @attribution_call
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Explain as SHAP, with ``.tensor`` and ``.tensor_base`` beside the arrays."""
@@ -132,7 +133,9 @@ class ShapAdapter:
         """The base value of the model as it is now, in the units of the link."""
         with torch.inference_mode(False), torch.no_grad():
             base = self._base()
-        return getattr(self.explainer, "expected_value", None) if base is None else _plain(base)
+        return (
+            getattr(self.explainer, "expected_value", None) if base is None else numbers(base)[()]
+        )
 
     def _check_constant(self, args: Sequence[Any]) -> None:
         """Refuse inputs with a graph where a method takes them as constants."""
@@ -144,8 +147,6 @@ class ShapAdapter:
                 "They go through NumPy and are constants to it: detach them.",
             )
 
-    # As Captum.
-
     @attribution_call
     def attribute(self, inputs: TensorOrTuple, target: Target = None, **options: Any) -> Any:
         """Attribute the target output to the inputs.
@@ -155,11 +156,11 @@ class ShapAdapter:
             target: The output, or one for each example; none where there is one.
             options: Those of SHAP's ``__call__`` or ``shap_values``.
 
-        Returns:
-            Attributions like the inputs.
-
         Raises:
             TypeError: At an option that SHAP's explainer does not have.
+
+        Returns:
+            Attributions like the inputs.
         """
         for name in set(options) - set(self.options):
             known = f"{type(self.explainer).__name__} ({', '.join(self.options)})"
@@ -181,9 +182,7 @@ class ShapAdapter:
             ),
         )
 
-    def _values(
-        self, tensors: tuple[Tensor, ...], target: Target, options: dict[str, Any]
-    ) -> tuple[Tensor, ...]:
+    def _values(self, tensors: Tensors, target: Target, options: Options) -> Tensors:
         """Return the target's attributions, one tensor for each input."""
         return (select_output(self._explain(tensors, options).tensor, tensors[0], target),)
 
@@ -211,11 +210,6 @@ def output_index(target: Target, n_examples: int, n_outputs: int) -> Tensor:
     given: Any = target.cpu() if isinstance(target, Tensor) else target
     index = torch.arange(n_outputs).expand(n_examples, n_outputs)
     return selected(index, 0 if target is None else given)
-
-
-def _plain(base: Tensor) -> Any:
-    """Return a base value as SHAP holds it: a float, or an array of several."""
-    return numbers(base) if base.dim() else float(base.detach())
 
 
 @functools.cache
@@ -249,6 +243,6 @@ def explanation(values: Tensor, base: Tensor, data: Any, names: Any = None, **ar
     if names is None and values.dim() - base.dim() == 1:
         names = [f"Feature {i}" for i in range(values.shape[0 if np.ndim(data) == 1 else 1])]
     data = data.detach().cpu().numpy() if isinstance(data, Tensor) else data
-    names, base_values = None if names is None else list(names), _plain(base)
-    made = imported().Explanation(numbers(values), base_values, data, feature_names=names, **arrays)
+    arrays |= {"data": data, "feature_names": None if names is None else list(names)}
+    made = imported().Explanation(numbers(values), numbers(base)[()], **arrays)
     return with_tensors(made, values, base)

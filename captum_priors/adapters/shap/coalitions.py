@@ -52,15 +52,8 @@ class Coalitions:
         shape = shape(self.array) if callable(shape) else shape
         self.n_features = int(np.prod(self.array.shape) if shape is None else shape[1])
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def key(self) -> bytes:
-        """Return what tells these coalitions and their order from others."""
-        return b"".join(self._places)
-
     def masks(self) -> np.ndarray:
-        """Return the coalitions, one row each."""
+        """Return the coalitions, one row each, in the order of their numbers."""
         return np.concatenate(self._masks)
 
     def values(self) -> Tensor:

@@ -10,7 +10,6 @@ Private: ``explainer`` and what it holds, ``model``, ``layer``, ``data``, ``mode
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from captum_priors._checks import check_floating
 from captum_priors._rows import Rows
 from captum_priors._types import Target
-from captum_priors.adapters.shap.adapter import ShapAdapter, explanation
+from captum_priors.adapters.shap.adapter import Options, ShapAdapter, Tensors, explanation
 from captum_priors.adapters.shap.model import numbers, refused
 from captum_priors.attr.draws import Draws
 from captum_priors.attr.path_sum import PathSum
@@ -28,8 +27,6 @@ from captum_priors.engine import with_second_derivative
 
 # Points of one forward pass; SHAP's batch_size bounds its memory, here the graph does.
 _POINTS = 2048
-
-Tensors = tuple[Tensor, ...]
 
 
 class ModuleAdapter(ShapAdapter):
@@ -58,14 +55,14 @@ class ModuleAdapter(ShapAdapter):
     def _base(self) -> Tensor:
         return self._torch(*self._backgrounds()).mean(0)
 
-    def _all(self, X: Any, options: dict[str, Any]) -> tuple[list[Tensor], Tensors]:  # noqa: N803  # SHAP's
+    def _all(self, X: Any, options: Options) -> tuple[list[Tensor], Tensors]:  # noqa: N803  # SHAP's
         """Attributions ``(rows, ..., outputs)`` of all outputs, and the inputs."""
         rows = X if self.inner.multi_input else [X]
         inputs = tuple(self._torch.convert(torch.as_tensor(x)) for x in rows)
         each = self._phi(inputs, range(np.size(self.expected_value)), options)
         return [torch.stack(outputs, dim=-1) for outputs in zip(*each, strict=True)], inputs
 
-    def _explain(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
+    def _explain(self, args: Sequence[Any], options: Options) -> Any:
         phi, inputs = self._all(args[0], options)
         base = self._base().expand(len(inputs[0]), -1)
         names = getattr(self.explainer, "features", None)
@@ -81,7 +78,7 @@ class ModuleAdapter(ShapAdapter):
         arrays = [numbers(p) for p in self._all(X, options)[0]]
         return arrays if len(arrays) > 1 else arrays[0]
 
-    def _values(self, tensors: Tensors, target: Target, options: dict[str, Any]) -> Tensors:
+    def _values(self, tensors: Tensors, target: Target, options: Options) -> Tensors:
         if self.layer is not None:
             raise refused(
                 f"`attribute` of {type(self.explainer).__name__}",
@@ -93,9 +90,7 @@ class ModuleAdapter(ShapAdapter):
         check_floating(given)
         return self._phi(given, [target], options)[0]
 
-    def _phi(
-        self, inputs: Tensors, targets: Sequence[Target], options: dict[str, Any]
-    ) -> list[Tensors]:
+    def _phi(self, inputs: Tensors, targets: Sequence[Target], options: Options) -> list[Tensors]:
         """Attributions of the explained tensors, for each target."""
         raise NotImplementedError
 
@@ -125,9 +120,7 @@ class GradientAdapter(ModuleAdapter):
                 "Use LayerExpectedGradients, which takes every way.",
             )
 
-    def _phi(
-        self, inputs: Tensors, targets: Sequence[Target], options: dict[str, Any]
-    ) -> list[Tensors]:
+    def _phi(self, inputs: Tensors, targets: Sequence[Target], options: Options) -> list[Tensors]:
         check_floating(inputs)
         seed, n_samples, n = options.get("rseed"), options.get("nsamples", 200), len(inputs[0])
         if seed is None:  # SHAP's draw from the global stream, and its only one
@@ -147,37 +140,39 @@ class GradientAdapter(ModuleAdapter):
                 path = PathSum(field, draws, still, True, False, way, _POINTS)
                 found.append(path.attributions(inputs, backgrounds))
             else:
-                found.append(self._at_layer(field, draws, inputs, backgrounds))
+                found.append(_at_layer(self.layer, field, draws, inputs, backgrounds))
         return found
 
-    def _at_layer(
-        self, field: Rows, draws: Draws, inputs: Tensors, backgrounds: Tensors
-    ) -> Tensors:
-        """Means of the layer's inputs times the gradients by them, some samples at a time."""
-        parts, n, width = [], field.n, max(1, _POINTS // field.n)
-        for rows, alphas in zip(draws.rows[0].split(width), draws.alphas.split(width), strict=True):
-            points = []
-            for x, b in zip(inputs, backgrounds, strict=True):
-                t = alphas.to(x).reshape(*alphas.shape, *[1] * (x.dim() - 1))
-                points.append(torch.lerp(b[rows], x, t).flatten(0, 1))
-            reached: list[Tensors] = []
-            with torch.enable_grad(), capturing(self.layer, reached):
-                gradients = with_second_derivative(field(tuple(points)).sum(), reached[-1])
-            products = (g * a for g, a in zip(gradients, reached[-1], strict=True))
-            parts.append(detached(tuple(p.unflatten(0, (-1, n)).sum(0) for p in products)))
-        return tuple(sum(each) / len(draws.alphas) for each in zip(*parts, strict=True))
+
+def _at_layer(
+    layer: nn.Module, field: Rows, draws: Draws, inputs: Tensors, backgrounds: Tensors
+) -> Tensors:
+    """Means of the layer's inputs times the gradients by them, some samples at a time."""
+    parts, n, width = [], field.n, max(1, _POINTS // field.n)
+    reached: list[Tensors] = []
+
+    def at_layer(_: nn.Module, args: Tensors) -> Tensors:
+        reached.append(tuple(map(differentiable_by, args)))
+        return reached[-1]
+
+    for rows, alphas in zip(draws.rows[0].split(width), draws.alphas.split(width), strict=True):
+        points = []
+        for x, b in zip(inputs, backgrounds, strict=True):
+            t = alphas.to(x).reshape(*alphas.shape, *[1] * (x.dim() - 1))
+            points.append(torch.lerp(b[rows], x, t).flatten(0, 1))
+        with torch.enable_grad(), layer.register_forward_pre_hook(at_layer):
+            outputs = field(tuple(points))
+            gradients = with_second_derivative(outputs.sum(), reached[-1])
+        products = (g * a for g, a in zip(gradients, reached[-1], strict=True))
+        parts.append(detached(tuple(p.unflatten(0, (-1, n)).sum(0) for p in products)))
+    return tuple(sum(each) / len(draws.alphas) for each in zip(*parts, strict=True))
+
+
+def differentiable_by(tensor: Tensor) -> Tensor:
+    """Return a tensor that gradients can be taken by, with its graph where it has one."""
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 def detached(tensors: Tensors) -> Tensors:
     """Let go of graphs where none is recorded."""
     return tensors if torch.is_grad_enabled() else tuple(t.detach() for t in tensors)
-
-
-def capturing(layer: nn.Module | None, reached: list[Tensors]) -> AbstractContextManager[Any]:
-    """Collect a layer's inputs at each call, as points to differentiate by."""
-
-    def at_layer(_: nn.Module, args: Tensors) -> Tensors:
-        reached.append(tuple(a if a.requires_grad else a.detach().requires_grad_() for a in args))
-        return reached[-1]
-
-    return nullcontext() if layer is None else layer.register_forward_pre_hook(at_layer)

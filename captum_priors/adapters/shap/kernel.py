@@ -18,12 +18,7 @@ import torch
 from torch import Tensor
 
 from captum_priors.adapters.shap.adapter import ShapAdapter, explanation
-from captum_priors.adapters.shap.model import (
-    as_numbers,
-    numbers,
-    torch_link,
-    warn_of_truncation,
-)
+from captum_priors.adapters.shap.model import as_numbers, numbers, torch_link, warn_of_truncation
 
 _CLIP = 1e-15  # as SHAP does with probabilities, and the masked-model explainers do not
 
@@ -55,21 +50,10 @@ class KernelAdapter(ShapAdapter):
         return self._link(self._null())
 
     def _explain(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
+        self._check_constant(args)
         (rows,) = args
-        found, base = self._rows(rows, options)
-        base = base if found[0].dim() > 1 else base.reshape(())  # Sampling drops one output's axis
-        values = found[0]
-        if np.ndim(rows) > 1:
-            values, base = torch.stack(found), base.expand(len(found), *base.shape)
-        names = getattr(self.explainer, "data_feature_names", None)
-        return explanation(values, base, rows, names)
-
-    def _rows(self, rows: Any, options: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
-        """Attributions of each row, and the base value."""
-        self._check_constant([rows])
-        background = self.explainer.data.data
+        background, null = self.explainer.data.data, self._null()
         warn_of_truncation(rows, background)
-        null = self._null()
         found: list[Tensor] = []
 
         def explain(instance: Any, **given: Any) -> np.ndarray:
@@ -94,7 +78,11 @@ class KernelAdapter(ShapAdapter):
         worker = copy.copy(self.explainer)
         worker.explain = explain
         worker.shap_values(as_numbers(rows), **options)
-        return found, self._link(null)
+        values, base = found[0], self._link(null)
+        base = base if values.dim() > 1 else base.reshape(())  # Sampling drops one output's axis
+        if np.ndim(rows) > 1:
+            values, base = torch.stack(found), base.expand(len(found), *base.shape)
+        return explanation(values, base, rows, getattr(self.explainer, "data_feature_names", None))
 
     def _run(self, inner: Any, instance: Any, options: dict[str, Any]) -> np.ndarray:
         found: np.ndarray = type(self.explainer).explain(inner, instance, **options)
@@ -105,23 +93,23 @@ class KernelAdapter(ShapAdapter):
         change = self._link(seen[0][0]) - self._link(null)
         varying = torch.as_tensor(np.asarray(inner.varyingInds, dtype=np.int64)).to(change.device)
         found = change.new_zeros(len(phi), len(change)) + 0 * change  # with a graph in any case
-        if inner.M < 2:
-            return found.index_put((varying,), change.expand(inner.M, -1))
-        return found.index_put((varying,), self._solution(inner, null, seen, phi))
+        several = inner.M > 1
+        values = self._solution(inner, null, seen, phi) if several else change.expand(inner.M, -1)
+        return found.index_put((varying,), values)
 
     def _solution(self, inner: Any, null: Tensor, seen: list[Tensor], phi: np.ndarray) -> Tensor:
         """Attributions of the features that vary."""
         change = self._link(seen[0][0]) - self._link(null)
         outputs = seen[1].unflatten(0, (inner.nsamplesAdded, -1))
         values = torch.einsum("snd,n->sd", outputs, self._weights(outputs))
+        residuals = self._link(values) - self._link(null)
         selects = inner.l1_reg not in (False, 0, "auto") or (
             inner.l1_reg == "auto" and inner.nsamples / inner.max_samples < 0.2
         )
         stock, columns = phi.reshape(len(phi), -1)[inner.varyingInds], []
         for d in range(len(change)):
             kept = np.flatnonzero(stock[:, d]) if selects else np.arange(inner.M)
-            residual = self._link(values[:, d]) - self._link(null[d])
-            columns.append(_least_squares(inner, residual, change[d], kept))
+            columns.append(_least_squares(inner, residuals[:, d], change[d], kept))
         return torch.stack(columns, dim=1)
 
 

@@ -147,7 +147,8 @@ class MaskedAdapter(ShapAdapter):
         run: Callable[[range], Found],
     ) -> Tensor:
         """Return W, ``(values, coalitions)``, in as many runs as its columns need."""
-        key, n = (repr(options.get("interactions")), game.key()), len(game)
+        masks = game.masks()
+        key, n = (repr(options.get("interactions")), masks.tobytes()), len(masks)
         if self._known is not None and self._known[0] == key:
             return self._known[1]
         blocks = self._closed_form(game, options) or [weights[:, :n]]
@@ -156,7 +157,7 @@ class MaskedAdapter(ShapAdapter):
         blocks += [run(range(i, min(i + width, n)))[1] for i in range(start, n, width)]
         found = torch.cat([torch.as_tensor(b).to_sparse() for b in blocks], 1).coalesce()
         if self._repeats:
-            self._known = key, found, game.masks()
+            self._known = key, found, masks
         return found
 
     def _closed_form(self, game: Coalitions, options: dict[str, Any]) -> list[np.ndarray]:

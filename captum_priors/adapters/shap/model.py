@@ -35,8 +35,7 @@ class TorchModel:
     Args:
         stock: The function that SHAP holds.
         given: What the user passed as ``model``.
-        sample: Arguments on which both are held against each other; without any, the first that
-            come along.
+        sample: Arguments to compare both on; without any, the first that come along.
         name: SHAP's class, for messages.
     """
 
@@ -52,7 +51,7 @@ class TorchModel:
             )
         self._stock, self._settled, self._whole = stock, False, False
         self._shape: tuple[int, ...] | None = None
-        self._parameter = _first_float(modules_of(self.function))
+        self._like = _first_float(modules_of(self.function))
         if sample is not None:
             self.settle(sample)
 
@@ -76,7 +75,7 @@ class TorchModel:
                     return self.function(*map(self.convert, sample))
                 except (IndexError, RuntimeError, TypeError) as error:
                     first = first or error
-                    self._parameter = _first_float(seen) if seen else self._parameter
+                    self._like = _first_float(seen) if seen else self._like
         raise first or AssertionError
 
     def _agree(self, ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -100,13 +99,12 @@ class TorchModel:
 
     def convert(self, argument: Any) -> Any:
         """Make a tensor of numbers, as the model takes them; SHAP reuses its buffers."""
-        like = torch.empty(0) if self._parameter is None else self._parameter
         if not isinstance(argument, Tensor):
             array = as_array(as_numbers(argument))
             if array.dtype.kind not in "fiub":
                 return argument
             argument = torch.tensor(np.ascontiguousarray(array))
-        return argument.to(like.device, torch.int64 if self._whole else like.dtype)
+        return argument.to(self._like.device, torch.int64 if self._whole else self._like.dtype)
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Evaluate on rows, in parts that suit the device; in double precision."""
@@ -125,31 +123,25 @@ class TorchModel:
         return output.double() if self._shape is None else output.double().reshape(n, *self._shape)
 
 
+def _first_float(modules: Sequence[nn.Module]) -> Tensor:
+    """Return a tensor of the dtype and device that a model takes."""
+    parameters = (p for module in modules for p in module.parameters())
+    return next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+
+
 def refused(what: str, expected: str, found: object, remedy: str) -> NotDifferentiableError:
     """Word why something cannot be differentiated."""
     return NotDifferentiableError(expected_found(what, expected, found, remedy))
 
 
 def rows_at_once(device: torch.device) -> int:
-    """Return how many rows go through the model at once.
-
-    On a CPU what stays in its cache from one layer of a small model to the next, elsewhere what
-    keeps the device busy.
-    """
+    """Return how many rows stay in a CPU's cache between layers, or keep another device busy."""
     return 1 << 13 if device.type == "cpu" else 1 << 16
 
 
-def _first_float(modules: Sequence[nn.Module]) -> Tensor | None:
-    parameters = (p for module in modules for p in module.parameters())
-    return next((p for p in parameters if p.is_floating_point()), None)
-
-
 def stock_function(held: Any) -> Any:
-    """Take off SHAP's wrappers of the model.
-
-    Private: ``inner_model`` of its Model, and ``f`` of KernelExplainer's (0.51.0).
-    """
-    for name in ("inner_model", "f"):
+    """Take off SHAP's wrappers of the model."""
+    for name in ("inner_model", "f"):  # private: of its Model, and of KernelExplainer's (0.51.0)
         if type(held).__module__.startswith("shap.") and hasattr(held, name):
             return stock_function(getattr(held, name))
     return held
@@ -184,8 +176,8 @@ def warn_of_truncation(rows: Any, background: Any) -> None:
     if as_array(background).dtype.kind in "iu" and (found != np.round(found)).any():
         warnings.warn(
             "SHAP writes rows into a copy of the background, which holds integers here, and cuts "
-            "off their fractions. This adapter explains the rows as they are, so that its values "
-            "differ from SHAP's. Make the background float to get the same from both.",
+            "off their fractions; this adapter does not. Make the background float to get the same "
+            "from both.",
             stacklevel=2,
         )
 
