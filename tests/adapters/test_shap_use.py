@@ -338,6 +338,8 @@ def test_networks_of_images(cls: Any) -> None:
     expected = seeded(lambda: interim.shap_values(x.clone()))
     found = seeded(lambda: differentiable(interim)(x).tensor)
     assert np.abs(found.detach().numpy() - expected).max() < 1e-10
+    by_captum = seeded(lambda: differentiable(interim).attribute(x, target=1))
+    assert torch.allclose(by_captum, found[..., 1])
 
 
 def test_overlapping_windows_add_up() -> None:

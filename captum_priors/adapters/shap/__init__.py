@@ -75,7 +75,7 @@ def _class_for(stock: Any) -> type:
     adapter: Any = _row_of(stock)
 
     def init(self: Any, *args: Any, **options: Any) -> None:
-        adapter.__init__(self, stock(*args, **options))
+        adapter.__init__(self, stock(*args, **options), None, "double_backprop")
 
     return type(f"Differentiable{stock.__name__}", (adapter,), {"__init__": init})
 

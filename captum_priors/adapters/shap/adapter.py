@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, like_inputs
+from captum_priors._captum import as_tuple
 from captum_priors._checks import check_inputs, check_target
 from captum_priors._errors import TargetError, expected_found
 from captum_priors._rows import selected
@@ -72,12 +72,7 @@ class ShapAdapter:
     options: ClassVar[tuple[str, ...]] = ("silent",)
     defaults: ClassVar[dict[str, Any]] = {}
 
-    def __init__(
-        self,
-        explainer: Any,
-        model: Any = None,
-        differentiation: Differentiation = "double_backprop",
-    ) -> None:
+    def __init__(self, explainer: Any, model: Any, differentiation: Differentiation) -> None:
         name = type(explainer).__name__
         if differentiation not in self.differentiations:
             raise refused(
@@ -133,9 +128,7 @@ class ShapAdapter:
         """The base value of the model as it is now, in the units of the link."""
         with torch.inference_mode(False), torch.no_grad():
             base = self._base()
-        return (
-            getattr(self.explainer, "expected_value", None) if base is None else numbers(base)[()]
-        )
+        return base if base is None else numbers(base)[()]
 
     def _check_constant(self, args: Sequence[Any]) -> None:
         """Refuse inputs with a graph where a method takes them as constants."""
@@ -156,11 +149,11 @@ class ShapAdapter:
             target: The output, or one for each example; none where there is one.
             options: Those of SHAP's ``__call__`` or ``shap_values``.
 
+        Returns:
+            Attributions like the inputs, or like what the layer receives that SHAP explains.
+
         Raises:
             TypeError: At an option that SHAP's explainer does not have.
-
-        Returns:
-            Attributions like the inputs.
         """
         for name in set(options) - set(self.options):
             known = f"{type(self.explainer).__name__} ({', '.join(self.options)})"
@@ -173,14 +166,9 @@ class ShapAdapter:
         tensors = as_tuple(inputs)
         quiet = {"silent": True} if "silent" in self.options else {}
         values = self._values(tensors, target, {**quiet, **self.defaults, **options})
-        floating = [t.is_floating_point() for t in tensors]
-        return like_inputs(
-            inputs,
-            tuple(
-                v.to(t if f else t.device)
-                for v, t, f in zip(values, tensors, floating, strict=True)
-            ),
-        )
+        like = tensors[0] if tensors[0].is_floating_point() else tensors[0].device
+        found = tuple(value.to(like) for value in values)
+        return found if isinstance(inputs, tuple) or len(found) > 1 else found[0]
 
     def _values(self, tensors: Tensors, target: Target, options: Options) -> Tensors:
         """Return the target's attributions, one tensor for each input."""
@@ -191,25 +179,20 @@ def select_output(values: Tensor, like: Tensor, target: Target) -> Tensor:
     """Pick the target's attributions off the last axis, where SHAP has one for the outputs."""
     if values.dim() == like.dim():
         values = values.unsqueeze(-1)
-    index = output_index(target, len(like), values.shape[-1]).to(values.device)
-    index = index.reshape(-1, *[1] * (values.dim() - 1))
-    return values.gather(-1, index.expand(*values.shape[:-1], 1)).squeeze(-1)
-
-
-def output_index(target: Target, n_examples: int, n_outputs: int) -> Tensor:
-    """Read Captum's spellings of a target as the index of one output for each example."""
-    if target is None and n_outputs > 1:
+    outputs = torch.arange(values.shape[-1]).expand(len(like), -1)
+    if target is None and outputs.shape[1] > 1:
         raise TargetError(
             expected_found(
                 "`target`",
-                f"which of the {n_outputs} outputs to explain",
+                f"which of the {outputs.shape[1]} outputs to explain",
                 "None",
                 "Pass target=... (a class index, or one for each example).",
             )
         )
     given: Any = target.cpu() if isinstance(target, Tensor) else target
-    index = torch.arange(n_outputs).expand(n_examples, n_outputs)
-    return selected(index, 0 if target is None else given)
+    index = selected(outputs, 0 if target is None else given).to(values.device)
+    index = index.reshape(-1, *[1] * (values.dim() - 1))
+    return values.gather(-1, index.expand(*values.shape[:-1], 1)).squeeze(-1)
 
 
 @functools.cache

@@ -27,13 +27,8 @@ from captum_priors.adapters.shap.model import (
 class Coalitions:
     """The game of one row: its coalitions, each once, in the order in which SHAP asks for them.
 
-    Memory: the model's graph on all masked rows.
-
-    Args:
-        model: The torch model.
-        masker: SHAP's masker.
-        row: What is explained; a tensor keeps its graph where the masker is a table.
-        explainer: SHAP's explainer, whose link is applied.
+    The model's graph is held on all masked rows, and a row that is a tensor keeps its own where
+    the masker is a table.
     """
 
     def __init__(self, model: TorchModel, masker: Any, row: Any, explainer: Any) -> None:
@@ -121,9 +116,7 @@ class Coalitions:
 class MaskerStandIn:
     """Answers each mask with one row that holds the number of its coalition.
 
-    Args:
-        game: The coalitions.
-        varies: Whether SHAP is to see which features vary, and leaves the others out.
+    SHAP leaves out features that do not vary, where it is to see which (``varies``).
     """
 
     supports_delta_masking = True

@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_priors._errors import expected_found
-from captum_priors._rows import take
+from captum_priors._rows import Rows
 from captum_priors._types import Target
-from captum_priors.adapters.shap.adapter import Options, Tensors, output_index
+from captum_priors.adapters.shap.adapter import Options, Tensors
 from captum_priors.adapters.shap.gradient import ModuleAdapter, detached, differentiable_by
 from captum_priors.adapters.shap.model import imported
-from captum_priors.engine import with_second_derivative
+from captum_priors.engine import check_rows, with_second_derivative
 
 # As SHAP: differences of inputs below which its quotient is not taken, and its tolerance of sums.
 _SAME, _SAME_POOLED, _ADDITIVE = 1e-6, 1e-7, 1e-2
@@ -51,24 +51,23 @@ class DeepAdapter(ModuleAdapter):
     options = ("check_additivity",)
 
     def _phi(self, inputs: Tensors, targets: Sequence[Target], options: Options) -> list[Tensors]:
-        n, parts, backgrounds = len(inputs[0]), [], self._backgrounds()
+        n, found, backgrounds = len(inputs[0]), [], self._backgrounds()
         width = max(1, _PAIRS // len(backgrounds[0]))
-        for some in (slice(i, min(i + width, n)) for i in range(0, n, width)):
-            chosen = [take(target, some, n) for target in targets]
-            x, checks = tuple(a[some] for a in inputs), options.get("check_additivity", True)
-            parts.append(self._part(x, backgrounds, chosen, checks))
-        each = zip(*parts, strict=True)  # the parts of each target
-        return [tuple(map(torch.cat, zip(*found, strict=True))) for found in each]
+        for target in targets:
+            field, parts = Rows(self.model, target, (), n), []
+            for some in (slice(i, min(i + width, n)) for i in range(0, n, width)):
+                x, checks = tuple(a[some] for a in inputs), options.get("check_additivity", True)
+                parts.append(self._part(field.of(some), x, backgrounds, checks))
+            found.append(tuple(map(torch.cat, zip(*parts, strict=True))))
+        return found
 
-    def _part(
-        self, inputs: Tensors, backgrounds: Tensors, targets: Sequence[Target], checks: bool
-    ) -> list[Tensors]:
-        """Attributions of some examples, for each target."""
-        pairs, found = (len(inputs[0]), len(backgrounds[0])), []
-        thirds: list[Tensors] = []  # of each explained tensor: example, background row, row again
-        for a, b in zip(inputs, backgrounds, strict=True):
-            x, rows = a.repeat_interleave(pairs[1], 0), b.repeat(pairs[0], *[1] * (b.dim() - 1))
-            thirds.append((x, rows, rows.detach().requires_grad_(b.is_floating_point())))
+    def _part(self, field: Rows, inputs: Tensors, backgrounds: Tensors, checks: bool) -> Tensors:
+        """Attributions of some examples."""
+        pairs = (len(backgrounds[0]), field.n)
+        thirds: list[Tensors] = []  # of each explained tensor: examples, backgrounds, these again
+        for a, rows in zip(inputs, backgrounds, strict=True):
+            x, b = a.repeat(pairs[0], *[1] * (a.dim() - 1)), rows.repeat_interleave(pairs[1], 0)
+            thirds.append((x, b, b.detach().requires_grad_(b.is_floating_point())))
 
         def at_layer(_: nn.Module, args: Tensors) -> Tensors:
             parts = [a.chunk(3) for a in args]
@@ -76,25 +75,21 @@ class DeepAdapter(ModuleAdapter):
             return tuple(map(torch.cat, thirds))
 
         layer = (
-            self.layer.register_forward_pre_hook(at_layer)
-            if self.layer is not None
-            else nullcontext()
+            nullcontext() if self.layer is None else self.layer.register_forward_pre_hook(at_layer)
         )
         with torch.enable_grad(), layer, _rescaled_modules(self.model):
-            outputs = self.model(*map(torch.cat, thirds)).unflatten(0, (3, *pairs)).flatten(3)
-            for target in targets:
-                index = output_index(target, pairs[0], outputs[0, 0, 0].numel()).to(outputs.device)
-                x, b, again = outputs[:, torch.arange(pairs[0]), :, index].double().unbind(1)
-                explained = [third[2] for third in thirds]
-                gradients = with_second_derivative(again.sum(), explained, allow_unused=True)
-                phi = tuple(
-                    ((x - b) * (0 if g is None else g)).double().unflatten(0, pairs).mean(1)
-                    for g, (x, b, _) in zip(gradients, thirds, strict=True)
-                )
-                if checks:
-                    _check_sum(x[:, 0] - b.mean(1) - sum(p.flatten(1).sum(1) for p in phi))
-                found.append(detached(phi))
-        return found
+            outputs = field(tuple(map(torch.cat, thirds)))
+            check_rows(outputs, 3 * pairs[0] * pairs[1])
+            y, y_b, again = outputs.double().reshape(3, *pairs)
+            explained = [third[2] for third in thirds]
+            gradients = with_second_derivative(again.sum(), explained, allow_unused=True)
+            phi = tuple(
+                ((x - b) * (0 if g is None else g)).double().unflatten(0, pairs).mean(0)
+                for g, (x, b, _) in zip(gradients, thirds, strict=True)
+            )
+        if checks:
+            _check_sum(y[0] - y_b.mean(0) - sum(p.flatten(1).sum(1) for p in phi))
+        return detached(phi)
 
 
 def _check_sum(missing: Tensor) -> None:

@@ -79,15 +79,9 @@ class ModuleAdapter(ShapAdapter):
         return arrays if len(arrays) > 1 else arrays[0]
 
     def _values(self, tensors: Tensors, target: Target, options: Options) -> Tensors:
-        if self.layer is not None:
-            raise refused(
-                f"`attribute` of {type(self.explainer).__name__}",
-                "an explainer of the model's inputs",
-                "one of a layer, whose attributions are not like the inputs",
-                "Use adapter(X).tensor, or LayerExpectedGradients.",
-            )
         given = tuple(map(self._torch.convert, tensors))
-        check_floating(given)
+        if self.layer is None:
+            check_floating(given)
         return self._phi(given, [target], options)[0]
 
     def _phi(self, inputs: Tensors, targets: Sequence[Target], options: Options) -> list[Tensors]:

@@ -31,12 +31,7 @@ class TorchModel:
     The one rule for dtypes: whatever numbers a table holds, the model gets them in the dtype and on
     the device of its own parameters, or as integers where it takes whole numbers alone (an
     embedding does). Strings and other objects are passed on.
-
-    Args:
-        stock: The function that SHAP holds.
-        given: What the user passed as ``model``.
-        sample: Arguments to compare both on; without any, the first that come along.
-        name: SHAP's class, for messages.
+    What the user passed is compared with SHAP's function on a sample, or the first call.
     """
 
     def __init__(self, stock: Any, given: Any, sample: Sequence[Any] | None, name: str) -> None:
