@@ -13,7 +13,7 @@ from captum_priors._types import Differentiation
 from captum_priors.adapters.shap.adapter import ShapAdapter
 from captum_priors.adapters.shap.deep import DeepAdapter
 from captum_priors.adapters.shap.gradient import GradientAdapter
-from captum_priors.adapters.shap.kernel import KernelAdapter
+from captum_priors.adapters.shap.kernel import KernelAdapter, SamplingAdapter
 from captum_priors.adapters.shap.linear import AdditiveAdapter, LinearAdapter
 from captum_priors.adapters.shap.masked import (
     ExactAdapter,
@@ -22,7 +22,6 @@ from captum_priors.adapters.shap.masked import (
     WinterAdapter,
 )
 from captum_priors.adapters.shap.model import imported
-from captum_priors.adapters.shap.sampling import SamplingAdapter
 
 __all__ = ["ROWS", "ShapAdapter", "adapter_of", "is_shap"]
 

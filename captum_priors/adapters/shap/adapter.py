@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_inputs, check_target
-from captum_priors._errors import TargetError, expected_found
+from captum_priors._errors import expected_found
 from captum_priors._rows import selected
 from captum_priors._types import Differentiation, Target, TensorOrTuple
 from captum_priors.adapters.shap.model import (
@@ -21,7 +21,7 @@ from captum_priors.adapters.shap.model import (
     refused,
     stock_function,
 )
-from captum_priors.engine import attribution_call
+from captum_priors.engine import attribution_call, check_rows
 
 Tensors = tuple[Tensor, ...]
 Options = dict[str, Any]
@@ -91,8 +91,6 @@ class ShapAdapter:
         """The torch module or function that is explained."""
         return self._torch.function
 
-    # What differs from one to another.
-
     def _start(self) -> None:
         """Look at the explainer before its model."""
 
@@ -108,20 +106,20 @@ class ShapAdapter:
         """Return the base value of the model as it is now, in the units of the link."""
         raise NotImplementedError
 
-    def _explain(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
-        """Return the Explanation, or one for each argument."""
+    def _explain(self, rows: Any, options: Options) -> Any:
+        """Return the Explanation, or one for each input."""
         raise NotImplementedError
 
     @attribution_call
-    def __call__(self, *args: Any, **options: Any) -> Any:
+    def __call__(self, X: Any, **options: Any) -> Any:  # noqa: N803  # SHAP's name
         """Explain as SHAP, with ``.tensor`` and ``.tensor_base`` beside the arrays."""
-        return self._explain(args, {**self.defaults, **options})
+        return self._explain(X, {**self.defaults, **options})
 
     @torch.no_grad()
     @attribution_call
     def shap_values(self, X: Any, **options: Any) -> Any:  # noqa: N803  # SHAP's name
         """Explain as SHAP, arrays alone."""
-        return self._explain([X], options).values
+        return self._explain(X, options).values
 
     @property
     def expected_value(self) -> Any:
@@ -130,9 +128,9 @@ class ShapAdapter:
             base = self._base()
         return base if base is None else numbers(base)[()]
 
-    def _check_constant(self, args: Sequence[Any]) -> None:
+    def _check_constant(self, rows: Any) -> None:
         """Refuse inputs with a graph where a method takes them as constants."""
-        if any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        if isinstance(rows, Tensor) and rows.requires_grad:
             raise refused(
                 f"`inputs` of {type(self.explainer).__name__}",
                 "inputs that require no gradient",
@@ -172,26 +170,17 @@ class ShapAdapter:
 
     def _values(self, tensors: Tensors, target: Target, options: Options) -> Tensors:
         """Return the target's attributions, one tensor for each input."""
-        return (select_output(self._explain(tensors, options).tensor, tensors[0], target),)
+        return (select_output(self._explain(tensors[0], options).tensor, tensors[0], target),)
 
 
 def select_output(values: Tensor, like: Tensor, target: Target) -> Tensor:
     """Pick the target's attributions off the last axis, where SHAP has one for the outputs."""
     if values.dim() == like.dim():
         values = values.unsqueeze(-1)
-    outputs = torch.arange(values.shape[-1]).expand(len(like), -1)
-    if target is None and outputs.shape[1] > 1:
-        raise TargetError(
-            expected_found(
-                "`target`",
-                f"which of the {outputs.shape[1]} outputs to explain",
-                "None",
-                "Pass target=... (a class index, or one for each example).",
-            )
-        )
     given: Any = target.cpu() if isinstance(target, Tensor) else target
-    index = selected(outputs, 0 if target is None else given).to(values.device)
-    index = index.reshape(-1, *[1] * (values.dim() - 1))
+    index = selected(torch.arange(values.shape[-1]).expand(len(like), -1), given)
+    check_rows(index, len(like))
+    index = index.to(values.device).reshape(-1, *[1] * (values.dim() - 1))
     return values.gather(-1, index.expand(*values.shape[:-1], 1)).squeeze(-1)
 
 
@@ -200,10 +189,7 @@ def _explanation_class() -> Any:
     shap = imported()
 
     class DifferentiableExplanation(shap.Explanation):  # type: ignore[name-defined]  # of any type
-        """SHAP's, with its tensors beside it.
-
-        A graph cannot be copied, and SHAP's plots copy: copies and slices have none.
-        """
+        """SHAP's, whose copies and slices leave the tensors behind: a graph cannot be copied."""
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             kept = {k: v for k, v in vars(self).items() if k not in ("tensor", "tensor_base")}

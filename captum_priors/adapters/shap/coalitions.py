@@ -32,54 +32,44 @@ class Coalitions:
     """
 
     def __init__(self, model: TorchModel, masker: Any, row: Any, explainer: Any) -> None:
-        self.masker, self._model, self._row = masker, model, row
+        self.masker, self._model = masker, model
+        self._table = [*map(model.convert, (row, masker.data))] if is_table(masker) else []
         self._link = torch_link(explainer.link)
         self._linearized = explainer.linearize_link and self._link is not identity
         self._weights: Tensor | None = None
         self._places: dict[bytes, int] = {}
         self._new: list[np.ndarray] = []
-        self._masks: list[np.ndarray] = []
-        self._values: list[Tensor] = []
-        self._table: list[Tensor] = []
+        self.values: list[Tensor] = []  # in parts, ``(coalitions,)`` or with outputs behind
         self._answers: list[np.ndarray] = []
         self.array = as_array(row) if isinstance(row, Tensor) else row
         shape = getattr(masker, "shape", None)
         shape = shape(self.array) if callable(shape) else shape
+        self.state = np.random.get_state()  # noqa: NPY002  # of the generator that SHAP draws from
         self.n_features = int(np.prod(self.array.shape) if shape is None else shape[1])
-
-    def masks(self) -> np.ndarray:
-        """Return the coalitions, one row each, in the order of their numbers."""
-        return np.concatenate(self._masks)
-
-    def values(self) -> Tensor:
-        """Return the values of all coalitions, ``(coalitions,)`` or with outputs behind."""
-        return torch.cat(self._values)
+        self.masks = np.zeros((0, self.n_features), dtype=bool)  # in the order of their numbers
 
     def number(self, masks: np.ndarray) -> np.ndarray:
         """Number coalitions, given as rows of a boolean matrix."""
-        width, places, new = (masks.shape[1] + 7) // 8, [], []
-        packed = np.packbits(masks, axis=1).tobytes()
-        for i in range(len(masks)):
-            mask = packed[i * width : (i + 1) * width]
-            if mask not in self._places:
-                new.append(i)
-            places.append(self._places.setdefault(mask, len(self._places)))
-        if new:
-            self._new.append(masks[new])
+        places = []
+        for mask, packed in zip(masks, map(bytes, np.packbits(masks, axis=1)), strict=True):
+            if packed not in self._places:
+                self._new.append(mask)
+            places.append(self._places.setdefault(packed, len(self._places)))
         return np.array(places)
 
     def answers(self, asked: np.ndarray) -> np.ndarray:
         """Return values without a graph; what is new is evaluated together."""
         if self._new:
-            self._masks.append(np.concatenate(self._new))
+            new = np.stack(self._new)
             self._new.clear()
-            self._values.append(self._evaluate(self._masks[-1]))
-            self._answers = [np.concatenate([*self._answers, as_array(self._values[-1])])]
+            self.masks = np.concatenate([self.masks, new])
+            self.values.append(self._evaluate(new))
+            self._answers = [np.concatenate([*self._answers, as_array(self.values[-1])])]
         found: np.ndarray = self._answers[0][asked]
         return found
 
     def _evaluate(self, masks: np.ndarray) -> Tensor:
-        if is_table(self.masker):
+        if self._table:
             return self._of_table(masks)
         each: list[tuple[Any, ...]] = []
         for mask in masks:
@@ -94,8 +84,6 @@ class Coalitions:
 
     def _of_table(self, masks: np.ndarray) -> Tensor:
         """Mask a background table in torch: the inputs keep their graph, and no row is copied."""
-        if not self._table:
-            self._table = [self._model.convert(rows) for rows in (self._row, self.masker.data)]
         row, background = self._table
         keep = torch.as_tensor(masks, device=background.device)
         values = []

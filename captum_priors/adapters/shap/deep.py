@@ -101,8 +101,7 @@ def _check_sum(missing: Tensor) -> None:
                 "DeepExplainer",
                 "explanations that sum up to the model's output",
                 f"a difference of {worst:.3g} where SHAP tolerates {_ADDITIVE}",
-                "An operator of the model is not one of DeepExplainer's modules (a functional "
-                "activation, say). Pass check_additivity=False to accept it.",
+                "Give functional activations modules; or accept it with check_additivity=False.",
             )
         )
 
@@ -122,8 +121,12 @@ def _rescaled_modules(model: nn.Module) -> Iterator[None]:
 
     def after(leaf: nn.Module, args: Any, output: Tensor) -> Tensor:
         (x, b, again), (y, y_b, same) = running.pop(), output.chunk(3)
-        change, rule = again - again.detach(), _pooled if type(leaf).__name__ in _POOLS else _scaled
-        return torch.cat([y, y_b, same + rule(leaf, (x, b), (y, y_b), change)])
+        change = again - again.detach()
+        if type(leaf).__name__ in _POOLS:
+            change = _pooled(leaf, (x, b), (y, y_b), change)
+        else:
+            change = (y - y_b) * _over(change, x - b, _SAME)
+        return torch.cat([y, y_b, same + change])
 
     with ExitStack() as hooks:
         for leaf in model.modules():
@@ -131,10 +134,6 @@ def _rescaled_modules(model: nn.Module) -> Iterator[None]:
                 hooks.enter_context(leaf.register_forward_pre_hook(before))
                 hooks.enter_context(leaf.register_forward_hook(after))
         yield
-
-
-def _scaled(leaf: Any, inputs: Tensors, outputs: Tensors, change: Tensor) -> Tensor:
-    return (outputs[0] - outputs[1]) * _over(change, inputs[0] - inputs[1], _SAME)
 
 
 def _over(change: Tensor, dx: Tensor, threshold: float) -> Tensor:

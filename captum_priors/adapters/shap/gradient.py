@@ -62,8 +62,8 @@ class ModuleAdapter(ShapAdapter):
         each = self._phi(inputs, range(np.size(self.expected_value)), options)
         return [torch.stack(outputs, dim=-1) for outputs in zip(*each, strict=True)], inputs
 
-    def _explain(self, args: Sequence[Any], options: Options) -> Any:
-        phi, inputs = self._all(args[0], options)
+    def _explain(self, rows: Any, options: Options) -> Any:
+        phi, inputs = self._all(rows, options)
         base = self._base().expand(len(inputs[0]), -1)
         names = getattr(self.explainer, "features", None)
         data = inputs if self.layer is None else [None] * len(phi)
@@ -99,19 +99,13 @@ class GradientAdapter(ModuleAdapter):
 
     def _start(self) -> None:
         super()._start()
-        if self.inner.local_smoothing:
+        smoothing, way = self.inner.local_smoothing, self.differentiation
+        if smoothing or (self.layer is not None and way != "double_backprop"):
             raise refused(
-                "`local_smoothing` of GradientExplainer",
-                "0",
-                repr(self.inner.local_smoothing),
-                "Use ExpectedGradients, whose stdevs do the same.",
-            )
-        if self.layer is not None and self.differentiation != "double_backprop":
-            raise refused(
-                "GradientExplainer at a layer",
-                "differentiation='double_backprop'",
-                repr(self.differentiation),
-                "Use LayerExpectedGradients, which takes every way.",
+                "GradientExplainer",
+                "no local_smoothing, and at a layer differentiation='double_backprop'",
+                f"local_smoothing={smoothing}, {way!r}",
+                "Use ExpectedGradients or LayerExpectedGradients, which have stdevs and every way.",
             )
 
     def _phi(self, inputs: Tensors, targets: Sequence[Target], options: Options) -> list[Tensors]:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_priors.adapters.shap.adapter import ShapAdapter, explanation
-from captum_priors.adapters.shap.model import as_array, numbers, refused
+from captum_priors.adapters.shap.adapter import Options, ShapAdapter, explanation
+from captum_priors.adapters.shap.model import numbers, refused
 
 
 class AdditiveAdapter(ShapAdapter):
@@ -24,6 +24,8 @@ class AdditiveAdapter(ShapAdapter):
 
     mechanism = "differences of recorded outputs"
     draws = ()
+    # The axes behind rows and features in which SHAP's call gives the values once more.
+    _effect: tuple[int, ...] = ()
 
     def _sample(self) -> Sequence[Any]:
         return [numbers(self.explainer.masker.data[:8])]
@@ -46,21 +48,18 @@ class AdditiveAdapter(ShapAdapter):
         given = rows if isinstance(rows, Tensor) else torch.as_tensor(numbers(rows))
         return given.to(self._torch.convert(np.zeros(0)).device).double()
 
-    def _explain(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
-        phi, base = self._phi(self._rows(args[0]))
-        effects = self._main_effects(as_array(phi))
+    def _explain(self, rows: Any, options: Options) -> Any:
+        phi, base = self._phi(self._rows(rows))
+        effects = numbers(phi).reshape(*phi.shape[:2], *self._effect)
         base = base.expand(len(phi), *base.shape)
-        return explanation(phi, base, args[0], self.explainer.feature_names, main_effects=effects)
-
-    def _main_effects(self, values: np.ndarray) -> np.ndarray:
-        """Return the values in the shape in which SHAP's call gives them once more."""
-        return values
+        return explanation(phi, base, rows, self.explainer.feature_names, main_effects=effects)
 
 
 class LinearAdapter(AdditiveAdapter):
     """Reads the coefficients off the torch module at every call."""
 
     mechanism = "coefficients read off the module"
+    _effect = (-1,)
 
     def _start(self) -> None:
         if self.explainer.feature_perturbation != "interventional":
@@ -68,8 +67,7 @@ class LinearAdapter(AdditiveAdapter):
                 "`masker` of LinearExplainer",
                 "independent features (shap.maskers.Independent or Partition)",
                 "imputed ones",
-                "SHAP averages those over orders of the features that it draws once and for the "
-                "coefficients of that time: use an Independent masker.",
+                "SHAP averages those only once, for old coefficients: use an Independent masker.",
             )
 
     def _function(self) -> Any:
@@ -89,6 +87,3 @@ class LinearAdapter(AdditiveAdapter):
         centred = x - mean
         phi = (centred if coef.dim() == 1 else centred.unsqueeze(-1)) * coef
         return phi, outputs[0] + mean @ coef
-
-    def _main_effects(self, values: np.ndarray) -> np.ndarray:
-        return values.reshape(*values.shape[:2], -1)

@@ -10,7 +10,7 @@ Private: ``_curr_base_value``, a cache of Partition and Coalition (0.51.0).
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import comb
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_priors.adapters.shap.adapter import ShapAdapter, with_tensors
+from captum_priors.adapters.shap.adapter import Options, ShapAdapter, with_tensors
 from captum_priors.adapters.shap.coalitions import Coalitions, MaskerStandIn, is_table
 from captum_priors.adapters.shap.model import (
     as_array,
@@ -68,13 +68,12 @@ class MaskedAdapter(ShapAdapter):
             return None
         return torch_link(self.explainer.link)(self._torch(self.masker.data).mean(0))
 
-    def _explain(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
-        (rows,) = args
+    def _explain(self, rows: Any, options: Options) -> Any:
         found: list[tuple[Tensor, Tensor]] = []
         if is_table(self.masker):
             warn_of_truncation(rows, self.explainer.masker.data)
         else:
-            self._check_constant(args)
+            self._check_constant(rows)
 
         def explain_row(row: Any, **given: Any) -> dict[str, Any]:
             traced = isinstance(rows, Tensor) and rows.requires_grad
@@ -90,32 +89,27 @@ class MaskedAdapter(ShapAdapter):
         base = torch.stack([b for _, b in found]).reshape(np.shape(made.base_values))
         return with_tensors(made, parts if ragged else torch.stack(parts), base)
 
-    def _row(self, row: Any, options: dict[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:
+    def _row(self, row: Any, options: Options) -> tuple[dict[str, Any], Tensor, Tensor]:
         """Explain one row: SHAP's result, its values as a tensor and the base value."""
         game = Coalitions(self._torch, self.masker, row, self.explainer)
-        state = np.random.get_state()  # noqa: NPY002  # the generator that SHAP draws from
-
-        def run(columns: range) -> Found:
-            np.random.set_state(state)  # noqa: NPY002  # as above
-            return self._run(game, dict(options), columns)
-
         first = self._first_columns(game, options) if torch.is_grad_enabled() else 1
-        result, weights = run(range(first))
-        outputs, values = result.get("output_indices"), game.values()
+        result, weights = self._run(game, options, range(first))
+        outputs, values = result.get("output_indices"), torch.cat(game.values)
         chosen = values if outputs is None else values[:, outputs]
         phi = torch.as_tensor(result["values"], device=chosen.device)
         if torch.is_grad_enabled():
-            matrix = self._matrix(game, options, weights, run).to(chosen.device)
+            matrix = self._matrix(game, options, weights).to(chosen.device)
             phi = torch.sparse.mm(matrix, chosen.reshape(len(chosen), -1)).reshape(phi.shape)
             result["values"] = numbers(phi)
         return result, phi, chosen[0]
 
-    def _first_columns(self, game: Coalitions, options: dict[str, Any]) -> int:
+    def _first_columns(self, game: Coalitions, options: Options) -> int:
         """Return how many columns of W to read at the first run, at least one."""
         return 1
 
-    def _run(self, game: Coalitions, options: dict[str, Any], columns: range) -> Found:
+    def _run(self, game: Coalitions, options: Options, columns: range) -> Found:
         """Run SHAP; return its result, and these columns of W, ``(values, columns)``."""
+        np.random.set_state(game.state)  # noqa: NPY002  # the same draws in every run
         n = len(columns)
 
         def model(asked: np.ndarray) -> np.ndarray:
@@ -133,34 +127,27 @@ class MaskedAdapter(ShapAdapter):
         inner._curr_base_value = None
         result = type(self.explainer).explain_row(inner, game.array, **options)
         weights = np.asarray(result["values"])[..., -n:].reshape(-1, n) / _TINY
-        own: Any = (..., slice(-n)) if game.values().dim() > 1 else (..., 0)
+        own: Any = (..., slice(-n)) if game.values[0].dim() > 1 else (..., 0)
         for name in _LINEAR:
             if result.get(name) is not None:
                 result[name] = np.asarray(result[name])[own][()]
         return result, weights
 
-    def _matrix(
-        self,
-        game: Coalitions,
-        options: dict[str, Any],
-        weights: np.ndarray,
-        run: Callable[[range], Found],
-    ) -> Tensor:
+    def _matrix(self, game: Coalitions, options: Options, weights: np.ndarray) -> Tensor:
         """Return W, ``(values, coalitions)``, in as many runs as its columns need."""
-        masks = game.masks()
-        key, n = (repr(options.get("interactions")), masks.tobytes()), len(masks)
+        key, n = (repr(options.get("interactions")), game.masks.tobytes()), len(game.masks)
         if self._known is not None and self._known[0] == key:
             return self._known[1]
         blocks = self._closed_form(game, options) or [weights[:, :n]]
-        start = blocks[0].shape[1]
         width = _width(n, max(len(weights), game.n_features))
-        blocks += [run(range(i, min(i + width, n)))[1] for i in range(start, n, width)]
+        for i in range(blocks[0].shape[1], n, width):
+            blocks.append(self._run(game, options, range(i, min(i + width, n)))[1])
         found = torch.cat([torch.as_tensor(b).to_sparse() for b in blocks], 1).coalesce()
         if self._repeats:
-            self._known = key, found, masks
+            self._known = key, found, game.masks
         return found
 
-    def _closed_form(self, game: Coalitions, options: dict[str, Any]) -> list[np.ndarray]:
+    def _closed_form(self, game: Coalitions, options: Options) -> list[np.ndarray]:
         """Return all of W, where a formula gives it."""
         return []
 
@@ -171,7 +158,7 @@ class PermutationAdapter(MaskedAdapter):
     held_fixed = "permutations"
     _varies = True
 
-    def _first_columns(self, game: Coalitions, options: dict[str, Any]) -> int:
+    def _first_columns(self, game: Coalitions, options: Options) -> int:
         n, most = game.n_features, options["max_evals"]
         most = (20 * n if most == "auto" else int(most)) + n + 1
         # Orders along a tree come from Numba's generator: nobody could run them again.
@@ -187,11 +174,11 @@ class PartitionAdapter(MaskedAdapter):
 
     held_fixed = "expanded part of the tree"
 
-    def _first_columns(self, game: Coalitions, options: dict[str, Any]) -> int:
+    def _first_columns(self, game: Coalitions, options: Options) -> int:
         most = options["max_evals"]
         return _width(501 if most == "auto" else most + 1, 2 * game.n_features)
 
-    def _run(self, game: Coalitions, options: dict[str, Any], columns: range) -> Found:
+    def _run(self, game: Coalitions, options: Options, columns: range) -> Found:
         """Run SHAP, with further outputs that are not its to choose from."""
         chosen = options["outputs"]
         if chosen is not None:
@@ -199,9 +186,9 @@ class PartitionAdapter(MaskedAdapter):
             full = game.answers(game.number(none_and_all))[1]
             if isinstance(chosen, imported().utils.OpChain):
                 chosen = chosen.apply(imported().Explanation(full)).values
-            options["outputs"] = [*chosen, *range(len(full), len(full) + len(columns))]
+            options = {**options, "outputs": [*chosen, *range(len(full), len(full) + len(columns))]}
         result, weights = super()._run(game, options, columns)
-        several = game.values().dim() > 1
+        several = game.values[0].dim() > 1
         result["output_indices"] = result["output_indices"][: -len(columns)] if several else None
         tail = np.shape(result["expected_values"])
         result["mask_shapes"] = [(*shape[:-1], *tail) for shape in result["mask_shapes"]]
@@ -213,7 +200,7 @@ class WinterAdapter(MaskedAdapter):
 
     _repeats = True
 
-    def _run(self, game: Coalitions, options: dict[str, Any], columns: range) -> Found:
+    def _run(self, game: Coalitions, options: Options, columns: range) -> Found:
         if self._known is not None:  # SHAP asks for them one by one
             game.answers(game.number(self._known[2]))
         return super()._run(game, options, columns)
@@ -224,12 +211,12 @@ class ExactAdapter(MaskedAdapter):
 
     _varies = _repeats = True
 
-    def _closed_form(self, game: Coalitions, options: dict[str, Any]) -> list[np.ndarray]:
+    def _closed_form(self, game: Coalitions, options: Options) -> list[np.ndarray]:
         r"""Return :math:`\pm 1/(M\binom{M-1}{s})` for coalitions with and without a feature."""
         pairs = options["interactions"] is True or options["interactions"] == 2
         if pairs or getattr(self.masker, "clustering", None) is not None:
             return []
-        masks = game.masks()
+        masks = game.masks
         varying, size = masks.any(0), masks.sum(1)[:, None]
         n = int(varying.sum())
         share = np.array([*(1 / (n * comb(n - 1, s)) for s in range(n)), 0.0])

@@ -18,6 +18,7 @@ _AGREE = 1e-4  # single precision on one side, rounding of the same sums on the 
 _STEP = 1e-4  # as SHAP (0.51.0), of the forward difference that linearises the link
 
 Link = Callable[[Tensor], Tensor]
+identity: Link = torch.positive  # which returns what it is given
 
 
 def imported(name: str = "shap") -> Any:
@@ -30,8 +31,8 @@ class TorchModel:
 
     The one rule for dtypes: whatever numbers a table holds, the model gets them in the dtype and on
     the device of its own parameters, or as integers where it takes whole numbers alone (an
-    embedding does). Strings and other objects are passed on.
-    What the user passed is compared with SHAP's function on a sample, or the first call.
+    embedding does). Strings and other objects are passed on. What the user passed is compared with
+    SHAP's function on a sample, or at the first call.
     """
 
     def __init__(self, stock: Any, given: Any, sample: Sequence[Any] | None, name: str) -> None:
@@ -104,10 +105,10 @@ class TorchModel:
     def __call__(self, *arguments: Any) -> Tensor:
         """Evaluate on rows, in parts that suit the device; in double precision."""
         given = tuple(map(self.convert, arguments))
-        if len(given) > 1 or not isinstance(given[0], Tensor):
-            return self._checked(given)
-        parts = given[0].split(rows_at_once(given[0].device))
-        return torch.cat([self._checked((part,)) for part in parts])
+        parts = [given]
+        if len(given) == 1 and isinstance(given[0], Tensor):
+            parts = [(part,) for part in given[0].split(rows_at_once(given[0].device))]
+        return torch.cat([self._checked(part) for part in parts])
 
     def _checked(self, arguments: tuple[Any, ...]) -> Tensor:
         output, n = self.function(*arguments), len(arguments[0])
@@ -189,11 +190,6 @@ def torch_link(link: Any, *, clip: float | None = None) -> Link:
             "Make the link the last step of the model and explain with the identity.",
         )
     return known[name]
-
-
-def identity(values: Tensor) -> Tensor:
-    """Return the values."""
-    return values
 
 
 def linearising_weights(background: Tensor, link: Link) -> Tensor:
