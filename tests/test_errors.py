@@ -551,6 +551,7 @@ MISTAKES: list[tuple[str, Callable[[Any], Any], str]] = [
     ("labels second", lambda p: p(x(), torch.zeros(5).long()), "pass them as target="),
     ("short target", lambda p: p(x(), x(), target=torch.zeros(4).long()), "to the rows of the inp"),
     ("one-hot", lambda p: p(x(), x(), target=torch.eye(5)), "target.argmax(1) for one-hot rows"),
+    ("a column", lambda p: p(x(), x(), target=torch.zeros(5, 1).long()), "target.flatten()"),
     ("a list", lambda p: p([x()], x(), target=1), "Pass a tuple of tensors"),
     ("a dict", lambda p: p({"x": x()}, x(), target=1), "the tensor that the model is called with"),
     ("a string", lambda p: p(x(), x(), target="cat"), "class indices"),
