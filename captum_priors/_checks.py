@@ -73,21 +73,18 @@ def check_target(target: Any, n_examples: int) -> None:
     """Require one target for all examples, or one for each."""
     if target is None or (isinstance(target, (int, tuple)) and not isinstance(target, bool)):
         return
-    length, found = n_examples, type_of(target)
     if isinstance(target, Tensor):
         if target.dtype == torch.long and target.shape == (n_examples,):
             return
         if target.dim() > 1:
             raise _several_targets(target)
-        length = n_examples if target.numel() == 1 else len(target)
+        length, found = n_examples if target.numel() == 1 else len(target), str(target.dtype)
         whole = not target.is_floating_point() and target.dtype != torch.bool
-        found = str(target.dtype)
     elif isinstance(target, list):
-        length = len(target)
         odd = [type_of(t) for t in target if not isinstance(t, (int, tuple))]
-        whole, found = not odd, f"a list with a {odd[0]}" if odd else found
+        length, whole, found = len(target), not odd, f"a list with a {'/'.join(odd[:1])}"
     else:
-        whole = False
+        length, whole, found = n_examples, False, type_of(target)
     if not whole:
         raise refusal(
             TypeError,
@@ -166,15 +163,16 @@ def check_forward_func(forward_func: Any) -> None:
 
 def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:
     """Require an integer of at least ``least``."""
-    if not (optional and value is None):
-        count(name, value, least=least)
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        expected = f"an integer of at least {least}"
+        raise refusal(ValueError, f"`{name}`", expected, repr(value), f"Pass {name}={least}.")
 
 
 def count(name: str, value: Any, *, least: int = 1) -> int:
     """Require an integer of at least ``least``, and return it."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-        expected = f"an integer of at least {least}"
-        raise refusal(ValueError, f"`{name}`", expected, repr(value), f"Pass {name}={least}.")
+    check_count(name, value, least=least)
     return int(value)
 
 
@@ -228,11 +226,10 @@ def check_distribution(baselines: Sequence[Any], inputs: Sequence[Tensor]) -> tu
             len(baselines),
             "Pass a tuple with one distribution of reference rows for each input.",
         )
-    pairs = enumerate(zip(baselines, inputs, strict=True))
-    return tuple([_distribution(f"`baselines[{i}]`", *pair) for i, pair in pairs])
+    return tuple(map(_distribution, range(len(inputs)), baselines, inputs))
 
 
-def _distribution(name: str, baseline: Any, inputs: Tensor) -> Tensor:
+def _distribution(place: int, baseline: Any, inputs: Tensor) -> Tensor:
     check_reference(baseline)
     if not isinstance(baseline, Tensor):
         return torch.full_like(inputs[:1], baseline, requires_grad=False)
@@ -249,7 +246,7 @@ def _distribution(name: str, baseline: Any, inputs: Tensor) -> Tensor:
             remedy = "These look like labels: pass them as target=...."
         raise refusal(
             ValueError,
-            name,
+            f"`baselines[{place}]`",
             f"at least one reference row, rows of shape {tuple(row)} as in the inputs",
             f"shape {tuple(found)}",
             remedy,
@@ -257,7 +254,7 @@ def _distribution(name: str, baseline: Any, inputs: Tensor) -> Tensor:
     if (baseline.dtype, baseline.device) != (inputs.dtype, inputs.device):
         raise refusal(
             TypeError,
-            name,
+            f"`baselines[{place}]`",
             f"{inputs.dtype} on {inputs.device} as in the inputs",
             f"{baseline.dtype} on {baseline.device}",
             "Convert it once with .to(inputs).",

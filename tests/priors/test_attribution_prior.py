@@ -268,7 +268,7 @@ def _make(**options: Any) -> Any:
 
 
 def _three(attributions: Tensor) -> Tensor:
-    return attributions.new_ones(3)
+    return attributions.flatten()[:3]
 
 
 BAD_PRIORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
