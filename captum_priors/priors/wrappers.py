@@ -15,7 +15,7 @@ from captum_priors._types import TensorOrTuple
 from captum_priors.engine import Stream, any_process
 from captum_priors.engine.processes import rank_of_draws
 from captum_priors.engine.random import Counter
-from captum_priors.priors.base import Prior, Term, check_keywords
+from captum_priors.priors.base import Prior, Term, check_keywords, part_of
 from captum_priors.priors.combined import Wrapper, weighted_priors
 
 logger = logging.getLogger(__name__)
@@ -134,11 +134,12 @@ class Subsample(Wrapper):
         }
         some = {name: for_each(lambda t: t[rows], a, n) for name, a in annotations.items()}
         values = []
-        for weight, prior in weighted_priors(self.prior):
-            draws = any(getattr(term, "draws_baselines", False) for term in prior.modules())
-            given = {**some, "baselines": baselines if draws else take_each(baselines, rows, n)}
-            known = {k: v for k, v in given.items() if v is not None and prior.takes(k)}
-            values.append(weight * prior(part, **every, **known))
+        with part_of(inputs, additional_forward_args):
+            for weight, prior in weighted_priors(self.prior):
+                draws = any(getattr(term, "draws_baselines", False) for term in prior.modules())
+                given = {**some, "baselines": baselines if draws else take_each(baselines, rows, n)}
+                known = {k: v for k, v in given.items() if v is not None and prior.takes(k)}
+                values.append(weight * prior(part, **every, **known))
         return torch.stack(values).sum()
 
 
