@@ -29,9 +29,8 @@ class Lazy(Wrapper):
     gradient is recorded, or after ``eval()``, the prior is evaluated unweighted and nothing is
     counted. (Karras et al. 2020 do the same with a gradient penalty.)
 
-    Under gradient accumulation it counts micro-batches, not optimizer steps: the average is the
-    same, the gradient more even (with four micro-batches and ``every=4`` one of each four is due),
-    and it needs no framework to tell it. All processes of a distributed training count alike.
+    Under gradient accumulation it counts micro-batches, not optimizer steps. All processes of a
+    distributed training count alike.
 
     Args:
         prior: The prior.
