@@ -14,6 +14,7 @@ from captum_priors._shown import shown, shown_value
 from captum_priors._types import Penalty
 from captum_priors.adapters import differentiable
 from captum_priors.engine import current_processes, derive
+from captum_priors.engine.model import BatchNorm
 from captum_priors.engine.random import STREAMS, GeneratorState
 from captum_priors.priors.base import Call, Reduction, Term, is_distributed
 
@@ -31,15 +32,7 @@ class ExplainerPrior(Term):
     _module_of_score: ClassVar[str] = "penalties"
     _n_maps: ClassVar[int] = 1
 
-    def __init__(
-        self,
-        explainer: Any,
-        score: Any,
-        *,
-        reduction: Reduction,
-        smooth: float | None,
-        options: dict[str, Any],
-    ) -> None:
+    def __init__(self, explainer: Any, score: Any, options: dict[str, Any], **of_term: Any) -> None:
         if isinstance(explainer, type):
             check_explainer(explainer)
         if isinstance(score, type) or not callable(score):
@@ -51,7 +44,7 @@ class ExplainerPrior(Term):
                 f"Pass one of captum_priors.{self._module_of_score} or your own, with its options.",
             )
         explainer = differentiable(explainer)
-        super().__init__(explainer, reduction=reduction, smooth=smooth)
+        super().__init__(explainer, **of_term)
         self.__dict__["explainer"] = explainer
         self.takes_tensors = bool(getattr(explainer, "takes_tensors", True))
         # What an explainer from elsewhere draws from is not known.
@@ -182,7 +175,7 @@ class AttributionPrior(ExplainerPrior):
 
     (Erion et al. 2021): the prior is :math:`\Omega(\Phi)`, and :math:`\lambda` is
     written ``weight * prior``. The attribution pass runs with the model held still: evaluation
-    mode, hence no dropout and stored BatchNorm statistics, put back afterwards.
+    mode, hence no dropout, put back afterwards.
 
     Args:
         explainer: An explainer that :func:`captum_priors.differentiable` takes.
@@ -191,6 +184,7 @@ class AttributionPrior(ExplainerPrior):
         smooth: Run the attribution pass with ReLU as Softplus of this steepness (30 is a good
             start), which gives hidden biases a gradient that double backpropagation through ReLU
             does not.
+        batch_norm: As in :class:`Term`.
         attribute_options: What else ``explainer.attribute`` is to be given at every call, such as
             ``baselines`` or ``n_samples``.
 
@@ -217,11 +211,11 @@ class AttributionPrior(ExplainerPrior):
         *,
         reduction: Reduction = "mean",
         smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
         **attribute_options: Any,
     ) -> None:
-        super().__init__(
-            explainer, penalty, reduction=reduction, smooth=smooth, options=attribute_options
-        )
+        of_term = {"reduction": reduction, "smooth": smooth, "batch_norm": batch_norm}
+        super().__init__(explainer, penalty, attribute_options, **of_term)
 
     @property
     def penalty(self) -> Penalty:

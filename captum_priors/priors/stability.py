@@ -11,6 +11,7 @@ from captum_priors._errors import refusal, type_of
 from captum_priors._shown import shown
 from captum_priors._types import Distance, TensorOrTuple
 from captum_priors.engine import derive
+from captum_priors.engine.model import BatchNorm
 from captum_priors.priors.attribution import ExplainerPrior, parameters_of
 from captum_priors.priors.base import Call, Reduction
 
@@ -38,6 +39,7 @@ class StabilityPrior(ExplainerPrior):
             target)``. Its random numbers are torch's; ``perturbation.draws`` names others.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: As in :class:`AttributionPrior`.
+        batch_norm: As in :class:`Term`.
         attribute_options: As in :class:`AttributionPrior`.
 
     Raises:
@@ -68,11 +70,11 @@ class StabilityPrior(ExplainerPrior):
         *,
         reduction: Reduction = "mean",
         smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
         **attribute_options: Any,
     ) -> None:
-        super().__init__(
-            explainer, distance, reduction=reduction, smooth=smooth, options=attribute_options
-        )
+        of_term = {"reduction": reduction, "smooth": smooth, "batch_norm": batch_norm}
+        super().__init__(explainer, distance, attribute_options, **of_term)
         if isinstance(perturbation, type) or not callable(_perturb_of(perturbation)):
             raise refusal(
                 TypeError,
