@@ -18,7 +18,6 @@ from captum.attr import (
     LayerGradCam,
     Saliency,
 )
-from captum.robust import FGSM
 from torch import Tensor, nn
 
 from captum_priors import (
@@ -394,7 +393,6 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     # Stability
     "class as perturbation": (lambda: gradient_maps(RandomAttack), "class RandomAttack"),
     "number as perturbation": (lambda: gradient_maps(0.1), "float"),
-    "perturbation with more arguments": (lambda: gradient_maps(FGSM(net())), "epsilon"),
     "perturbation of another shape": (lambda: gradient_maps(lambda z: z[:2])(x(), target=1), "2"),
     "perturbation of another dtype": (
         lambda: gradient_maps(lambda z: z.float())(x(), target=1),

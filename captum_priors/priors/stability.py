@@ -1,6 +1,5 @@
 """The stability prior: attributions that stay when the input moves a little."""
 
-from inspect import Parameter
 from typing import Any, ClassVar
 
 import torch
@@ -83,7 +82,6 @@ class StabilityPrior(ExplainerPrior):
                 type_of(perturbation),
                 "Pass for example lambda x: x + 0.1 * torch.randn_like(x).",
             )
-        _check_bound(_perturb_of(perturbation))
         # Past nn.Module's registration, like the explainer: an attack may hold the model.
         self.__dict__["perturbation"] = perturbation
         self.draws = tuple({*self.draws, *getattr(perturbation, "draws", ())})
@@ -117,7 +115,7 @@ class StabilityPrior(ExplainerPrior):
     def _moved(self, call: Call, options: dict[str, Any]) -> TensorOrTuple:
         perturb = _perturb_of(self.perturbation)
         given = {**options, "annotation": call.keywords().get("annotation")}
-        known = [name for name in GIVEN if name in parameters_of(perturb)]
+        known = [name for name in parameters_of(perturb) if name in GIVEN]
         extra = {name: given[name] for name in known if given.get(name) is not None}
         call.explaining.seed(derive(call.seed, 1))
         moved: TensorOrTuple = perturb(_copies(call.given), **extra)
@@ -151,21 +149,3 @@ def _copies(inputs: Any) -> Any:
     if isinstance(inputs, tuple):
         return tuple(map(_copies, inputs))
     return inputs.clone() if isinstance(inputs, Tensor) else inputs
-
-
-def _check_bound(perturb: Any) -> None:
-    """Refuse a perturbation that needs more than a prior has to give."""
-    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in parameters_of(perturb).values() if p.default is p.empty]
-    inputs = [p for p in needed if p.kind in positional][:1]
-    for parameter in needed:
-        variadic = parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-        if parameter not in inputs and not variadic and parameter.name not in GIVEN:
-            raise refusal(
-                TypeError,
-                "`perturbation`",
-                f"a function of the inputs, which may also take {', '.join(GIVEN)}",
-                f"one that needs `{parameter.name}`",
-                f"Bind it: lambda x, target: attack.perturb(x, {parameter.name}=..., "
-                "target=target).",
-            )

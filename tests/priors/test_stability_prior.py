@@ -313,6 +313,7 @@ def test_attack_is_a_perturbation_through_which_no_gradient_flows(
     )
 
 
+@pytest.mark.filterwarnings("ignore:A batch of one example has no statistics")
 @pytest.mark.parametrize("i", range(5))
 def test_attack_leaves_no_trace_in_training_and_takes_any_batch(i: int) -> None:
     model = nn.Sequential(
