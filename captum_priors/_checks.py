@@ -230,8 +230,8 @@ def check_distribution(baselines: Sequence[Any], inputs: Sequence[Tensor]) -> tu
 
 
 def _distribution(place: int, baseline: Any, inputs: Tensor) -> Tensor:
-    check_reference(baseline)
     if not isinstance(baseline, Tensor):
+        check_reference(baseline)
         return torch.full_like(inputs[:1], baseline, requires_grad=False)
     row, found = inputs.shape[1:], baseline.shape
     if found[1:] != row or not found or found[0] == 0:
