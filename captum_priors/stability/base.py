@@ -17,6 +17,7 @@ from captum_priors._checks import check_floating, check_forward_func
 from captum_priors._errors import expected_found, one_of
 from captum_priors.attacks.ball import Tensors
 from captum_priors.engine import Field, input_gradients
+from captum_priors.engine.model import BatchNorm
 from captum_priors.priors.base import Call, Reduction, Term
 
 Way = Literal["double_backprop", "finite_difference"]
@@ -28,16 +29,22 @@ class Shared(TypedDict, total=False):
     differentiation: Way
     reduction: Reduction
     smooth: float | None
+    batch_norm: BatchNorm
 
 
 class Regularizer(Term):
     """A prior on a model's function, which it runs while holding it still."""
 
     def __init__(
-        self, forward_func: Any, *, reduction: Reduction = "mean", smooth: float | None = None
+        self,
+        forward_func: Any,
+        *,
+        reduction: Reduction = "mean",
+        smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
     ) -> None:
         check_forward_func(forward_func)
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
 
     def _check_call(
         self, inputs: Any, baselines: Any, target: Any, annotations: dict[str, Any]
@@ -65,8 +72,9 @@ class GradientRegularizer(Regularizer):
         differentiation: Way = "double_backprop",
         reduction: Reduction = "mean",
         smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
         one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))
         self.differentiation = differentiation
         self.replayed = differentiation == "finite_difference"

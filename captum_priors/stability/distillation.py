@@ -20,6 +20,7 @@ from captum_priors._shown import shown, shown_options, shown_value
 from captum_priors._types import TensorOrTuple
 from captum_priors.attacks.ball import Tensors, unit
 from captum_priors.engine import derive, input_gradients
+from captum_priors.engine.model import BatchNorm
 from captum_priors.engine.random import STREAMS
 from captum_priors.priors.base import Call, Reduction
 from captum_priors.stability.base import Regularizer, flat_rows, logits_of, points_of, repeated
@@ -108,9 +109,10 @@ class ATEX(Regularizer):
         positions: Sequence[float] = (-1.0, 0.0, 1.0),
         reduction: Reduction = "mean",
         smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
         **attribute_options: Any,
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
         self.radius = positive("radius", radius)
         self.temperature = positive("temperature", temperature)
         self.n_samples = count("n_samples", n_samples)
@@ -260,8 +262,9 @@ class SaliencyGuided(Regularizer):
         abs: bool = True,  # noqa: A002  # Captum's name for it
         reduction: Reduction = "mean",
         smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
         self.fraction, self.abs = check_fraction("fraction", fraction), abs
 
     def _scores(self, call: Call) -> Tensor:

@@ -12,6 +12,7 @@ from captum_priors._checks import count, positive
 from captum_priors._errors import one_of
 from captum_priors.attacks.ball import Tensors, per_example
 from captum_priors.engine import with_second_derivative
+from captum_priors.engine.model import BatchNorm
 from captum_priors.engine.replay import computes_in_half
 from captum_priors.priors.base import Call, Reduction
 from captum_priors.stability.base import Regularizer, flat_rows, square_norms
@@ -75,8 +76,9 @@ class HessianPenalty(Regularizer):
         step_size: float | None = None,
         reduction: Reduction = "mean",
         smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
         one_of("curvature", curvature, ("exact", "difference", "difference_twice"))
         self.curvature, self.n_samples = curvature, count("n_samples", n_samples)
         self.step_size = None if step_size is None else positive("step_size", step_size)

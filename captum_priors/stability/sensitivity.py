@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from captum_priors._checks import count, positive
 from captum_priors._errors import expected_found, one_of
 from captum_priors.engine import modules_of
+from captum_priors.engine.model import BatchNorm
 from captum_priors.priors.base import Call, Reduction
 from captum_priors.stability.base import Regularizer, flat_rows, repeated
 from captum_priors.stability.hessian import rademacher
@@ -88,8 +89,9 @@ class ActivationSensitivity(Regularizer):
         n_samples: int = 1,
         reduction: Reduction = "mean",
         smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
         one_of("power", power, get_args(Power))
         one_of("scale", scale, get_args(Scale))
         one_of("noise", noise, get_args(Noise))
