@@ -117,6 +117,7 @@ class ATEX(Regularizer):
         self.temperature = positive("temperature", temperature)
         self.n_samples = count("n_samples", n_samples)
         self.positions = tuple(map(float, positions))
+        count("len(positions)", len(self.positions))
         self._named = [] if explainer is None else [shown(explainer)]
         self._named += [f"{name}={shown_value(v)}" for name, v in attribute_options.items()]
         if explainer is None:
@@ -142,7 +143,7 @@ class ATEX(Regularizer):
     def train(self, mode: bool = True) -> "ATEX":
         """Set the mode of the prior; the copy that teaches keeps its running statistics."""
         super().train(mode)
-        if self._owns_teacher:
+        if "teacher" in self._modules:
             self.teacher.eval()
         return self
 
