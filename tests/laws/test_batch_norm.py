@@ -4,6 +4,7 @@ The oracle is a network without BatchNorm that takes the statistics of the batch
 part of its function: values and gradients are equal, for every prior and way of differentiating.
 """
 
+import copy
 import warnings
 from typing import Any
 
@@ -22,6 +23,10 @@ from captum_priors import (
 )
 from captum_priors.penalties import l2
 from captum_priors.stability import ATEX
+from tests.adapters.captum_table import MODELS, Explained, flat, in_double
+from tests.adapters.captum_table import ROWS as CAPTUM
+from tests.adapters.shap_cases import QUICK, adapted, mlp, stock, table
+from tests.adapters.shap_cases import ROWS as SHAP
 from tests.laws.leaves import (
     FEATURES,
     WAYS,
@@ -319,3 +324,82 @@ def test_compiled_models(way: str, backend: str) -> None:
     prior.load_state_dict(plain.state_dict())
     tolerance = DIFFERENCE if way == "finite_difference" else CLOSE
     assert_same(prior(x, target=1), model, plain(x, target=1), model, **tolerance)
+
+
+# ---- Adapters ------------------------------------------------------------------------------
+
+# Every class of Captum that explains a network of tensors: but language models have no BatchNorm.
+NETWORKS = {
+    name: next(m for m in (row.model, *row.models) if m.endswith(("cnn", "mlp")))
+    for name, row in CAPTUM.items()
+    if any(m.endswith(("cnn", "mlp")) for m in row.models) and name != "LimeBase"  # one example
+}
+
+
+def size(result: Any) -> Tensor:
+    """Mean square of each example's attributions, whatever tensors there are."""
+    return torch.stack([t.double().square().flatten(1).mean(1) for t in flat(result)]).sum(0)
+
+
+def assert_of_the_batch(prior: Any, model: Any, x: Tensor, norm: Any, **call: Any) -> None:
+    """The value is that of running statistics set to those of the batch; the gradient its slope."""
+    prior, parameters = prior.eval(), [*model.parameters()]  # the same draws each time
+    value = prior(x, **call)
+    found = gradients_of(value, parameters)
+    seen = []
+    handle = norm.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    with torch.no_grad():
+        state = copy.deepcopy(model.state_dict())
+        model(x)
+        model.load_state_dict(state)
+    handle.remove()
+    dims = [0, *range(2, seen[0].dim())]
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    norm.running_mean[:], norm.running_var[:] = seen[0].mean(dims), seen[0].var(dims, correction=0)
+    model.eval()
+    torch.testing.assert_close(prior(x, **call), value, rtol=1e-6, atol=1e-12)
+    norm.running_mean[:], norm.running_var[:] = before
+    model.train()
+    directions, step, sides = [torch.randn_like(p) for p in parameters], 1e-5, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p.add_(d, alpha=sign * step)
+            sides.append(prior(x, **call))
+    slope = sum((g * d).sum() for g, d in zip(found, directions, strict=True))
+    torch.testing.assert_close(slope, (sides[0] - sides[1]) / (2 * step), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:You are providing multiple inputs for Lime")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_explainers_of_captum_inside_a_prior(name: str) -> None:
+    row, model = CAPTUM[name], MODELS[NETWORKS[name]]()
+    x = torch.randn(4, *model.shape)
+    if x.dim() == 4:
+        norm: Any = nn.BatchNorm2d(2)
+        model.pool = nn.Sequential(model.pool, norm)
+    else:
+        norm = nn.BatchNorm1d(model.second.in_features)
+        model.second = nn.Sequential(norm, model.second)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    made = Explained(differentiable(row.make(model.train())), row)
+    made.forward_func = model  # type: ignore[attr-defined]  # of the explainer inside
+    call = row.call(model)
+    target = call.pop("target", None)
+    prior = AttributionPrior(made, size, **call)
+    with in_double(needed=row.single_precision):
+        assert_of_the_batch(prior, model, x, norm, **({} if target is None else {"target": target}))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SHAP if name not in ("LinearExplainer", "AdditiveExplainer")]
+)
+def test_explainers_of_shap_inside_a_prior(name: str) -> None:
+    norm = nn.BatchNorm1d(6)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    plain = mlp(3)
+    model = nn.Sequential(plain[0], norm, *plain[1:]).eval()
+    explainer = adapted(name, stock(name, model), model)
+    prior = AttributionPrior(explainer, size, **QUICK.get(name, {}))
+    model.train()
+    assert_of_the_batch(prior, model, torch.as_tensor(table(4, 1)), norm, target=1)
