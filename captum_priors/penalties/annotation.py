@@ -11,7 +11,6 @@ from captum_priors._errors import expected_found, one_of
 from captum_priors._rows import shared
 from captum_priors.penalties.maths import (
     cosine_distance,
-    flat,
     in_units_of_largest,
     lift_penalty,
 )
@@ -60,7 +59,7 @@ def outside(attributions: Tensor, *, annotation: Tensor) -> Tensor:
         16.0
     """
     mask = fitted(attributions, annotation, "mask")
-    return flat((1 - mask) * attributions).square().sum(1)
+    return ((1 - mask) * attributions).flatten(1).square().sum(1)
 
 
 @lift_penalty
@@ -92,8 +91,8 @@ def energy_outside(attributions: Tensor, *, annotation: Tensor) -> Tensor:
     mask = fitted(attributions, annotation, "mask")
     together = [d for d in range(1, mask.dim()) if mask.shape[d] == 1]
     evidence = attributions.sum(together, keepdim=True) if together else attributions
-    positive = in_units_of_largest(flat(evidence.relu()), 1)
-    return (positive * flat(1 - mask)).sum(1) / positive.sum(1).clamp_min(1)
+    positive = in_units_of_largest(evidence.relu().flatten(1), 1)
+    return (positive * (1 - mask).flatten(1)).sum(1) / positive.sum(1).clamp_min(1)
 
 
 @lift_penalty
@@ -125,24 +124,23 @@ def alignment(
         True
     """
     one_of("measure", measure, ("cosine", "mse"))
-    given = flat(fitted(attributions, annotation, "finite").expand_as(attributions))
+    given = fitted(attributions, annotation, "finite").expand_as(attributions)
     if measure == "mse":
-        return (flat(attributions) - given).square().mean(1)
-    return cosine_distance(flat(attributions), given)
+        return (attributions - given).square().flatten(1).mean(1)
+    return cosine_distance(attributions.flatten(1), given.flatten(1))
 
 
 def fitted(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
     """Give an annotation the attributions' dimensions and dtype, so that the two broadcast.
 
-    It has an entry for each example, and the attributions' other dimensions, of the same size or of
-    size 1 where channels or places share it. From four dimensions on the channels may be left out,
-    ``(batch, height, width)``. What is one for the whole batch comes as ``shared(tensor)``, without
-    the dimension of the examples.
+    The rule is that of :mod:`captum_priors.penalties`.
     """
     given = _checked(attributions, annotation, values)
-    n, shape = 1 if isinstance(annotation, shared) else len(attributions), attributions.shape
+    shape = attributions.shape
+    n = 1 if isinstance(annotation, shared) else len(attributions)
+    sizes = [(n,), *((1, size) for size in shape[1:])]
     if given.dim() != len(shape) or any(
-        size not in ((n,) if d == 0 else (1, shape[d])) for d, size in enumerate(given.shape)
+        size not in fitting for size, fitting in zip(given.shape, sizes, strict=True)
     ):
         found = annotation.value if isinstance(annotation, shared) else annotation
         without = f", or {(shape[0], *shape[2:])} for all channels" if len(shape) > 3 else ""
