@@ -1,5 +1,6 @@
 """The only module that touches Captum's private helpers, so that an upgrade is checked here."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,6 @@ from captum._utils.progress import progress
 from captum.attr._core.dataloader_attr import SUPPORTED_METHODS
 from captum.attr._core.deep_lift import SUPPORTED_NON_LINEAR
 from captum.attr._core.llm_attr import GradientForwardFunc
-from captum.attr._utils.common import _format_callable_baseline
 from captum.attr._utils.lrp_rules import (
     Alpha1_Beta0_Rule,
     EpsilonRule,
@@ -78,10 +78,9 @@ def forward_args(additional_forward_args: Any) -> tuple[Any, ...]:
     return _format_additional_forward_args(additional_forward_args) or ()
 
 
-def call_baselines(baselines: Any, inputs: TensorOrTuple) -> tuple[Any, ...]:
-    """Call baselines given as a function of nothing or of the inputs; return a tuple."""
-    formatted: tuple[Any, ...] = _format_callable_baseline(baselines, inputs)
-    return formatted
+def call_baselines(baselines: Any, inputs: TensorOrTuple) -> Any:
+    """Call baselines that are a function, of nothing or of the inputs."""
+    return baselines(inputs) if inspect.signature(baselines).parameters else baselines()
 
 
 def output_error(output: Tensor, n_rows: int) -> Exception:
