@@ -7,7 +7,6 @@ import torch
 from captum.attr import (
     DataLoaderAttribution,
     LLMAttribution,
-    LLMAttributionResult,
     LLMGradientAttribution,
 )
 from torch import Tensor
@@ -73,48 +72,8 @@ class DifferentiableDataLoaderAttribution(WrapperAdapter, DataLoaderAttribution)
         return self._forward_with_dataloader
 
 
-class DifferentiableLLMAttributionResult(LLMAttributionResult):
-    """A :class:`captum.attr.LLMAttributionResult` whose tensors carry their graph.
-
-    Captum's plots do not take such tensors, so they are drawn from :meth:`detached`.
-    """
-
-    @classmethod
-    def of(cls, result: LLMAttributionResult) -> "DifferentiableLLMAttributionResult":
-        """Turn Captum's result into one that can be plotted with its graph."""
-        twin: Any = copy.copy(result)
-        twin.__class__ = cls
-        made: DifferentiableLLMAttributionResult = twin
-        return made
-
-    def detached(self) -> LLMAttributionResult:
-        """Return Captum's own result, without the graph."""
-        twin: Any = copy.copy(self)
-        for name, value in vars(self).items():
-            vars(twin)[name] = value.detach() if isinstance(value, Tensor) else value
-        twin.__class__ = LLMAttributionResult
-        plain: LLMAttributionResult = twin
-        return plain
-
-
-def _plot(name: str) -> Any:
-    def plot(self: DifferentiableLLMAttributionResult, *args: Any, **options: Any) -> Any:
-        return getattr(self.detached(), name)(*args, **options)
-
-    plot.__name__, plot.__doc__ = name, getattr(LLMAttributionResult, name).__doc__
-    return plot
-
-
-for _name in dir(LLMAttributionResult):
-    if _name.startswith("plot_"):
-        setattr(DifferentiableLLMAttributionResult, _name, _plot(_name))
-
-
 class LanguageAdapter(WrapperAdapter):
     """What the two language-model adapters share."""
-
-    def _run_stock(self, **given: Any) -> Any:
-        return DifferentiableLLMAttributionResult.of(super()._run_stock(**given))
 
     def tensors_of(self, result: Any) -> Tensor:
         """Attributions for a penalty, ``(tokens of the response, features)``; one row without."""
