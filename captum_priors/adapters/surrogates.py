@@ -66,25 +66,22 @@ class LinearSurrogate:
         return getattr(self.__dict__["_stock"], name)
 
     def _jacobian(self, inputs: Tensor, weights: Tensor) -> Tensor:
-        """Derivative of the coefficients by the outputs, ``(features, samples)``, in float64."""
-        x, w = inputs.double().flatten(1), weights.double().flatten()
+        r"""Derivative of the coefficients by the outputs, ``(features, samples)``, in float64.
+
+        With the rows :math:`\sqrt{\alpha}\, I` below the weighted masks, ridge regression is least
+        squares; the lasso is least squares on its active set, less a constant.
+        """
+        x, root = inputs.double().flatten(1), weights.double().reshape(-1, 1).sqrt()
         options = self._stock.construct_kwargs
         if options.get("fit_intercept", True):
-            x = x - (w @ x) / w.sum()
-        root = w.sqrt().unsqueeze(1)
-        weighted = root * x
-        if type(self._stock) is SkLearnRidge:
-            alpha = options.get("alpha", 1.0)
-            gram = weighted.T @ weighted + alpha * torch.eye(x.shape[1], dtype=x.dtype).to(x)
-            ridge: Tensor = torch.linalg.pinv(gram, hermitian=True) @ weighted.T * root.T
-            return ridge
-        if type(self._stock) is SkLearnLasso:
-            active = self._stock.representation().flatten() != 0
-            jacobian = torch.zeros(x.shape[1], x.shape[0], dtype=x.dtype, device=x.device)
-            jacobian[active] = torch.linalg.pinv(weighted[:, active]) * root.T
-            return jacobian
-        least_squares: Tensor = torch.linalg.pinv(weighted) * root.T
-        return least_squares
+            x = x - (root.square() * x).sum(0) / root.square().sum()
+        ridge, lasso = (type(self._stock) is kind for kind in (SkLearnRidge, SkLearnLasso))
+        shrinkage = float(options.get("alpha", 1.0)) ** 0.5 if ridge else 0.0
+        design = torch.cat([root * x, shrinkage * torch.eye(x.shape[1]).to(x)])
+        active = self._stock.representation().flatten().to(x) != 0 if lasso else slice(None)
+        jacobian = torch.zeros_like(x.T)
+        jacobian[active] = torch.linalg.pinv(design[:, active])[:, : len(x)] * root.T
+        return jacobian
 
 
 class KeepCoefficients(KeepGraph):
