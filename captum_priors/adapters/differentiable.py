@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from captum.attr import Attribution
 
 from captum_priors._errors import NotDifferentiableError, expected_found, one_of
+from captum_priors._probe import check_explainer
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
 from captum_priors.adapters.captum import ADAPTERS, REGISTERED, CaptumAdapter, adapted, refusal
 from captum_priors.adapters.shap import adapter_of, is_shap
@@ -82,22 +83,14 @@ class Differentiable:
         if isinstance(explainer, _OWN):
             if differentiation in (None, explainer.differentiation):
                 return explainer
-            explainer = copy.copy(explainer)
-            if isinstance(explainer, CaptumAdapter):
-                return explainer.with_differentiation(differentiation)
-            explainer.differentiation = differentiation
-            return explainer
+            twin = copy.copy(explainer)
+            if isinstance(twin, CaptumAdapter):
+                return twin.with_differentiation(differentiation)
+            twin.differentiation = differentiation
+            return twin
         if isinstance(explainer, Attribution):
             return adapted(explainer, differentiation or "double_backprop")
-        if not callable(getattr(explainer, "attribute", None)):
-            raise TypeError(
-                expected_found(
-                    "`explainer`",
-                    "an object with Captum's attribute(inputs, ...)",
-                    type(explainer).__name__,
-                    "Pass for example ExpectedGradients(model).",
-                )
-            )
+        check_explainer(explainer)
         if differentiation not in (None, getattr(explainer, "differentiation", None)):
             raise NotDifferentiableError(
                 expected_found(
@@ -123,8 +116,7 @@ class Differentiable:
         if issubclass(cls, _OWN):
             return cls
         if is_shap(cls):
-            shap_class: type = adapter_of(cls, None, None)
-            return shap_class
+            return cast("type", adapter_of(cls, None, None))
         if cls not in ADAPTERS:
             raise NotDifferentiableError(refusal(cls))
         return ADAPTERS[cls]
