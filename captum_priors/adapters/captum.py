@@ -20,6 +20,7 @@ from captum_priors._probe import forward_func_of
 from captum_priors._rows import Rows
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
 from captum_priors.attr import ExpectedGradients
+from captum_priors.attr.layers import copied
 from captum_priors.engine import attribution_call
 
 ADAPTERS: dict[type, type["CaptumAdapter"]] = {}
@@ -161,7 +162,7 @@ class CaptumAdapter:
             own = tuple(t.clone() for t in own)  # no leaves, which nobody may work in place on
         copies = {**given, "inputs": like_inputs(given["inputs"], own)}
         if "baselines" in given:
-            copies["baselines"] = _cloned(given["baselines"])
+            copies["baselines"] = copied(given["baselines"])
         return copies
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
@@ -169,12 +170,6 @@ class CaptumAdapter:
 
     def _run_stock(self, **given: Any) -> Any:
         return inspect.unwrap(self._stock.attribute)(self, **given)
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_cloned, value))
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _check_baselines(baselines: Any, tensors: tuple[Tensor, ...]) -> None:

@@ -1,6 +1,7 @@
 """Adapters of the classes that wrap another explainer and explain something else than tensors."""
 
 import copy
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ class WrapperAdapter(ModeAdapter):
     draws: ClassVar[tuple[str, ...]] = ("torch", "numpy", "python")  # loaders, text baselines
     takes_tensors: ClassVar[bool] = False
     attr_method: Any
+    _called_by_method: ClassVar[Any]  # of this object, the function that the method explains
 
     def __init__(self, attr_method: Any, *args: Any, **options: Any) -> None:
         self._stock.__init__(self, self._as_stock(attr_method), *args, **options)
@@ -44,10 +46,7 @@ class WrapperAdapter(ModeAdapter):
     def _wrap(self, attr_method: Any) -> None:
         """Take the differentiable twin of a method, and let it call this object."""
         self.attr_method = adapted(copy.copy(attr_method))
-        self.attr_method.forward_func = self._called_by_method()
-
-    def _called_by_method(self) -> Any:
-        raise NotImplementedError
+        self.attr_method.forward_func = self._called_by_method(self)
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
         run = self._with_graph if torch.is_grad_enabled() else self._without_graph
@@ -58,6 +57,7 @@ class DifferentiableDataLoaderAttribution(WrapperAdapter, DataLoaderAttribution)
     """:class:`captum.attr.DataLoaderAttribution` with its graph, to every batch of the loader."""
 
     _stock = DataLoaderAttribution
+    _called_by_method = attrgetter("_forward_with_dataloader")
 
     def _as_stock(self, attr_method: Any) -> Any:
         """Captum asks for an exact type."""
@@ -67,9 +67,6 @@ class DifferentiableDataLoaderAttribution(WrapperAdapter, DataLoaderAttribution)
         plain = stock.__new__(stock)
         plain.__dict__.update(attr_method.__dict__)
         return plain
-
-    def _called_by_method(self) -> Any:
-        return self._forward_with_dataloader
 
 
 class LanguageAdapter(WrapperAdapter):
@@ -86,15 +83,11 @@ class DifferentiableLLMAttribution(LanguageAdapter, LLMAttribution):
     """:class:`captum.attr.LLMAttribution` whose result carries its graph."""
 
     _stock = LLMAttribution
-
-    def _called_by_method(self) -> Any:
-        return self._forward_func
+    _called_by_method = attrgetter("_forward_func")
 
 
 class DifferentiableLLMGradientAttribution(LanguageAdapter, LLMGradientAttribution):
     """:class:`captum.attr.LLMGradientAttribution` whose result carries its graph."""
 
     _stock = LLMGradientAttribution
-
-    def _called_by_method(self) -> Any:
-        return GradientForwardFunc(self)
+    _called_by_method = GradientForwardFunc

@@ -181,7 +181,7 @@ class _Layer:
 
     def _recorded(self, inputs: Tensors, args: tuple[Any, ...]) -> Tensors:
         seen: list[Any] = []
-        with self._hooked(lambda found: seen.append(_copied(found))):
+        with self._hooked(lambda found: seen.append(copied(found))):
             run_forward(self.forward_func, inputs, None, args)
         return _only_activation(seen)
 
@@ -191,7 +191,7 @@ class _Layer:
 
         def hook(found: Any) -> Any:
             several = self.to_input or isinstance(found, tuple)
-            return _copied(values) if several else values[0].clone()
+            return copied(values) if several else values[0].clone()
 
         with self._hooked(hook):
             yield
@@ -231,10 +231,10 @@ class _LayerRows(Rows):
         return replace(self, target=some.target, args=some.args, n=some.n, inputs=inputs)
 
 
-def _copied(found: Any) -> Any:
-    """Copy tensors, because the operator that follows may work in place."""
+def copied(found: Any) -> Any:
+    """Copy the tensors of a tuple, which what follows may flag or work in place on."""
     if isinstance(found, tuple):
-        return tuple(map(_copied, found))
+        return tuple(map(copied, found))
     return found.clone() if isinstance(found, Tensor) else found
 
 
