@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors.engine._torch import without_hooks
+from captum_priors.engine.batch_norm import HeldStatistics
 from captum_priors.engine.gradients import (
     Field,
     check_rows,
@@ -40,6 +41,7 @@ from captum_priors.engine.model import (
     enter_exact_kernels,
     plainly_in,
     resumed,
+    run_eagerly,
     run_modules,
 )
 from captum_priors.engine.random import GlobalState
@@ -119,6 +121,7 @@ def recompute(
             return tuple(t.detach() for t in term)
 
         found = tuple(v.detach() for v in program(given, let_go))
+    leaves = [*current.leaves.values()]
 
     def pullback(
         cotangents: Sequence[Tensor], sources: Sequence[Tensor], wanted: Sequence[bool]
@@ -128,7 +131,7 @@ def recompute(
 
         def visit(term: tuple[Tensor, ...], rows: slice = slice(None)) -> tuple[Tensor, ...]:
             weights = [c[rows] for c in cotangents]
-            more = _pull(term, [*given, *sources[n_arguments:]], wanted, weights)
+            more = _pull(term, [*given, *leaves], wanted, weights)
             for i, gradient in enumerate(more):
                 if gradient is not None:
                     so_far = total[i]
@@ -141,7 +144,7 @@ def recompute(
             _check_reproduced(value, repeated.detach())
         return total
 
-    return with_pullback(found, [*arguments, *current.leaves.values()], pullback)
+    return with_pullback(found, [*arguments, *conditions.sources(leaves)], pullback)
 
 
 def _check_reproduced(value: Tensor, repeated: Tensor) -> None:
@@ -178,7 +181,7 @@ def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor,
         )
     half = computes_in_half(points, conditions.modules)
     relative_step, tolerance = (_STEP_HALF, _TOLERANCE_HALF) if half else (_STEP, _TOLERANCE)
-    n_points = len(points)
+    n_points, leaves = len(points), [*current.leaves.values()]
 
     def pullback(
         cotangents: Sequence[Tensor], sources: Sequence[Tensor], wanted: Sequence[bool]
@@ -196,9 +199,9 @@ def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor,
             slopes = (above - below) * (norm / (2 * step))
             _refuse_another_function(slopes.detach(), cotangents, gradients, tolerance)
             slope = slopes.sum()
-            return _pull([slope], [*at, *sources[n_points:]], wanted, [torch.ones_like(slope)])
+            return _pull([slope], [*at, *leaves], wanted, [torch.ones_like(slope)])
 
-    return with_pullback(gradients, [*points, *current.leaves.values()], pullback)
+    return with_pullback(gradients, [*points, *conditions.sources(leaves)], pullback)
 
 
 def _moves(
@@ -355,6 +358,7 @@ class Conditions:
     def __init__(self, forward_func: Any, streams: Sequence[str]) -> None:
         self._pass = current_pass()
         self._exact = self._pass is None or self._pass.exact
+        self._held = HeldStatistics() if self._pass is None else self._pass.statistics
         self._roots, self._hidden = plainly_in((forward_func,))
         refuse_batch_statistics(m for root in self._roots for m in root.modules())
         self._random, self._streams = GlobalState.now(streams), streams
@@ -366,19 +370,28 @@ class Conditions:
         self._autocast_cache = torch.is_autocast_cache_enabled()
 
     def __enter__(self) -> "Conditions":
-        self._watch: Any = run_modules() if self._hidden else nullcontext(())
-        self._running = self._watch.__enter__()
+        with ExitStack() as stack:
+            watch: Any = run_modules() if self._hidden else nullcontext(())
+            self._running = stack.enter_context(watch)
+            stack.enter_context(self._held.as_leaves())
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._watch.__exit__(*error)
+        self._stack.close()
         held = self._pass.modules if self._pass is not None else ()
         roots = (*self._roots, *self._running)
         self.modules = tuple({*held, *(m for root in roots for m in root.modules())})
         self.stochastic = self._random.moved()
         self._states = [
-            (module, name, value) for module in self.modules for name, value in _state_of(module)
+            (module, name, value)
+            for module in self.modules
+            for name, value in _state_of(module, self._held)
         ]
+
+    def sources(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Return what the leaves of the forward pass stand for: statistics have a graph."""
+        return [self._held.source(leaf) for leaf in leaves]
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -394,6 +407,11 @@ class Conditions:
             _set_all(self._states)
             if self._exact:
                 enter_exact_kernels(stack, self.modules)
+            if self._held:
+                run_eagerly(stack)
+                self._held.restart()
+                stack.enter_context(self._held.as_leaves())
+                stack.enter_context(self._held)
             if self._beta is not None or current_beta() is not None:
                 stack.enter_context(ReluMode(self._beta))
             for device, enabled, dtype in self._autocast:
@@ -406,13 +424,13 @@ class Conditions:
             yield
 
 
-def _state_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _state_of(module: nn.Module, held: HeldStatistics) -> Iterator[tuple[str, Any]]:
     """Flags that decide how a module runs, and copies of the buffers that it may read."""
     yield "training", module.training
     if isinstance(module, nn.RNNBase):
         yield "dropout", module.dropout
     for name, buffer in module.named_buffers(recurse=False):
-        yield name, buffer if buffer.requires_grad else buffer.clone()
+        yield name, buffer if buffer.requires_grad or held.knows(buffer) else buffer.clone()
 
 
 def _set_all(states: Sequence[tuple[nn.Module, str, Any]]) -> None:

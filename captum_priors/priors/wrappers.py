@@ -15,7 +15,7 @@ from captum_priors._types import TensorOrTuple
 from captum_priors.engine import Stream, any_process
 from captum_priors.engine.processes import rank_of_draws
 from captum_priors.engine.random import Counter
-from captum_priors.priors.base import Prior, Term, check_keywords
+from captum_priors.priors.base import Prior, Term, check_keywords, part_of
 from captum_priors.priors.combined import SumPrior, WeightedPrior, Wrapper
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,8 @@ class Subsample(Wrapper):
         # A target given as a tuple is one index for all examples, not one tuple entry for each.
         named["target"] = target if isinstance(target, tuple) else take(target, rows, n)
         named["additional_forward_args"] = take_each(additional_forward_args, rows, n)
-        return self._evaluate(self.prior, take_each(inputs, rows, n), baselines, rows, n, named)
+        with part_of(inputs, additional_forward_args):
+            return self._evaluate(self.prior, take_each(inputs, rows, n), baselines, rows, n, named)
 
     def _evaluate(
         self,

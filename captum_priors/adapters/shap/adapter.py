@@ -94,6 +94,11 @@ class ShapAdapter:
         """The torch module or function that is explained."""
         return self._torch.function
 
+    @property
+    def forward_func(self) -> Any:
+        """The model as a function of tensors in any dtype."""
+        return self._torch.once
+
     # What differs from one to another.
 
     def _start(self) -> None:

@@ -109,6 +109,10 @@ class TorchModel:
             argument = torch.tensor(np.ascontiguousarray(array))
         return argument.to(like.device, torch.int64 if self._whole else like.dtype)
 
+    def once(self, *arguments: Any) -> Any:
+        """Evaluate on rows as they are, all at once."""
+        return self.function(*map(self.convert, arguments))
+
     def __call__(self, *arguments: Any) -> Tensor:
         """Evaluate on rows, in parts that suit the device; in double precision."""
         given = tuple(map(self.convert, arguments))
