@@ -31,7 +31,8 @@ class _Chunk(NamedTuple):
 
 class _Centre(NamedTuple):
     offset: Tensor  # what the weights of all samples of an example share
-    factor: float
+    factor: float  # of their references
+    unbiased: float  # of their noise
 
 
 class _Terms(NamedTuple):
@@ -78,7 +79,7 @@ class PathSum:
             term = []
             for each in self._terms(inputs, baselines, centres, chunk).products:
                 mean = each.squeeze(0) if each.shape[0] == 1 else each.mean(0)
-                share = each.shape[0] / self.n_samples
+                share = each.shape[0] / len(self.draws.alphas)
                 term.append(mean if share == 1 else share * mean)
             block.append(visit(tuple(term), chunk.examples) if visit else tuple(term))
             if chunk.examples.stop == self.rows.n:
@@ -88,11 +89,6 @@ class PathSum:
                 total = tuple(map(torch.add, total, whole)) if total else whole
                 block = []
         return total
-
-    @property
-    def n_samples(self) -> int:
-        """Number of samples for each example."""
-        return self.draws.alphas.shape[0]
 
     @torch.no_grad()
     def convergence_delta(self, inputs: Tensors, baselines: Tensors) -> Tensor:
@@ -141,7 +137,7 @@ class PathSum:
             weight = end - reference if self.multiply_by_inputs and not centres else None
             if centres:
                 weight = centres[t].offset[chunk.examples] - centres[t].factor * reference
-                weight = weight if noise is None else weight + self._unbiased * noise
+                weight = weight if noise is None else weight + centres[t].unbiased * noise
             weights.append(weight)
         flat = input_gradients(
             self.rows.of(chunk.examples),
@@ -153,21 +149,18 @@ class PathSum:
             terms.products.append(each if weight is None else weight * each)
         return terms
 
-    @property
-    def _unbiased(self) -> float:
-        return self.n_samples / (self.n_samples - 1)
-
     def _centres(self, inputs: Tensors, baselines: Tensors) -> list[_Centre]:
         """Means over all samples that the control variate's weights refer to, taken once."""
-        centres = []
+        centres, n = [], len(self.draws.alphas)
+        unbiased = n / (n - 1)
         for t, (x, table) in enumerate(zip(inputs, baselines, strict=True)):
-            factor = covariance_factor(self.n_samples, table.shape[0]) * self._unbiased
+            factor = covariance_factor(n, table.shape[0]) * unbiased
             offset = x - table.mean(0) + factor * _mean(table[rows] for rows in self.draws.rows[t])
             if self.stdevs[t] > 0:
-                each = (_Chunk(slice(k, k + 1), slice(None)) for k in range(self.n_samples))
+                each = (_Chunk(slice(k, k + 1), slice(None)) for k in range(n))
                 noise = _mean(self._noise(x, t, chunk)[0] for chunk in each)
-                offset = offset - self._unbiased * noise
-            centres.append(_Centre(offset, factor))
+                offset = offset - unbiased * noise
+            centres.append(_Centre(offset, factor, unbiased))
         return centres
 
     def _noise(self, x: Tensor, t: int, chunk: _Chunk) -> Tensor:

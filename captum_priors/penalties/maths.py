@@ -177,7 +177,7 @@ def axes_of(attributions: Tensor, dim: Axes) -> tuple[int, ...]:
 
 def sum_channels(tensor: Tensor, axes: Sequence[int]) -> Tensor:
     """Sum over all axes but the batch and the given ones: ``(batch, *places)``."""
-    channels = [d for d in range(1, tensor.dim()) if d not in axes]
+    channels = sorted({*range(1, tensor.dim())} - {*axes})
     return tensor.sum(channels) if channels else tensor
 
 

@@ -90,8 +90,10 @@ def total_variation(attributions: Tensor, *, standardize: bool = True, dim: Axes
         variance = maps.var(dim=places, keepdim=True, unbiased=False)
         # Maps that vary by rounding alone are constant, not to be blown up to unit scale.
         maps = maps / (variance + (4 * torch.finfo(maps.dtype).eps) ** 2).sqrt()
-    steps = [maps.diff(dim=place).abs().flatten(1).sum(1) for place in places]
-    return torch.stack(steps).sum(0)
+    total = maps.new_zeros(len(maps))
+    for place in places:
+        total = total + maps.diff(dim=place).abs().flatten(1).sum(1)
+    return total
 
 
 @join_penalty
