@@ -8,7 +8,6 @@ chunks agree. Explaining on running statistics instead moves directions that the
 under batch statistics, does not feel, faster than the running statistics follow.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +49,7 @@ class HeldStatistics(TorchFunctionMode):
         super().__init__()
         self._layers: dict[int, _Layer] = {}
         self._sources: dict[int, Tensor] = {}
-        self._recording = self._as_leaves = False
+        self.recording = self._as_leaves = False
         self.alone: list[str] = []  # layers that have been given a single row
 
     def __bool__(self) -> bool:
@@ -71,15 +70,14 @@ class HeldStatistics(TorchFunctionMode):
 
     def record(self, run: Callable[[], T]) -> T:
         """Take the statistics from a forward pass of the batch, and hold them from now on."""
-        self._recording = True
+        self.recording = True
         try:
             with self:
                 found = run()
         finally:
-            self._recording = False
+            self.recording = False
         if self.alone:
             self.release()
-            warn_of_running_statistics(self.alone)
         return found
 
     def release(self) -> None:
@@ -127,7 +125,7 @@ class HeldStatistics(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if self._recording:
+        if self.recording:
             if len(input) == 1 and layer.group is None and not running_mean.isnan().all():
                 self.alone.append(layer.name)
                 return F.batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
@@ -149,25 +147,23 @@ class HeldStatistics(TorchFunctionMode):
 
     def _held(self, layer: _Layer) -> Statistics:
         if not layer.found:
-            raise NotDifferentiableError(
-                expected_found(
-                    f"{layer.name} in train mode",
-                    "a layer that runs when the model is given the explained batch",
-                    "one that does not",
-                    "Call eval() on this layer, or pass batch_norm='running' to the prior.",
-                )
-            )
+            raise unknown(layer.name)
         at = layer.runs % len(layer.found)
         layer.runs += 1
         return (layer.leaves if self._as_leaves else layer.found)[at]
 
 
-def warn_of_running_statistics(layers: list[str]) -> None:
-    """Say that a batch of one has no statistics to be explained on."""
-    warnings.warn(
-        f"A batch of one example has no statistics for {layers[0]} in train mode: it is explained "
-        "on the running statistics. Use larger batches.",
-        stacklevel=2,
+def unknown(name: str) -> NotDifferentiableError:
+    """Word that a layer has no statistics of the explained batch."""
+    return NotDifferentiableError(
+        expected_found(
+            f"{name} in train mode",
+            "a layer that runs when the explained function is given the batch, on whose statistics "
+            "it is explained",
+            "one that does not",
+            "An explainer of your own says what it explains by its attribute forward_func. Or call "
+            "eval() on this layer, or pass batch_norm='running' to the prior.",
+        )
     )
 
 

@@ -4,6 +4,7 @@ import functools
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from captum_priors._errors import NotDifferentiableError
 from captum_priors.engine._failures import cause_of
 from captum_priors.engine._torch import Normalisation, saved_tensors_hooks
-from captum_priors.engine.batch_norm import BATCH_NORMS, HeldStatistics
+from captum_priors.engine.batch_norm import BATCH_NORMS, HeldStatistics, unknown
 from captum_priors.engine.processes import wrapped, wrapper_classes
 from captum_priors.engine.random import GlobalState, seed_global
 
@@ -42,6 +43,7 @@ class Seen:
     judged: bool = False  # examples that influence each other have been looked for
     wrong_third: bool = False  # its gradients run through derivatives that torch gets wrong
     looked: bool = False  # what functions hide has run, with these layers of BatchNorm among it
+    alone: bool = False  # a batch of one has had no statistics
     batch_norms: WeakSet[nn.Module] = field(default_factory=WeakSet)
 
 
@@ -186,6 +188,13 @@ class AttributionPass:
             run_eagerly(self._stack)  # compiled modules would not see the statistics
         found = self.statistics.record(run)
         self.seen.looked = True
+        if self.statistics.alone and not self.seen.alone:
+            self.seen.alone = True
+            warnings.warn(
+                "A batch of one example has no statistics: BatchNorm layers in train mode are "
+                "explained on their running statistics. Use larger batches, or drop the last one.",
+                stacklevel=2,
+            )
         if self.statistics:
             self.holds_statistics = True
             self._stack.enter_context(self.statistics)
@@ -252,6 +261,8 @@ class AttributionPass:
             for name in ("running_mean", "running_var"):
                 self._undo.append((module, name, None))
                 setattr(module, name, torch.full((module.num_features,), torch.nan))
+        if not self.statistics.recording and current_pass() is self:  # it has begun
+            raise unknown(type(module).__name__)
         self.statistics.take(module)
 
     def _put_back(self) -> None:

@@ -18,6 +18,7 @@ the accumulators of its matrix products, before their results are rounded.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -62,14 +63,13 @@ Program = Callable[[tuple[Tensor, ...], Visit], tuple[Tensor, ...]]
 
 # Forward and backward pass evaluate the same program; nondeterministic GPU kernels reorder sums.
 _REPRODUCES = 1e-2
-# Finite differences: step relative to the norm of the point, and what an example's slope may be
-# off. The truncation error falls as the step's square and rounding rises as its inverse: for
-# trained transformers and convolutional networks in float32 the minimum lies near 0.2 %, at 1e-4
-# to 1e-3. Half precision rounds at 2^-8 to 2^-11: in bfloat16 the minimum of 1 to 4 % lies between
-# steps of 5 and 20 %.
-_STEP, _TOLERANCE = 0.002, (0.2, 0.02)  # of most examples, and of a typical one
+# Finite differences: the steps that are tried, relative to the norm of the point, and what an
+# example's slope may be off. In float32 the best step of trained transformers and convolutional
+# networks lies between 3e-5 and 3e-2, with errors of 1e-4 to 4e-3; half precision rounds at 2^-8 to
+# 2^-11, and in bfloat16 the minimum of 1 to 4 % lies between 5 and 20 %.
+_STEPS, _TOLERANCE = (1e-4, 1e-2), (0.2, 0.02)  # of most examples, and of a typical one
 _HALF = (torch.float16, torch.bfloat16)
-_STEP_HALF, _TOLERANCE_HALF = 0.1, (0.5, 0.25)
+_STEPS_HALF, _TOLERANCE_HALF = (0.05, 0.15), (0.5, 0.25)
 
 
 def keep_graph(term: tuple[Tensor, ...], rows: slice = slice(None)) -> tuple[Tensor, ...]:
@@ -161,13 +161,20 @@ def _check_reproduced(value: Tensor, repeated: Tensor) -> None:
 def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Input gradients whose parameter gradient is a central difference of first derivatives.
 
+    Evaluated in full precision also under autocast, with a step chosen for each example.
+
     Raises:
         NotDifferentiableError: If examples influence each other or random numbers are drawn, and,
             in the backward pass, if the differences disagree with the gradients.
     """
-    conditions = Conditions(field, ("torch",))
-    with conditions, without_graph(returns_with_graph=False) as current:
-        gradients = values(field, points)
+    device = points[0].device.type
+    mixed = torch.is_autocast_enabled(device)
+    exact = tuple([p.float() if mixed and p.dtype in _HALF else p for p in points])
+    with torch.autocast(device, enabled=False) if mixed else nullcontext():
+        conditions = Conditions(field, ("torch",))
+        with conditions, without_graph(returns_with_graph=False) as current:
+            gradients = values(field, exact)
+        half = computes_in_half(exact, conditions.modules)
     if conditions.stochastic:
         raise NotDifferentiableError(
             expected_found(
@@ -179,8 +186,6 @@ def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor,
                 "differentiation='double_backprop'.",
             )
         )
-    half = computes_in_half(points, conditions.modules)
-    relative_step, tolerance = (_STEP_HALF, _TOLERANCE_HALF) if half else (_STEP, _TOLERANCE)
     n_points, leaves = len(points), [*current.leaves.values()]
 
     def pullback(
@@ -188,47 +193,81 @@ def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor,
     ) -> Sequence[Tensor | None]:
         with conditions.again():
             at = tuple(sources[i].detach().requires_grad_(wanted[i]) for i in range(n_points))
-            moves, norm, step = _moves(cotangents, at, relative_step)
-            moved = tuple(
-                torch.cat([p + m.to(p.dtype), p - m.to(p.dtype)])
-                for p, m in zip(at, moves, strict=True)
-            )
-            outputs = field(moved)
-            check_rows(outputs, moved[0].shape[0])
-            above, below = _rows(outputs.reshape(-1, 1)).squeeze(1).chunk(2)
-            slopes = (above - below) * (norm / (2 * step))
+            line = _Line.along(field, at, cotangents)
+            slopes = line.slopes(line.steps(gradients, _STEPS_HALF if half else _STEPS))
+            tolerance = _TOLERANCE_HALF if half else _TOLERANCE
             _refuse_another_function(slopes.detach(), cotangents, gradients, tolerance)
             slope = slopes.sum()
             return _pull([slope], [*at, *leaves], wanted, [torch.ones_like(slope)])
 
-    return with_pullback(gradients, [*points, *conditions.sources(leaves)], pullback)
+    found = with_pullback(gradients, [*exact, *conditions.sources(leaves)], pullback)
+    return tuple([g.to(p.dtype) for g, p in zip(found, points, strict=True)])
 
 
-def _moves(
-    cotangents: Sequence[Tensor], points: tuple[Tensor, ...], relative_step: float
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Displacements ``h v / |v|`` of each tensor, with ``|v|`` and ``h`` of each example.
+@dataclass(frozen=True)
+class _Line:
+    """The outputs along each example's direction :math:`v`, on both sides of its point."""
 
-    The step is the largest that moves none of the tensors by more than the given fraction of its
-    own norm. A point at the origin borrows the mean norm of its batch.
-    """
-    vectors = [_rows(v) for v in cotangents]
-    norms = torch.stack([v.norm(dim=1) for v in vectors])
-    norm = norms.square().sum(0).sqrt()
-    unit = torch.where(norm > 0, norm, torch.ones_like(norm))
-    scales = torch.stack([_rows(p.detach()).norm(dim=1) for p in points])
-    typical = scales.mean(dim=1, keepdim=True)
-    typical = torch.where(typical > 0, typical, torch.ones_like(typical))
-    # A point much nearer to the origin than its batch (a zero baseline) would get no step at all.
-    scales = torch.maximum(scales, 0.1 * typical)
-    share = norms / unit
-    step = relative_step * (scales / share.clamp_min(torch.finfo(share.dtype).tiny)).amin(0)
-    step = torch.where(norm > 0, step, torch.full_like(step, relative_step))
-    moves = tuple(
-        ((step / unit).unsqueeze(1) * v).reshape(p.shape)
-        for v, p in zip(vectors, points, strict=True)
-    )
-    return moves, norm, step
+    field: Field
+    points: tuple[Tensor, ...]
+    units: tuple[Tensor, ...]  # v / |v|, like the points
+    norms: Tensor  # |v|
+    lengths: Tensor  # of the step that moves a tensor by all of its own norm
+
+    @classmethod
+    def along(
+        cls, field: Field, points: tuple[Tensor, ...], directions: Sequence[Tensor]
+    ) -> "_Line":
+        vectors = [_rows(v) for v in directions]
+        each = torch.stack([v.norm(dim=1) for v in vectors])
+        norms = each.square().sum(0).sqrt()
+        unit = torch.where(norms > 0, norms, torch.ones_like(norms))
+        scales = torch.stack([_rows(p.detach()).norm(dim=1) for p in points])
+        typical = scales.mean(dim=1, keepdim=True)
+        typical = torch.where(typical > 0, typical, torch.ones_like(typical))
+        # A point much nearer to the origin than its batch (a zero baseline) would get no step.
+        scales = torch.maximum(scales, 0.1 * typical)
+        share = (each / unit).clamp_min(torch.finfo(norms.dtype).tiny)
+        lengths = torch.where(norms > 0, (scales / share).amin(0), torch.ones_like(norms))
+        pairs = zip(vectors, points, strict=True)
+        units = tuple((v / unit.unsqueeze(1)).reshape(p.shape) for v, p in pairs)
+        return cls(field, points, units, norms, lengths)
+
+    def slopes(self, steps: Tensor) -> Tensor:
+        """Central difference for each example, its step relative to the norm of the point."""
+        step = steps * self.lengths
+        sides = []
+        for p, unit in zip(self.points, self.units, strict=True):
+            move = (step.reshape(-1, *[1] * (p.dim() - 1)) * unit).to(p.dtype)
+            sides.append(torch.cat([p + move, p - move]))
+        outputs = self.field(tuple(sides))
+        check_rows(outputs, sides[0].shape[0])
+        above, below = _rows(outputs.reshape(-1, 1)).squeeze(1).chunk(2)
+        return (above - below) * (self.norms / (2 * step))
+
+    def steps(self, gradients: Sequence[Tensor], tried: tuple[float, float]) -> Tensor:
+        r"""The step of each example where the two errors of a difference are least.
+
+        The slope is known, from the gradient: with a short step :math:`h_1` it is off by rounding,
+        :math:`R/h_1`, and with a long one by curvature, :math:`T h_2^2`. Their sum is least at
+        :math:`h^3 = R/2T`.
+        """
+        pairs = zip(self.units, gradients, strict=True)
+        known = torch.stack([(_rows(v) * _rows(g)).sum(1) for v, g in pairs]).sum(0)
+        short, long = tried
+        off_short, off_long = (
+            (self.slopes(torch.full_like(known, h)).detach() - self.norms * known).abs()
+            for h in tried
+        )
+        # Outputs are rounded alike: an example that is right by chance is taken as the others are.
+        scale = (self.norms / self.lengths).clamp_min(torch.finfo(known.dtype).tiny)
+        rounding = short * torch.maximum(off_short, (off_short / scale).median() * scale)
+        curvature = (off_long - rounding / long).clamp_min(0) / long**2
+        # A long step that is off by as much as the slope is large leaves out how much more.
+        far = off_long > 0.3 * self.norms * known.abs()
+        curvature = torch.where(far, torch.maximum(curvature, off_short / short**2), curvature)
+        best = (rounding / (2 * curvature)) ** (1 / 3)
+        return best.nan_to_num(long).clamp(short / 3, 3 * long)
 
 
 def _rows(tensor: Tensor) -> Tensor:

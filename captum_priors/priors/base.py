@@ -21,7 +21,7 @@ from captum_priors._checks import (
     check_target,
     positive,
 )
-from captum_priors._errors import NotDifferentiableError, expected_found, one_of
+from captum_priors._errors import expected_found, one_of
 from captum_priors._rows import Rows, shared
 from captum_priors._shown import shown_options
 from captum_priors._types import TensorOrTuple
@@ -400,12 +400,8 @@ class Term(Prior):
         tensors = out_of_inference(as_tuple(inputs))
 
         def run() -> list[Tensor]:
-            found = []
-            for model in self._models():
-                if model is None:
-                    raise NotDifferentiableError(_NO_MODEL)
-                found.append(Rows(model, None, args, tensors[0].shape[0])(tensors))
-            return found
+            models = [model for model in self._models() if model is not None]
+            return [Rows(model, None, args, tensors[0].shape[0])(tensors) for model in models]
 
         batch = explaining.hold_statistics(run)
         if self.batch_norm == "running":
@@ -457,13 +453,6 @@ def part_of(inputs: Any, additional_forward_args: Any) -> Iterator[None]:
         _whole_batch.reset(token)
 
 
-_NO_MODEL = expected_found(
-    "`explainer`",
-    "the model as its attribute forward_func, because BatchNorm layers in train mode are explained "
-    "on the statistics of the batch",
-    "none",
-    "Set explainer.forward_func, call model.eval(), or pass batch_norm='running' to the prior.",
-)
 _DIFFER = (
     "batch_norm='running': the outputs of the model on the explained batch differ between running "
     "statistics and those of the batch by more than they differ between examples. The prior then "
