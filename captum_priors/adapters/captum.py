@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from captum.attr import GradientAttribution, LayerAttribution, NoiseTunnel
 from torch import Tensor
 
@@ -142,6 +143,10 @@ class CaptumAdapter:
             found = given.get("baselines")
             found = call_baselines(found, given["inputs"]) if callable(found) else found
             each = check_distribution(found if isinstance(found, tuple) else (found,), tensors)
+            if (
+                "DeepLift" in self._stock.__name__
+            ):  # which wants several rows: one twice is the same
+                each = tuple(torch.cat([b, b]) if len(b) == 1 else b for b in each)
             given["baselines"] = like_inputs(given["inputs"], each)
         elif "baselines" in self._takes and given.get("baselines") is not None:
             _check_baselines(given["baselines"], tensors)

@@ -205,7 +205,7 @@ def _members(groups: Any, rows: Tensor) -> list[Tensor]:
         raise ValueError(
             expected_found(
                 "`groups`",
-                f"lists of feature indices below {n}, or an integer tensor of labels",
+                f"an integer tensor of labels, or lists of feature indices below {n}",
                 f"the group {wrong[0]}" if wrong else "no group",
                 "List the features of each group; one label for each feature is "
                 "torch.tensor(groups).",
