@@ -12,7 +12,7 @@ from captum.attr import Attribution
 from torch import Tensor
 
 from captum_priors._captum import as_tuple, forward_args, like_inputs, output_error
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal, type_of
 from captum_priors._rows import run_forward
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine.random import STREAMS, seed_global
@@ -22,15 +22,13 @@ _PASSED_AT_CALL = ("inputs", "target", "additional_forward_args")
 
 def check_explainer(explainer: Any) -> None:
     """Require an object with Captum's ``attribute``."""
-    is_class = isinstance(explainer, type)
-    if is_class or not callable(getattr(explainer, "attribute", None)):
-        raise TypeError(
-            expected_found(
-                "`explainer`",
-                "an object with Captum's attribute(inputs, ...)",
-                f"the class {explainer.__name__}" if is_class else type(explainer).__name__,
-                "Pass for example ExpectedGradients(model).",
-            )
+    if isinstance(explainer, type) or not callable(getattr(explainer, "attribute", None)):
+        raise refusal(
+            TypeError,
+            "`explainer`",
+            "an object with Captum's attribute(inputs, ...)",
+            type_of(explainer),
+            "Pass for example ExpectedGradients(model).",
         )
 
 
@@ -43,13 +41,12 @@ def check_options(explainer: Any, options: Iterable[str]) -> None:
         if name not in parameters:
             known = ", ".join(p for p in parameters if p not in _PASSED_AT_CALL)
             close = difflib.get_close_matches(name, parameters, n=1)
-            raise TypeError(
-                expected_found(
-                    f"`{name}`",
-                    f"an option of {type(explainer).__name__}.attribute ({known})",
-                    repr(name),
-                    f"Did you mean {close[0]}?" if close else "Check the spelling.",
-                )
+            raise refusal(
+                TypeError,
+                f"`{name}`",
+                f"an option of {type(explainer).__name__}.attribute ({known})",
+                repr(name),
+                f"Did you mean {close[0]}?" if close else "Check the spelling.",
             )
 
 

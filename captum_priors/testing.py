@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_tensors
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors._probe import check_explainer, check_options
 from captum_priors.engine import modules_of, run_modules
 from captum_priors.engine.random import STREAMS, GlobalState, seed_global
@@ -132,13 +132,12 @@ def check_differentiable(
     gaps = [a - n for a, n in zip(analytic, numeric, strict=True)]
     errors = [abs(gap) / (scale or 1.0) if math.isfinite(gap) else math.inf for gap in gaps]
     if scale == max(errors) == 0:
-        raise ValueError(
-            expected_found(
-                "`explainer`",
-                "attributions that depend on at least one of the parameters",
-                "derivatives that are all zero, which certifies nothing",
-                "Choose a nonlinear model, or other parameters.",
-            )
+        raise refusal(
+            ValueError,
+            "`explainer`",
+            "attributions that depend on at least one of the parameters",
+            "derivatives that are all zero, which certifies nothing",
+            "Choose a nonlinear model, or other parameters.",
         )
     names = [name for name, _ in named]
     certificate = Certificate(max(errors), dict(zip(names, errors, strict=True)), tolerance)
@@ -146,16 +145,15 @@ def check_differentiable(
         stock = isinstance(explainer, Attribution)
         stock = stock and type(explainer).__module__.startswith("captum.")
         worst = names[errors.index(max(errors))]
-        raise NotDifferentiableError(
-            expected_found(
-                "`explainer`",
-                f"a gradient within {tolerance:g} of central differences",
-                f"an error of {certificate.error:.2g}, the largest at {worst!r}",
-                "Captum's own classes drop the graph: wrap it, differentiable(explainer)."
-                if stock
-                else "Do not train on it: a part of the computation is missing from its graph, or "
-                "is random, or has a kink within the step.",
-            )
+        raise refusal(
+            NotDifferentiableError,
+            "`explainer`",
+            f"a gradient within {tolerance:g} of central differences",
+            f"an error of {certificate.error:.2g}, the largest at {worst!r}",
+            "Captum's own classes drop the graph: wrap it, differentiable(explainer)."
+            if stock
+            else "Do not train on it: a part of the computation is missing from its graph, or "
+            "is random, or has a kink within the step.",
         )
     return certificate
 
@@ -180,36 +178,33 @@ def _checked(
         ]
     pairs = list(parameters)
     if any(not isinstance(entry, tuple) for entry in pairs):
-        raise TypeError(
-            expected_found(
-                "`parameters`",
-                "pairs of a name and a tensor",
-                "tensors alone",
-                "Pass model.named_parameters().",
-            )
+        raise refusal(
+            TypeError,
+            "`parameters`",
+            "pairs of a name and a tensor",
+            "tensors alone",
+            "Pass model.named_parameters().",
         )
     pairs += [(f"inputs[{i}]", tensor) for i, tensor in enumerate(as_tuple(inputs))]
     # Each tensor once, under the last of its names.
     names = {tensor: name for name, tensor in pairs if tensor.requires_grad}
     for tensor, name in names.items():
         if tensor.dtype != torch.float64 or not tensor.is_leaf:
-            raise TypeError(
-                expected_found(
-                    f"`{name}`",
-                    "a leaf tensor in torch.float64",
-                    f"{tensor.dtype}, leaf: {tensor.is_leaf}",
-                    "Certify a copy of the model made with copy.deepcopy(model).double(): in lower "
-                    "precision a difference quotient cannot tell right from wrong.",
-                )
+            raise refusal(
+                TypeError,
+                f"`{name}`",
+                "a leaf tensor in torch.float64",
+                f"{tensor.dtype}, leaf: {tensor.is_leaf}",
+                "Certify a copy of the model made with copy.deepcopy(model).double(): in lower "
+                "precision a difference quotient cannot tell right from wrong.",
             )
     if not names:
-        raise ValueError(
-            expected_found(
-                "`parameters`",
-                f"parameters behind {type(explainer).__name__} that require gradients",
-                "none",
-                "Pass parameters=model.named_parameters().",
-            )
+        raise refusal(
+            ValueError,
+            "`parameters`",
+            f"parameters behind {type(explainer).__name__} that require gradients",
+            "none",
+            "Pass parameters=model.named_parameters().",
         )
     return [(name, tensor) for tensor, name in names.items()]
 

@@ -16,7 +16,7 @@ from captum_priors._captum import (
     like_inputs,
 )
 from captum_priors._checks import check_distribution, check_floating, check_target, check_tensors
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors._probe import forward_func_of
 from captum_priors._rows import Rows
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
@@ -81,13 +81,12 @@ class CaptumAdapter:
     def with_differentiation(self, differentiation: Differentiation) -> Any:
         """Set how the parameter gradient is taken, if this class can."""
         if differentiation not in self.differentiations:
-            raise NotDifferentiableError(
-                expected_found(
-                    f"`differentiation` of {self._stock.__name__}",
-                    " or ".join(map(repr, self.differentiations)),
-                    repr(differentiation),
-                    "Its attributions are more than arithmetic on input gradients.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                f"`differentiation` of {self._stock.__name__}",
+                " or ".join(map(repr, self.differentiations)),
+                repr(differentiation),
+                "Its attributions are more than arithmetic on input gradients.",
             )
         self.differentiation = differentiation
         return self
@@ -119,13 +118,12 @@ class CaptumAdapter:
         """Refuse what is set on the explainer and would not be honoured with a graph."""
         own = getattr(self, "gradient_func", compute_gradients)
         if not str(getattr(own, "__module__", "")).startswith("captum."):
-            raise NotDifferentiableError(
-                expected_found(
-                    "`explainer`",
-                    "Captum's own gradient_func",
-                    "another one, which an adapter would replace",
-                    "Register a conversion of your own with differentiable.register.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "`explainer`",
+                "Captum's own gradient_func",
+                "another one, which an adapter would replace",
+                "Register a conversion of your own with differentiable.register.",
             )
 
     def _check_call(self, given: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -181,36 +179,33 @@ def _check_baselines(baselines: Any, tensors: tuple[Tensor, ...]) -> None:
     """Require what goes with each example: a number, one row, or as many rows."""
     each = baselines if isinstance(baselines, tuple) else (baselines,)
     if len(each) != len(tensors):
-        raise ValueError(
-            expected_found(
-                "`baselines`",
-                f"{len(tensors)}, one for each input",
-                str(len(each)),
-                "Pass a tuple with one entry for each of the inputs, in their order.",
-            )
+        raise refusal(
+            ValueError,
+            "`baselines`",
+            f"{len(tensors)}, one for each input",
+            str(len(each)),
+            "Pass a tuple with one entry for each of the inputs, in their order.",
         )
     for i, (baseline, tensor) in enumerate(zip(each, tensors, strict=True)):
         name = f"`baselines[{i}]`" if isinstance(baselines, tuple) else "`baselines`"
         if not isinstance(baseline, (Tensor, int, float)):
-            raise TypeError(
-                expected_found(
-                    name,
-                    "a tensor or a number",
-                    type(baseline).__name__,
-                    "Convert it with torch.as_tensor(..., dtype=..., device=...).",
-                )
+            raise refusal(
+                TypeError,
+                name,
+                "a tensor or a number",
+                type(baseline).__name__,
+                "Convert it with torch.as_tensor(..., dtype=..., device=...).",
             )
         shape = tuple(baseline.shape) if isinstance(baseline, Tensor) else ()
         sizes = zip(reversed(shape), reversed(tensor.shape), strict=False)
         if len(shape) > tensor.dim() or not all(size in (1, wanted) for size, wanted in sizes):
-            raise ValueError(
-                expected_found(
-                    name,
-                    f"a number, one row, or rows like those of shape {tuple(tensor.shape)}",
-                    f"shape {shape}",
-                    "A distribution of reference rows is what ExpectedGradients, GradientShap "
-                    "and DeepLiftShap take.",
-                )
+            raise refusal(
+                ValueError,
+                name,
+                f"a number, one row, or rows like those of shape {tuple(tensor.shape)}",
+                f"shape {shape}",
+                "A distribution of reference rows is what ExpectedGradients, GradientShap "
+                "and DeepLiftShap take.",
             )
 
 
@@ -221,7 +216,7 @@ def adapted(explainer: Any, differentiation: Differentiation = "double_backprop"
     if isinstance(explainer, (CaptumAdapter, ExpectedGradients)):
         return explainer
     if type(explainer) not in ADAPTERS:
-        raise NotDifferentiableError(refusal(type(explainer)))
+        raise NotDifferentiableError(no_conversion(type(explainer)))
     return ADAPTERS[type(explainer)].of(explainer, differentiation)
 
 
@@ -262,7 +257,7 @@ def held_fixed(name: str) -> str:
     return HELD_FIXED.get(same.get(plain, plain), "")
 
 
-def refusal(cls: type) -> str:
+def no_conversion(cls: type) -> str:
     """Word the error for a class that has no certified conversion."""
     reason = REFUSED.get(cls.__name__) if cls.__module__.startswith("captum.") else None
     if reason is not None:

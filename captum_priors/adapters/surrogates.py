@@ -20,7 +20,7 @@ from captum_priors._captum import (
     SkLearnRidge,
     as_tuple,
 )
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors.adapters.keep_graph import KeepGraph
 from captum_priors.adapters.methods import ModeAdapter
 
@@ -44,13 +44,12 @@ class LinearSurrogate:
         result = self._stock.fit([[t.detach() for t in batch] for batch in batches], **options)
         inputs, outputs, weights = (torch.cat(parts) for parts in zip(*batches, strict=True))
         if inputs.requires_grad or weights.requires_grad:
-            raise NotDifferentiableError(
-                expected_found(
-                    "`similarity_func`",
-                    "masks and weights of the samples that are constants",
-                    "some with a graph, to learned baselines or the model's own features",
-                    "Detach what they are computed from.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "`similarity_func`",
+                "masks and weights of the samples that are constants",
+                "some with a graph, to learned baselines or the model's own features",
+                "Detach what they are computed from.",
             )
         jacobian = self._jacobian(inputs, weights)
         deviation = (outputs - outputs.detach()).flatten().to(jacobian.dtype)
@@ -108,26 +107,24 @@ class SurrogateAdapter(ModeAdapter):
         model = self.interpretable_model
         known = _SUPPORTED.get(type(model))
         if known is None or not set(model.construct_kwargs) <= set(known):
-            raise NotDifferentiableError(
-                expected_found(
-                    "`interpretable_model`",
-                    "SkLearnLinearRegression, SkLearnRidge or SkLearnLasso with no other options "
-                    "than fit_intercept, alpha, max_iter and tol",
-                    f"{type(model).__name__}({getattr(model, 'construct_kwargs', '')})",
-                    "Its solution has no Jacobian that is certified.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "`interpretable_model`",
+                "SkLearnLinearRegression, SkLearnRidge or SkLearnLasso with no other options "
+                "than fit_intercept, alpha, max_iter and tol",
+                f"{type(model).__name__}({getattr(model, 'construct_kwargs', '')})",
+                "Its solution has no Jacobian that is certified.",
             )
 
     def _with_graph(self, given: dict[str, Any]) -> Any:
         moving = any(t.requires_grad for t in as_tuple(given["inputs"]))
         if moving and self._weights_depend_on_inputs:
-            raise NotDifferentiableError(
-                expected_found(
-                    "`inputs`",
-                    "inputs that require no gradient",
-                    "some that do",
-                    "The weights of the samples depend on the inputs and are held fixed: detach.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "`inputs`",
+                "inputs that require no gradient",
+                "some that do",
+                "The weights of the samples depend on the inputs and are held fixed: detach.",
             )
         worker = copy.copy(self)
         worker.interpretable_model = LinearSurrogate(self.interpretable_model)

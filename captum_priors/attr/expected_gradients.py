@@ -15,7 +15,7 @@ from captum_priors._checks import (
     check_inputs,
     check_target,
 )
-from captum_priors._errors import expected_found, one_of
+from captum_priors._errors import one_of, refusal
 from captum_priors._rows import Rows
 from captum_priors._types import DIFFERENTIATIONS, Differentiation, TensorOrTuple
 from captum_priors.attr.draws import Draws
@@ -147,26 +147,24 @@ class ExpectedGradients(GradientAttribution):
         noise = stdevs if isinstance(stdevs, tuple) else (stdevs,) * len(explained)
         good = [s for s in noise if isinstance(s, (int, float)) and 0 <= s < float("inf")]
         if not len(good) == len(noise) == len(explained):
-            raise ValueError(
-                expected_found(
-                    "`stdevs`",
-                    f"a non-negative number, or a tuple of {len(explained)}",
-                    repr(stdevs),
-                    "Pass 0.0 for no noise.",
-                )
+            raise refusal(
+                ValueError,
+                "`stdevs`",
+                f"a non-negative number, or a tuple of {len(explained)}",
+                repr(stdevs),
+                "Pass 0.0 for no noise.",
             )
         check_count("n_samples", n_samples)
         check_count("internal_batch_size", internal_batch_size, optional=True)
         if estimator not in ESTIMATORS:
             one_of("estimator", estimator, ESTIMATORS)
         if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(
-                expected_found(
-                    "`generator`",
-                    "a torch.Generator",
-                    type(generator).__name__,
-                    "Pass torch.Generator().manual_seed(0).",
-                )
+            raise refusal(
+                TypeError,
+                "`generator`",
+                "a torch.Generator",
+                type(generator).__name__,
+                "Pass torch.Generator().manual_seed(0).",
             )
         control_variate = estimator == "control_variate" and n_samples > 1
         draws = Draws.new(

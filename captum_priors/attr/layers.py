@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, forward_args
 from captum_priors._checks import check_inputs, check_target
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors._rows import Rows, run_forward, take, tile
 from captum_priors._types import Differentiation, TensorOrTuple
 from captum_priors.attr.expected_gradients import Estimator, ExpectedGradients, reference_rows
@@ -64,10 +64,12 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         differentiation: Differentiation = "double_backprop",
     ) -> None:
         if not isinstance(layer, nn.Module):
-            raise TypeError(
-                expected_found(
-                    "`layer`", "a torch.nn.Module", type(layer).__name__, "Pass model.some_layer."
-                )
+            raise refusal(
+                TypeError,
+                "`layer`",
+                "a torch.nn.Module",
+                type(layer).__name__,
+                "Pass model.some_layer.",
             )
         ExpectedGradients.__init__(
             self, forward_func, multiply_by_inputs, differentiation=differentiation
@@ -166,14 +168,13 @@ class _Layer:
             shapes = [a[: times * (batch // 2)].shape for a in found]
             alike = [h.shape for h in half] == shapes
         if not alike:
-            raise ValueError(
-                expected_found(
-                    "`layer`",
-                    f"a layer whose first dimension counts the {batch} examples, or as many rows "
-                    "for each, one example's after another's",
-                    f"shapes {[tuple(a.shape) for a in found]}",
-                    "Choose a layer before the examples are packed or transposed, or one behind.",
-                )
+            raise refusal(
+                ValueError,
+                "`layer`",
+                f"a layer whose first dimension counts the {batch} examples, or as many rows "
+                "for each, one example's after another's",
+                f"shapes {[tuple(a.shape) for a in found]}",
+                "Choose a layer before the examples are packed or transposed, or one behind.",
             )
         if times > 1:
             found = tuple(a.unflatten(0, (batch, times)) for a in found)
@@ -241,23 +242,21 @@ def copied(found: Any) -> Any:
 def _only_activation(seen: list[Any]) -> Tensors:
     """Require that the layer ran once and dealt in floating-point tensors."""
     if len(seen) != 1:
-        raise ValueError(
-            expected_found(
-                "`layer`",
-                "a layer that runs once in each forward pass",
-                f"{len(seen)} runs",
-                "Pass a layer of the model behind forward_func that is not shared.",
-            )
+        raise refusal(
+            ValueError,
+            "`layer`",
+            "a layer that runs once in each forward pass",
+            f"{len(seen)} runs",
+            "Pass a layer of the model behind forward_func that is not shared.",
         )
     values = seen[0] if isinstance(seen[0], tuple) else (seen[0],)
     if not all(isinstance(v, Tensor) and v.is_floating_point() for v in values) or not values:
-        raise TypeError(
-            expected_found(
-                "`layer`",
-                "a layer that deals in a floating-point tensor or a tuple of them",
-                ", ".join(type(v).__name__ for v in values) or "nothing",
-                "Choose another layer, or attribute_to_layer_input.",
-            )
+        raise refusal(
+            TypeError,
+            "`layer`",
+            "a layer that deals in a floating-point tensor or a tuple of them",
+            ", ".join(type(v).__name__ for v in values) or "nothing",
+            "Choose another layer, or attribute_to_layer_input.",
         )
     return values
 
@@ -265,11 +264,10 @@ def _only_activation(seen: list[Any]) -> Tensors:
 def _check_alike(activations: Tensors, references: Tensors) -> None:
     found, wanted = ([tuple(a.shape[1:]) for a in each] for each in (references, activations))
     if found != wanted:
-        raise ValueError(
-            expected_found(
-                "`baselines`",
-                f"reference inputs at which the layer's rows have shapes {wanted}",
-                str(found),
-                "Pad the reference inputs to the length of the inputs.",
-            )
+        raise refusal(
+            ValueError,
+            "`baselines`",
+            f"reference inputs at which the layer's rows have shapes {wanted}",
+            str(found),
+            "Pad the reference inputs to the length of the inputs.",
         )

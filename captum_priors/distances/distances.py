@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_priors._checks import check_count, positive
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors.penalties.maths import (
     Axes,
     axes_of,
@@ -107,13 +107,12 @@ def ssim(attributions: Tensor, other: Tensor, *, dim: Axes = None, window: int =
     check_count("window", window)
     axes = axes_of(attributions, dim)
     if len(axes) != 2:
-        raise ValueError(
-            expected_found(
-                "`attributions`",
-                "maps with two axes, (batch, channels, height, width), or dim=(...) with both",
-                f"shape {tuple(attributions.shape)}" + ("" if dim is None else f", dim={dim}"),
-                "Use mse, cosine or pearson for attributions that are not maps.",
-            )
+        raise refusal(
+            ValueError,
+            "`attributions`",
+            "maps with two axes, (batch, channels, height, width), or dim=(...) with both",
+            f"shape {tuple(attributions.shape)}" + ("" if dim is None else f", dim={dim}"),
+            "Use mse, cosine or pearson for attributions that are not maps.",
         )
     a, b = (sum_channels(t, axes).unsqueeze(1) for t in (attributions, other))
     both = torch.cat([a, b], 1).flatten(1)
@@ -186,10 +185,12 @@ class SoftTopK(nn.Module):
     def _membership(self, attributions: Tensor) -> Tensor:
         size = in_units_of_largest(attributions.abs().flatten(1), 1)
         if size.shape[1] <= self.k:
-            raise ValueError(
-                expected_found(
-                    "`k`", f"fewer than the {size.shape[1]} features", str(self.k), "Lower k."
-                )
+            raise refusal(
+                ValueError,
+                "`k`",
+                f"fewer than the {size.shape[1]} features",
+                str(self.k),
+                "Lower k.",
             )
         top = size.topk(self.k + 1, dim=1).values
         threshold = top[:, -2:].mean(1, keepdim=True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_priors._errors import expected_found, one_of
+from captum_priors._errors import one_of, refusal
 from captum_priors._rows import shared
 from captum_priors.penalties.maths import (
     cosine_distance,
@@ -144,14 +144,13 @@ def fitted(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
     ):
         found = annotation.value if isinstance(annotation, shared) else annotation
         without = f", or {(shape[0], *shape[2:])} for all channels" if len(shape) > 3 else ""
-        raise ValueError(
-            expected_found(
-                "`annotation`",
-                f"one for each of the {len(attributions)} examples, shape {tuple(shape)}{without}",
-                str(tuple(found.shape)),
-                "Wrap what is one for the whole batch, captum_priors.shared(...); unsqueeze what "
-                "channels or places share; or resize the annotation.",
-            )
+        raise refusal(
+            ValueError,
+            "`annotation`",
+            f"one for each of the {len(attributions)} examples, shape {tuple(shape)}{without}",
+            str(tuple(found.shape)),
+            "Wrap what is one for the whole batch, captum_priors.shared(...); unsqueeze what "
+            "channels or places share; or resize the annotation.",
         )
     return given.to(attributions.dtype)
 
@@ -171,24 +170,23 @@ def _checked(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
     """Check type, device and values; add the dimensions that may be left out."""
     given = annotation.value if isinstance(annotation, shared) else annotation
     if not isinstance(given, Tensor):
-        raise TypeError(
-            expected_found("`annotation`", "a tensor", type(given).__name__, "Use torch.as_tensor.")
+        raise refusal(
+            TypeError, "`annotation`", "a tensor", type(given).__name__, "Use torch.as_tensor."
         )
     if given.device != attributions.device:
-        raise ValueError(
-            expected_found(
-                "`annotation`",
-                f"device {attributions.device} as for the attributions",
-                str(given.device),
-                f"Move it with .to({str(attributions.device)!r}).",
-            )
+        raise refusal(
+            ValueError,
+            "`annotation`",
+            f"device {attributions.device} as for the attributions",
+            str(given.device),
+            f"Move it with .to({str(attributions.device)!r}).",
         )
     are_good, expected, remedy = _VALUES[values]
     bad = ~are_good(given)
     if bool(bad.any()):
         place = bad.nonzero()[0].tolist()
         found = f"annotation{place} = {given[tuple(place)].item():g}"
-        raise ValueError(expected_found("`annotation`", expected, found, remedy))
+        raise refusal(ValueError, "`annotation`", expected, found, remedy)
     if isinstance(annotation, shared):
         given = given.unsqueeze(0)
     return given.unsqueeze(1) if given.dim() == attributions.dim() - 1 >= 3 else given

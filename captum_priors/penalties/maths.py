@@ -8,7 +8,7 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors._types import TensorOrTuple
 
 P = ParamSpec("P")
@@ -28,14 +28,13 @@ def lift_penalty(function: Callable[P, Tensor], *, joins: bool = False) -> Calla
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         given: dict[str, Any] = dict(kwargs)
         if len(args) != (0 if "attributions" in given else 1):
-            raise TypeError(
-                expected_found(
-                    f"{function.__name__}()",
-                    "the attributions as its only positional argument",
-                    f"{len(args)} of them",
-                    "Pass what explainer.attribute(...) returns, and all else by name; a distance "
-                    "takes two attributions.",
-                )
+            raise refusal(
+                TypeError,
+                f"{function.__name__}()",
+                "the attributions as its only positional argument",
+                f"{len(args)} of them",
+                "Pass what explainer.attribute(...) returns, and all else by name; a distance "
+                "takes two attributions.",
             )
         attributions: Any = args[0] if args else given.pop("attributions")
         each = tensors_of(attributions)
@@ -73,13 +72,12 @@ def _entry(name: str, value: Any, i: int, n: int) -> Any:
     if not isinstance(value, tuple):
         return value
     if len(value) != n:
-        raise ValueError(
-            expected_found(
-                f"`{name}`",
-                f"one value, or a tuple of {n} as for the attributions",
-                f"a tuple of {len(value)}",
-                "Give one to each input.",
-            )
+        raise refusal(
+            ValueError,
+            f"`{name}`",
+            f"one value, or a tuple of {n} as for the attributions",
+            f"a tuple of {len(value)}",
+            "Give one to each input.",
         )
     return value[i]
 
@@ -94,26 +92,24 @@ def tensors_of(attributions: Any, name: str = "attributions") -> tuple[Tensor, .
     raised, odd = [], not each
     for tensor in each:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(
-                expected_found(
-                    f"`{name}`",
-                    "a tensor of floating-point numbers or a tuple of them",
-                    str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__,
-                    "Pass what explainer.attribute(...) returns.",
-                )
+            raise refusal(
+                TypeError,
+                f"`{name}`",
+                "a tensor of floating-point numbers or a tuple of them",
+                str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__,
+                "Pass what explainer.attribute(...) returns.",
             )
         odd = odd or tensor.dim() < 2 or 0 in tensor.shape[1:] or len(tensor) != len(each[0])
         # Sums over many features overflow or stall in half precision.
         half = tensor.dtype in (torch.float16, torch.bfloat16)
         raised.append(tensor.float() if half else tensor)
     if odd:
-        raise ValueError(
-            expected_found(
-                f"`{name}`",
-                "shape (batch, ...) with features, and one batch size",
-                f"shapes {[tuple(t.shape) for t in each]}",
-                "Unsqueeze a single example, and select at least one feature.",
-            )
+        raise refusal(
+            ValueError,
+            f"`{name}`",
+            "shape (batch, ...) with features, and one batch size",
+            f"shapes {[tuple(t.shape) for t in each]}",
+            "Unsqueeze a single example, and select at least one feature.",
         )
     return tuple(raised)
 
@@ -123,13 +119,12 @@ def pair_of(attributions: Any, other: Any) -> tuple[tuple[Tensor, ...], tuple[Te
     left, right = tensors_of(attributions), tensors_of(other, "other")
     wanted, found = ([f"{tuple(t.shape)} on {t.device}" for t in side] for side in (left, right))
     if wanted != found:
-        raise ValueError(
-            expected_found(
-                "`other`",
-                f"{', '.join(wanted)} as in `attributions`",
-                ", ".join(found),
-                "Compare attributions of the same inputs, on one device.",
-            )
+        raise refusal(
+            ValueError,
+            "`other`",
+            f"{', '.join(wanted)} as in `attributions`",
+            ", ".join(found),
+            "Compare attributions of the same inputs, on one device.",
         )
     return left, right
 
@@ -150,27 +145,25 @@ def axes_of(attributions: Tensor, dim: Axes) -> tuple[int, ...]:
     if dim is None:
         if n in (2, 4, 5):
             return (1,) if n == 2 else tuple(range(2, n))
-        raise ValueError(
-            expected_found(
-                "`dim`",
-                f"which of the {n - 1} axes after the batch are places, not channels",
-                f"None for attributions of shape {shape}",
-                "Pass dim=(1, 2) for maps (batch, height, width), dim=2 for (batch, channels, "
-                "length), dim=1 for (batch, length, channels); in a prior, "
-                "functools.partial(function, dim=...).",
-            )
+        raise refusal(
+            ValueError,
+            "`dim`",
+            f"which of the {n - 1} axes after the batch are places, not channels",
+            f"None for attributions of shape {shape}",
+            "Pass dim=(1, 2) for maps (batch, height, width), dim=2 for (batch, channels, "
+            "length), dim=1 for (batch, length, channels); in a prior, "
+            "functools.partial(function, dim=...).",
         )
     given = tuple(dim) if isinstance(dim, Sequence) else (dim,)
     # By type, because True is an integer, too.
     axes = {d % n for d in given if type(d) is int and -n <= d < n} - {0}
     if len(axes) != len(given) or not given:
-        raise ValueError(
-            expected_found(
-                "`dim`",
-                f"different axes among 1 to {n - 1} of attributions of shape {shape}",
-                repr(dim),
-                "Axis 0 counts examples; pass for example dim=(2, 3) for images.",
-            )
+        raise refusal(
+            ValueError,
+            "`dim`",
+            f"different axes among 1 to {n - 1} of attributions of shape {shape}",
+            repr(dim),
+            "Axis 0 counts examples; pass for example dim=(2, 3) for images.",
         )
     return tuple(axes)
 

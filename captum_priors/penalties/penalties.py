@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors._rows import shared
 from captum_priors._types import TensorOrTuple
 from captum_priors.penalties.maths import (
@@ -186,13 +186,12 @@ def _members(groups: Any, rows: Tensor) -> list[Tensor]:
     if isinstance(groups, Tensor):
         labels, known = groups.flatten(), int(groups.isfinite().sum())
         if labels.numel() != n or known != n:
-            raise ValueError(
-                expected_found(
-                    "`groups`",
-                    f"a label for each of the {n} features",
-                    f"{labels.numel()} labels, {labels.numel() - known} of them not finite",
-                    "Label every feature.",
-                )
+            raise refusal(
+                ValueError,
+                "`groups`",
+                f"a label for each of the {n} features",
+                f"{labels.numel()} labels, {labels.numel() - known} of them not finite",
+                "Label every feature.",
             )
         return [(labels == label).nonzero().flatten() for label in labels.unique()]
     members = [torch.as_tensor(group, device=rows.device) for group in groups]
@@ -202,14 +201,12 @@ def _members(groups: Any, rows: Tensor) -> list[Tensor]:
         if m.dim() != 1 or m.is_floating_point() or m.min() < 0 or m.max() >= n
     ]
     if wrong or not members:
-        raise ValueError(
-            expected_found(
-                "`groups`",
-                f"an integer tensor of labels, or lists of feature indices below {n}",
-                f"the group {wrong[0]}" if wrong else "no group",
-                "List the features of each group; one label for each feature is "
-                "torch.tensor(groups).",
-            )
+        raise refusal(
+            ValueError,
+            "`groups`",
+            f"an integer tensor of labels, or lists of feature indices below {n}",
+            f"the group {wrong[0]}" if wrong else "no group",
+            "List the features of each group; one label for each feature is torch.tensor(groups).",
         )
     return members
 
@@ -245,13 +242,12 @@ class GraphLaplacian(nn.Module):
         super().__init__()
         is_tensor = isinstance(adjacency, Tensor)
         if not is_tensor or adjacency.dim() != 2 or adjacency.shape[0] != adjacency.shape[1]:
-            raise ValueError(
-                expected_found(
-                    "`adjacency`",
-                    "a square matrix (features, features)",
-                    str(tuple(adjacency.shape)) if is_tensor else type(adjacency).__name__,
-                    "Pass the weight of the edge between every two features.",
-                )
+            raise refusal(
+                ValueError,
+                "`adjacency`",
+                "a square matrix (features, features)",
+                str(tuple(adjacency.shape)) if is_tensor else type(adjacency).__name__,
+                "Pass the weight of the edge between every two features.",
             )
         weights = adjacency.to_sparse_coo().coalesce()
         _check_weights(weights)
@@ -267,13 +263,12 @@ class GraphLaplacian(nn.Module):
     def _penalty(self, attributions: Tensor) -> Tensor:
         importance = attributions.flatten(1).abs().mean(0)
         if importance.numel() != self.n_features:
-            raise ValueError(
-                expected_found(
-                    "`attributions`",
-                    f"{self.n_features} features as in the adjacency",
-                    str(importance.numel()),
-                    "Slice the attributions to the features of the graph.",
-                )
+            raise refusal(
+                ValueError,
+                "`attributions`",
+                f"{self.n_features} features as in the adjacency",
+                str(importance.numel()),
+                "Slice the attributions to the features of the graph.",
             )
         here, there = importance[self.edges]
         return torch.sum(self.weights.to(importance.dtype) * (here - there).square())
@@ -297,11 +292,10 @@ def _check_weights(weights: Tensor) -> None:
     if odd.numel():
         i, j = odd[:, 0].tolist()
         here, there = weights[i, j].item(), weights[j, i].item()
-        raise ValueError(
-            expected_found(
-                "`adjacency`",
-                "a symmetric matrix without negative or NaN weights",
-                f"W[{i}, {j}] = {here:g} and W[{j}, {i}] = {there:g}",
-                "Symmetrise it, for example with (W + W.T) / 2.",
-            )
+        raise refusal(
+            ValueError,
+            "`adjacency`",
+            "a symmetric matrix without negative or NaN weights",
+            f"W[{i}, {j}] = {here:g} and W[{j}, {i}] = {there:g}",
+            "Symmetrise it, for example with (W + W.T) / 2.",
         )
