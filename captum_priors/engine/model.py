@@ -322,7 +322,7 @@ def out_of_inference(value: T) -> T:
     if isinstance(value, Tensor):
         found = value.clone() if value.is_inference() else value
     elif type(value) in (tuple, list):
-        found = type(value)(map(out_of_inference, found))
+        found = type(found)(map(out_of_inference, found))
     elif type(value) is dict:
         found = {name: out_of_inference(each) for name, each in found.items()}
     return found  # type: ignore[no-any-return]  # of the type that came in
