@@ -1,6 +1,9 @@
 """The package's own exceptions, and the wording of errors that several files raise."""
 
 from collections.abc import Sequence
+from typing import TypeVar
+
+E = TypeVar("E", bound=Exception)
 
 
 class NotDifferentiableError(RuntimeError):
@@ -27,10 +30,18 @@ def expected_found(what: str, expected: str, found: object, remedy: str) -> str:
     return f"{what}: expected {expected}, found {found}. {remedy}"
 
 
+def refusal(kind: type[E], what: str, expected: str, found: object, remedy: str) -> E:
+    """Make an error of that form, to be raised."""
+    return kind(expected_found(what, expected, found, remedy))
+
+
+def type_of(value: object) -> str:
+    """Word what was found where another type was expected."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
     """Refuse a value that is not among the allowed words."""
     if value not in allowed:
-        words = ", ".join(repr(word) for word in allowed)
-        raise ValueError(
-            expected_found(f"`{name}`", f"one of {words}", repr(value), "Pass one of these.")
-        )
+        words = ", ".join(map(repr, allowed))
+        raise refusal(ValueError, f"`{name}`", f"one of {words}", repr(value), "Pass one of these.")

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 
 
 def extra(module: str, name: str) -> Any:
@@ -11,11 +11,10 @@ def extra(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
-            expected_found(
-                f"package {module.partition('.')[0]!r}",
-                "it to be installed",
-                "that it is not",
-                f"Run: pip install 'captum_priors[{name}]'",
-            )
+        raise refusal(
+            ImportError,
+            f"package {module.partition('.')[0]!r}",
+            "it to be installed",
+            "that it is not",
+            f"Run: pip install 'captum_priors[{name}]'",
         ) from error

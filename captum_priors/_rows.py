@@ -105,6 +105,8 @@ class Rows:
                 return run_function(self.forward_func, passed[:k], None, passed[k:] or None)
 
         current, constant = current_pass(), torch.is_grad_enabled()
+        if current is not None and current.holds_statistics:
+            current.statistics.restart()
         given: list[Any] = []
         for point in points:
             given.append(point.clone() if isinstance(point, Tensor) else point)

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,17 +31,13 @@ def shown_options(thing: Any, skip: Sequence[str] = ()) -> list[str]:
     Of those without a default, the numbers and words: models and data have no short form.
     """
     found = []
-    options: dict[str, Any] = _options(type(thing))  # type: ignore[arg-type]  # a class is hashable
+    options = _options(type(thing))
+    options.setdefault("differentiation", "double_backprop")  # of adapters, whose class has others
     for name, default in options.items():
         value = getattr(thing, name, getattr(thing, f"_{name}", default))
-        needed = default is inspect.Parameter.empty
-        if name in skip or same(value, default):
-            continue
-        if not needed or isinstance(value, (bool, int, float, str)):
+        short = default is not inspect.Parameter.empty or isinstance(value, (int, float, str))
+        if short and name not in skip and not same(value, default):
             found.append(f"{name}={shown_value(value)}")
-    way = getattr(thing, "differentiation", "double_backprop")
-    if "differentiation" not in options and way != "double_backprop":  # an adapter's
-        found.append(f"differentiation={way!r}")
     return found
 
 
@@ -52,30 +48,28 @@ def shown_value(value: Any) -> str:
     if isinstance(value, tuple):
         inside = ", ".join(map(shown_value, value))
         return f"({inside},)" if len(value) == 1 else f"({inside})"
-    if isinstance(value, Callable) and not isinstance(value, type):  # type: ignore[arg-type]  # abstract
+    if callable(value) and not isinstance(value, type):
         return shown(value)
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def same(value: Any, default: Any) -> bool:
     """Whether an option has its default value; tensors never have."""
-    if value is default:
-        return True
     if isinstance(value, Tensor) or type(value) is not type(default):
-        return False
-    return bool(value == default)
+        return value is default
+    return value is default or bool(value == default)
 
 
-@functools.lru_cache(maxsize=256)
 def _options(cls: type) -> dict[str, Any]:
     """Options with their defaults: of the class's signature, and of those it hands the rest to."""
     found: dict[str, Any] = {}
     for each in cls.__mro__:
         if "__init__" not in vars(each) or each in (nn.Module, object):
             continue
-        parameters = [*inspect.signature(each.__init__).parameters.values()][1:]  # type: ignore[misc]  # of a class
+        parameters = [*inspect.signature(vars(each)["__init__"]).parameters.values()][1:]
+        open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         for parameter in parameters:
-            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            if parameter.kind not in open_ended:
                 found.setdefault(parameter.name, parameter.default)
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break

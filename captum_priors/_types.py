@@ -1,7 +1,7 @@
 """Vocabulary: the shapes of the things that the package passes around."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
@@ -10,9 +10,6 @@ TensorOrTuple: TypeAlias = Tensor | tuple[Tensor, ...]
 
 Target: TypeAlias = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
 """Captum's spellings of which output is explained."""
-
-Baselines: TypeAlias = Any
-"""A tensor, number or tuple of them, or a callable that returns one (Captum's convention)."""
 
 Differentiation: TypeAlias = Literal["double_backprop", "recompute", "finite_difference"]
 """How the parameter gradient of an input gradient is taken."""

@@ -1,9 +1,10 @@
-"""The README's tables of classes, settings and benchmarks, from registries and measurements.
+"""The site's tables of classes, settings and benchmarks, from registries and measurements.
 
 ``python -m tests.support_table`` writes them, and the summary of the benchmarks.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +64,43 @@ def shap_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {
-    "support table": captum_table,
-    "shap table": shap_table,
-    "settings table": settings_table,
-    "benchmark table": _summary.table,
+def settings() -> str:
+    """One row for each setting, with links as they are from the pages."""
+    return settings_table().replace("](tests/", "](../tests/")
+
+
+def measured() -> str:
+    """When, and with which versions, what ``benchmarks/results`` holds was measured."""
+    stored: dict[tuple[str, str], list[str]] = {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        date = found.get("date", "November 2026")  # when those without a date were measured
+        versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if k in _VERSIONS)
+        stored.setdefault((date, versions), []).append(f"`{path.stem}`")
+    most = max(stored, key=lambda key: len(stored[key]))
+    lines = [f"Measured in {most[0]} with {most[1]}, on one thread."]
+    lines += [
+        f"{', '.join(names)}: {date}, {versions}."
+        for (date, versions), names in stored.items()
+        if (date, versions) != most
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_VERSIONS = ("python", "torch", "captum", "captum_priors")
+DOCS = ROOT / "docs"
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "support.md": {"measured": measured, "support table": captum_table, "shap table": shap_table},
+    "training.md": {"settings table": settings},
+    "benchmarks.md": {"measured": measured, "benchmark table": _summary.table},
 }
+"""The tables of each page."""
 
 
-def in_place(text: str) -> str:
+def in_place(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
     """Put the tables between their marks."""
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-        if start not in text:
-            continue
         before, _, rest = text.partition(start)
         after = rest.partition(end)[2]
         text = before + start + table() + end + after
@@ -102,10 +126,11 @@ def _results(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the tables into the README, and the summary beside the benchmarks' figures."""
+    """Write the tables into the site's pages, and the summary beside the benchmarks' figures."""
     _summary.write()
-    readme = ROOT / "README.md"
-    readme.write_text(in_place(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, tables in PAGES.items():
+        path = DOCS / page
+        path.write_text(in_place(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from captum.attr import (
     LayerGradCam,
     Saliency,
 )
-from captum.robust import FGSM
 from torch import Tensor, nn
 
 from captum_priors import (
@@ -394,7 +393,6 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     # Stability
     "class as perturbation": (lambda: gradient_maps(RandomAttack), "class RandomAttack"),
     "number as perturbation": (lambda: gradient_maps(0.1), "float"),
-    "perturbation with more arguments": (lambda: gradient_maps(FGSM(net())), "epsilon"),
     "perturbation of another shape": (lambda: gradient_maps(lambda z: z[:2])(x(), target=1), "2"),
     "perturbation of another dtype": (
         lambda: gradient_maps(lambda z: z.float())(x(), target=1),
@@ -551,6 +549,7 @@ MISTAKES: list[tuple[str, Callable[[Any], Any], str]] = [
     ("labels second", lambda p: p(x(), torch.zeros(5).long()), "pass them as target="),
     ("short target", lambda p: p(x(), x(), target=torch.zeros(4).long()), "to the rows of the inp"),
     ("one-hot", lambda p: p(x(), x(), target=torch.eye(5)), "target.argmax(1) for one-hot rows"),
+    ("a column", lambda p: p(x(), x(), target=torch.zeros(5, 1).long()), "target.flatten()"),
     ("a list", lambda p: p([x()], x(), target=1), "Pass a tuple of tensors"),
     ("a dict", lambda p: p({"x": x()}, x(), target=1), "the tensor that the model is called with"),
     ("a string", lambda p: p(x(), x(), target="cat"), "class indices"),

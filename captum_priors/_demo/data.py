@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_priors._demo.errors import UsageError
 
-_SPLIT_SEED = 0
-_MNIST_FILES = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+class UsageError(Exception):
+    """The demo was called wrongly: shown as one line, and nothing has been written."""
 
 
 @dataclass(frozen=True)
@@ -29,62 +28,43 @@ class Images:
 
 def load(spec: str) -> Images:
     """Load ``digits`` or ``mnist=DIR``."""
+    kind, _, folder = spec.partition("=")
     if spec == "digits":
-        return _digits()
-    name, _, folder = spec.partition("=")
-    if name == "mnist" and folder:
-        return _mnist(Path(folder))
-    raise UsageError(f"--data: expected 'digits' or 'mnist=DIR', found {spec!r}")
+        from sklearn.datasets import load_digits  # a second's import that MNIST does not need
 
-
-def _digits() -> Images:
-    from sklearn.datasets import load_digits  # a second's import that MNIST does not need
-
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels.astype(np.float32)).reshape(-1, 1, 8, 8) / 8 - 1
-    # Twice as fine: at 8 x 8 neighbouring pixels have too little to do with each other.
-    images = F.interpolate(images, scale_factor=2, mode="bilinear")
-    return _split(
-        "scikit-learn digits, 16 x 16", images, torch.from_numpy(labels).long(), n_test=500
-    )
-
-
-def _mnist(folder: Path) -> Images:
-    if not folder.is_dir():
-        raise UsageError(f"--data: expected a folder of MNIST's IDX files, found none at {folder}")
-    images, labels = (_read_idx(folder, name) for name in _MNIST_FILES)
-    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or len(images) < 100:
-        raise UsageError(
-            f"--data: expected images and as many labels in {folder}, found arrays of shapes "
-            f"{images.shape} and {labels.shape}; download the files again"
+        pixels, labels = load_digits(return_X_y=True)
+        name, n_test = "scikit-learn digits, 16 x 16", 500
+        images = torch.from_numpy(pixels.astype(np.float32)).reshape(-1, 1, 8, 8) / 8 - 1
+        # Twice as fine: at 8 x 8 neighbouring pixels have too little to do with each other.
+        images = F.interpolate(images, scale_factor=2, mode="bilinear")
+    elif kind == "mnist" and folder:
+        pixels, labels = (
+            _read_idx(Path(folder), f"t10k-{what}-ubyte") for what in ("images-idx3", "labels-idx1")
         )
-    scaled = torch.from_numpy(images.astype(np.float32)).unsqueeze(1) / 127.5 - 1
-    n_test = len(images) // 5
-    return _split("MNIST t10k", scaled, torch.from_numpy(labels.astype(np.int64)), n_test=n_test)
+        name, n_test = "MNIST t10k", len(pixels) // 5
+        images = torch.from_numpy(pixels.astype(np.float32)).unsqueeze(1) / 127.5 - 1
+    else:
+        raise UsageError(f"--data: expected 'digits' or 'mnist=DIR', found {spec!r}")
+    if len(images) != len(labels):
+        raise UsageError(f"--data: expected {len(images)} labels in {folder}, found {len(labels)}")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    split = f"{len(order) - n_test} training and {n_test} test images of {len(order)}, fixed random"
+    targets = torch.from_numpy(labels.astype(np.int64))
+    train, test = ((images[rows], targets[rows]) for rows in (order[n_test:], order[:n_test]))
+    return Images(name, f"{split} split", train, test)
 
 
 def _read_idx(folder: Path, name: str) -> np.ndarray:
-    path = next((p for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
+    paths = (folder / f"{name}.gz", folder / name)
+    path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise UsageError(f"--data: expected {name}.gz or {name} in {folder}, found neither")
     try:
         raw = path.read_bytes()
         content = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        zeros, kind, n_dims = struct.unpack(">HBB", content[:4])
-        shape = struct.unpack(f">{n_dims}I", content[4 : 4 + 4 * n_dims])
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * n_dims)
+        (n_dims,) = struct.unpack(">xxxB", content[:4])
+        start = 4 + 4 * n_dims
+        shape = struct.unpack(f">{n_dims}I", content[4:start])
+        return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise UsageError(f"--data: cannot read {path} ({error}); download it again") from None
-    if zeros != 0 or kind != 0x08 or values.size != np.prod(shape):
-        raise UsageError(
-            f"--data: expected an IDX file of {' x '.join(map(str, shape))} bytes at {path}, "
-            f"found {values.size}; it is truncated or something else, download it again"
-        )
-    return values.reshape(shape)
-
-
-def _split(name: str, images: Tensor, labels: Tensor, *, n_test: int) -> Images:
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
-    train, test = order[n_test:], order[:n_test]
-    split = f"{len(train)} training and {n_test} test images of {len(images)}, fixed random split"
-    return Images(name, split, (images[train], labels[train]), (images[test], labels[test]))

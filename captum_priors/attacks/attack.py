@@ -1,14 +1,14 @@
 """Attacks on explanations: points of a ball are visited, and the best are kept."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from captum.robust import Perturbation
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, forward_args, like_inputs, output_error, progress
+from captum_priors._captum import as_tuple, forward_args, like_inputs, progress
 from captum_priors._checks import (
     check_count,
     check_floating,
@@ -22,6 +22,7 @@ from captum_priors._probe import (
     Probe,
     check_explainer,
     check_options,
+    check_outputs,
     default_target,
     forward_func_of,
     predictions,
@@ -30,14 +31,20 @@ from captum_priors._probe import (
 from captum_priors._rows import run_forward
 from captum_priors._types import TensorOrTuple
 from captum_priors.adapters import differentiable
-from captum_priors.attacks.ball import Norm, ascend, balls, check_sizes, draw, for_each
+from captum_priors.attacks.ball import (
+    Norm,
+    Sizes,
+    Tensors,
+    ascend,
+    balls,
+    check_sizes,
+    draw,
+    per_example,
+)
 from captum_priors.engine import AttributionPass, derive
 from captum_priors.engine.model import out_of_inference
 from captum_priors.engine.random import STREAMS
 from captum_priors.penalties.maths import Axes
-
-Tensors = tuple[Tensor, ...]
-SamePrediction = Callable[[Tensor, Tensor], Tensor]
 
 
 class BoundedPerturbation(Perturbation, ABC):
@@ -54,24 +61,14 @@ class BoundedPerturbation(Perturbation, ABC):
     def __init__(
         self,
         forward_func: Any,
-        radius: float | tuple[float, ...],
+        radius: Sizes,
         norm: Norm,
         bounds: tuple[Any, Any],
-        keep_prediction: bool | SamePrediction,
+        keep_prediction: bool,
         seed: int | None,
     ) -> None:
         super().__init__()
         one_of("norm", norm, ("Linf", "L2"))
-        check_sizes("radius", radius)
-        if not isinstance(keep_prediction, bool) and not callable(keep_prediction):
-            raise TypeError(
-                expected_found(
-                    "`keep_prediction`",
-                    "True, False or a function (outputs, clean_outputs) -> (batch,)",
-                    type(keep_prediction).__name__,
-                    "Pass True to keep the class.",
-                )
-            )
         if (keep_prediction or self.output_weight) and not callable(forward_func):
             raise TypeError(
                 expected_found(
@@ -81,9 +78,9 @@ class BoundedPerturbation(Perturbation, ABC):
                     "Pass forward_func=model, or keep_prediction=False and output_weight=0.",
                 )
             )
-        check_count("seed", seed, least=0, optional=True)
+        self.radius, self.norm = check_sizes("radius", radius), norm
         self.forward_func, self.keep_prediction, self.seed = forward_func, keep_prediction, seed
-        self.radius, self.norm, (self.lower_bound, self.upper_bound) = radius, norm, bounds
+        self.lower_bound, self.upper_bound = bounds
         self.attribute_options: dict[str, Any] = {}
 
     @abstractmethod
@@ -129,7 +126,8 @@ class BoundedPerturbation(Perturbation, ABC):
         check_target(target, len(as_tuple(inputs)[0]))
         call = {"inputs": inputs, "target": target, "baselines": baselines}
         explaining = AttributionPass(
-            *(each for each in (self.explainer, self.forward_func) if each is not None),
+            self.explainer,
+            self.forward_func,
             seed=seed_from_global_state() if self.seed is None else self.seed,
             streams=STREAMS,
             replayed=True,
@@ -138,16 +136,17 @@ class BoundedPerturbation(Perturbation, ABC):
         )
         with explaining, torch.enable_grad():
             call = {**call, "additional_forward_args": additional_forward_args}
-            batch = Batch(self, out_of_inference(call), annotation, explaining, show_progress)
-            best = batch.clean
-            highest = self._rank(batch, best)
+            seed = explaining.seeded
+            batch = Batch(self, out_of_inference(call), annotation, seed, show_progress)
+            best, highest = batch.clean, self._rank(batch, batch.clean)
             for points in self._visits(batch):
                 ranks = self._rank(batch, points)
                 better = ranks > highest
                 if self.keep_prediction and bool(better.any()):
-                    better = better & self._keeps(batch.outputs(points), batch.clean_outputs)
+                    now, before = batch.outputs(points), batch.clean_outputs
+                    better = better & (predictions(now) == predictions(before))
                 best = tuple(
-                    torch.where(better.reshape(-1, *[1] * (p.dim() - 1)), p, b)
+                    torch.where(per_example(better, p), p, b)
                     for p, b in zip(points, best, strict=True)
                 )
                 highest = torch.where(better, ranks, highest)
@@ -155,18 +154,11 @@ class BoundedPerturbation(Perturbation, ABC):
                     break
         return like_inputs(inputs, best)
 
-    def _keeps(self, outputs: Tensor, clean_outputs: Tensor) -> Tensor:
-        """Which examples have the prediction that they had, shape ``(batch,)``."""
-        if not callable(self.keep_prediction):
-            return predictions(outputs) == predictions(clean_outputs)
-        same = self.keep_prediction(outputs, clean_outputs)
-        return one_each("`keep_prediction`", same, len(outputs)).bool()
-
 
 class Batch:
     """One call: the clean batch, and the model and the explainer as functions of points.
 
-    Both are given copies, which they may change; points are drawn from a stream of their own.
+    Points are drawn from a stream of their own.
     """
 
     def __init__(
@@ -174,15 +166,15 @@ class Batch:
         attack: BoundedPerturbation,
         call: dict[str, Any],
         annotation: Any,
-        explaining: AttributionPass,
+        seed: int,
         show_progress: bool,
     ) -> None:
-        inputs, self.show_progress = call.pop("inputs"), show_progress
+        inputs, self.seed, self.show_progress = call.pop("inputs"), seed, show_progress
         bounds = (attack.lower_bound, attack.upper_bound)
         self.region = balls(as_tuple(inputs), attack.radius, attack.norm, *bounds, annotation)
         self.clean = tuple(ball.centre for ball in self.region)
-        self.n, self.seed = len(self.clean[0]), explaining.seeded
-        self.generator = torch.Generator(self.clean[0].device).manual_seed(self.seed)
+        self.n = len(self.clean[0])
+        self.generator = torch.Generator(self.clean[0].device).manual_seed(seed)
         self._forward_func, self._args = attack.forward_func, call["additional_forward_args"]
         needed = attack.keep_prediction or attack.output_weight
         by_default = call["target"] is None and attack.explainer is not None
@@ -197,33 +189,26 @@ class Batch:
     def outputs(self, points: Tensors, *, graph: bool = False) -> Tensor:
         """Return all outputs of the model."""
         with torch.set_grad_enabled(graph):
-            copies, args = _copies(points), forward_args(self._args)
-            found = run_forward(self._forward_func, copies, None, args)
-        if found.shape[:1] != (self.n,):
-            raise output_error(found, self.n)
-        return found
+            args = forward_args(self._args)
+            return check_outputs(run_forward(self._forward_func, points, None, args), self.n)
 
     def maps(self, points: Tensors, draws: int = 0, *, graph: bool = False) -> Tensors:
         """Return the attributions; what the explainer draws is the same for the same number."""
-        return self._probe(_copies(points), derive(self.seed, draws), graph=graph)
+        copies = tuple(p.clone() for p in points)  # the explainer may work on them in place
+        return self._probe(copies, derive(self.seed, draws), graph=graph)
 
-
-def _copies(points: Tensors) -> Tensors:
-    return tuple(p.clone() for p in points)
-
-
-def one_each(what: str, values: Any, n: int) -> Tensor:
-    """Require one value for each of n examples."""
-    if not isinstance(values, Tensor) or tuple(values.shape) != (n,):
+    def one_each(self, what: str, values: Any) -> Tensor:
+        """Require one value for each example."""
+        if isinstance(values, Tensor) and tuple(values.shape) == (self.n,):
+            return values
         raise ValueError(
             expected_found(
                 what,
-                f"a tensor of shape ({n},)",
+                f"a tensor of shape ({self.n},)",
                 str(tuple(values.shape)) if isinstance(values, Tensor) else type(values).__name__,
                 "Return one value for each example.",
             )
         )
-    return values
 
 
 class AttributionAttack(BoundedPerturbation):
@@ -262,7 +247,7 @@ class AttributionAttack(BoundedPerturbation):
         output_weight: Weight of the squared change of the softmax outputs (of the output itself
             where there is one), subtracted from the objective in the steps.
         keep_prediction: Whether the class must stay: the largest of several outputs, or the sign
-            of one logit. Or a function ``(outputs, clean_outputs)`` that says so for each example.
+            of one logit.
         forward_func: The model; by default the explainer's.
         seed: Seed of all draws; by default read off torch's global generator, which does not move:
             reseed it, or pass another seed, for other draws.
@@ -293,17 +278,17 @@ class AttributionAttack(BoundedPerturbation):
         self,
         explainer: Any,
         *,
-        radius: float | tuple[float, ...],
+        radius: Sizes,
         norm: Norm = "Linf",
         step_num: int = 100,
-        step_size: float | tuple[float, ...] | None = None,
+        step_size: Sizes | None = None,
         betas: tuple[float, float] | None = (10.0, 100.0),
         lower_bound: Any = float("-inf"),
         upper_bound: Any = float("inf"),
         n_restarts: int = 1,
         random_start: bool = True,
         output_weight: float = 0.0,
-        keep_prediction: bool | SamePrediction = True,
+        keep_prediction: bool = True,
         forward_func: Any = None,
         seed: int | None = None,
         dim: Axes = None,
@@ -315,24 +300,13 @@ class AttributionAttack(BoundedPerturbation):
         super().__init__(model, radius, norm, (lower_bound, upper_bound), keep_prediction, seed)
         check_count("step_num", step_num)
         check_count("n_restarts", n_restarts)
-        if step_size is not None:
-            check_sizes("step_size", step_size)
-        if betas is not None and (not isinstance(betas, (tuple, list)) or len(betas) != 2):
-            raise ValueError(
-                expected_found(
-                    "`betas`",
-                    "a pair: the first and the last steepness of Softplus",
-                    repr(betas),
-                    "Pass (10, 100), or None for a network without ReLU.",
-                )
-            )
         for i, beta in enumerate(betas or ()):
             positive(f"betas[{i}]", beta)
         self.explainer = differentiable(explainer)
         check_options(self.explainer, attribute_options)
-        self.step_num, self.step_size, self.betas = step_num, step_size, betas
-        self.n_restarts, self.random_start = n_restarts, random_start
-        self.dim, self.attribute_options = dim, attribute_options
+        self.step_num, self.n_restarts, self.random_start = step_num, n_restarts, random_start
+        self.step_size = None if step_size is None else check_sizes("step_size", step_size)
+        self.betas, self.dim, self.attribute_options = betas, dim, attribute_options
 
     @abstractmethod
     def objective(self, attributions: Tensors, clean: Tensors) -> Tensor:
@@ -350,13 +324,12 @@ class AttributionAttack(BoundedPerturbation):
         return float(first * (last / first) ** (step / max(1, self.step_num - 1)))
 
     def _visits(self, batch: Batch) -> Iterator[Tensors]:
-        default = tuple(5 / self.step_num * ball.radius for ball in batch.region)
-        given = default if self.step_size is None else self.step_size
-        sizes = for_each("step_size", given, len(batch.region))
+        step_size = self.step_size
+        if step_size is None:
+            step_size = tuple(5 / self.step_num * ball.radius for ball in batch.region)
         steps = range(self.n_restarts * self.step_num)
-        bar = {"desc": type(self).__name__, "disable": not batch.show_progress}
         points = batch.clean
-        for i in progress(steps, **bar):
+        for i in progress(steps, desc=type(self).__name__, disable=not batch.show_progress):
             if i % self.step_num == 0:
                 points = batch.clean
                 if self.random_start:
@@ -365,24 +338,24 @@ class AttributionAttack(BoundedPerturbation):
             gradients = self._gradients(batch, points, i)
             if gradients is None:
                 return
-            points = ascend(batch.region, points, gradients, sizes)
+            points = ascend(batch.region, points, gradients, step_size)
             yield points
 
     def _rank(self, batch: Batch, points: Tensors) -> Tensor:
         scores = self.score(batch.maps(points), batch.clean_maps)
-        return one_each(f"score of {type(self).__name__}", scores, batch.n)
+        return batch.one_each(f"score of {type(self).__name__}", scores)
 
     def _gradients(self, batch: Batch, points: Tensors, i: int) -> Tensors | None:
         """Differentiate the objective in the i-th step; None if no point changes the maps."""
         points = tuple(p.detach().requires_grad_() for p in points)
         beta = self.steepness(i % self.step_num)
         with AttributionPass(self.explainer, smooth=beta, holds=False, exact=False):
-            maps = batch.maps(points, i + 1, graph=True)
-            objective = self.objective(maps, batch.clean_maps)
-            total = one_each(f"objective of {type(self).__name__}", objective, batch.n).sum()
+            objective = self.objective(batch.maps(points, i + 1, graph=True), batch.clean_maps)
+            total = batch.one_each(f"objective of {type(self).__name__}", objective).sum()
             if self.output_weight:
-                change = _change(batch.outputs(points, graph=True), batch.clean_outputs)
-                total = total - self.output_weight * change.sum()
+                now, before = batch.outputs(points, graph=True), batch.clean_outputs
+                change = _probabilities(now) - _probabilities(before)
+                total = total - self.output_weight * change.square().sum()
             if total.requires_grad:
                 found = torch.autograd.grad(total, points, allow_unused=True)
                 if any(g is not None for g in found):
@@ -401,8 +374,6 @@ class AttributionAttack(BoundedPerturbation):
         return None
 
 
-def _change(outputs: Tensor, clean: Tensor) -> Tensor:
-    """Squared change of each example's outputs: of probabilities where there are several."""
-    if outputs.dim() > 1 and outputs.shape[1] > 1:
-        outputs, clean = outputs.softmax(1), clean.softmax(1)
-    return (outputs - clean).square().reshape(outputs.shape[0], -1).sum(1)
+def _probabilities(outputs: Tensor) -> Tensor:
+    """Probabilities where there are several outputs, the output itself where there is one."""
+    return outputs.softmax(1) if outputs.dim() > 1 and outputs.shape[1] > 1 else outputs

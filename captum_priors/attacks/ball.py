@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from captum_priors._checks import positive
@@ -12,6 +13,8 @@ from captum_priors._errors import expected_found
 
 Norm = Literal["Linf", "L2"]
 Distribution = Literal["surface", "uniform"]
+Sizes = float | tuple[float, ...]
+Tensors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -44,32 +47,30 @@ class Ball:
         """
         if self.norm == "L2":
             offset = points - self.centre
-            points = self.centre + offset * (self.radius / _norms(offset).clamp_min(self.radius))
+            share = self.radius / offset.flatten(1).norm(dim=1).clamp_min(self.radius)
+            points = self.centre + offset * per_example(share, offset)
         return torch.clamp(points, self.low, self.high)
 
     def step(self, points: Tensor, gradient: Tensor, size: float) -> Tensor:
         """Go ``size`` in the norm's steepest direction, and back into the ball."""
         gradient = torch.nan_to_num(gradient, 0.0, 0.0, 0.0) * self._free
-        direction = gradient.sign() if self.norm == "Linf" else _unit(gradient)
+        direction = gradient.sign() if self.norm == "Linf" else unit(gradient)
         return self.project(points + size * direction)
 
-    def draw(self, distribution: Distribution, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, distribution: Distribution, generator: torch.Generator) -> Tensor:
         """Draw a point of the ball (``"uniform"``) or of its surface."""
-        options: dict[str, Any] = {
-            "dtype": self.centre.dtype,
-            "device": self.centre.device,
-            "generator": generator,
-        }
+        x = self.centre
+        options: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "generator": generator}
         if self.norm == "Linf":
-            noise = 2 * torch.rand(self.centre.shape, **options) - 1
+            noise = 2 * torch.rand(x.shape, **options) - 1
             noise = noise if distribution == "uniform" else noise.sign()
         else:
-            noise = _unit(torch.randn(self.centre.shape, **options) * self._free)
+            noise = unit(torch.randn(x.shape, **options) * self._free)
             if distribution == "uniform":
-                share = torch.rand(_column(noise), **options)
-                dimensions = self._free.flatten(1).sum(1).clamp_min(1).reshape(_column(noise))
-                noise = noise * share ** (1 / dimensions)
-        return self.project(self.centre + self.radius * noise)
+                dimensions = self._free.flatten(1).sum(1).clamp_min(1)
+                share = torch.rand(len(x), **options) ** (1 / dimensions)
+                noise = noise * per_example(share, noise)
+        return self.project(x + self.radius * noise)
 
     @property
     def _free(self) -> Tensor:
@@ -78,7 +79,7 @@ class Ball:
 
 def balls(
     inputs: Sequence[Tensor],
-    radius: float | tuple[float, ...],
+    radius: Sizes,
     norm: Norm = "Linf",
     lower_bound: Any = float("-inf"),
     upper_bound: Any = float("inf"),
@@ -92,19 +93,68 @@ def balls(
     Raises:
         ValueError: If the inputs leave the bounds, or something does not fit them.
     """
-    n = len(inputs)
-    names = [f"`inputs[{i}]`" for i in range(n)] if n > 1 else ["`inputs`"]
-    options = zip(
-        for_each("radius", radius, n),
-        for_each("lower_bound", lower_bound, n),
-        for_each("upper_bound", upper_bound, n),
-        for_each("annotation", annotation, n),
-        strict=True,
-    )
+    given = {
+        "radius": radius,
+        "lower_bound": lower_bound,
+        "upper_bound": upper_bound,
+        "annotation": annotation,
+    }
+    each = [for_each(name, value, len(inputs)) for name, value in given.items()]
     return tuple(
-        _ball(name, x.detach().clone(), norm, *each)
-        for name, x, each in zip(names, inputs, options, strict=True)
+        _ball(x.detach().clone(), norm, *own) for x, *own in zip(inputs, *each, strict=True)
     )
+
+
+def _ball(
+    centre: Tensor, norm: Norm, radius: float, lower: Any, upper: Any, annotation: Any
+) -> Ball:
+    low, high = (broadcast("bounds", bound, centre) for bound in (lower, upper))
+    # Bounds are often the normalised 0 and 1, rounded otherwise than the inputs were.
+    rounding = 8 * torch.finfo(centre.dtype).eps
+    scale = torch.stack([torch.where(b.isfinite(), b.abs(), 0) for b in (low, high)]).amax(0)
+    nearest = centre.clamp(low, high)
+    if bool(((centre - nearest).abs() > rounding * scale).any()):
+        raise ValueError(
+            expected_found(
+                "`inputs`",
+                "values between `lower_bound` and `upper_bound`",
+                f"values from {centre.min().item():.4g} to {centre.max().item():.4g}",
+                "Give the bounds in the units that the model sees, after any normalisation.",
+            )
+        )
+    low, high = torch.minimum(low, centre), torch.maximum(high, centre)
+    if norm == "Linf":
+        low, high = torch.maximum(low, centre - radius), torch.minimum(high, centre + radius)
+    if annotation is not None:
+        if annotation.dim() == centre.dim() - 1 > 1:
+            annotation = annotation.unsqueeze(1)  # one for all channels of an example
+        stays = broadcast("`annotation`", annotation, centre) != 0
+        low, high = (torch.where(stays, centre, bound) for bound in (low, high))
+    return Ball(centre, float(radius), norm, low, high)
+
+
+def draw(region: Sequence[Ball], distribution: Distribution, generator: torch.Generator) -> Tensors:
+    """Draw a point of each ball, one after the other."""
+    return tuple(ball.draw(distribution, generator) for ball in region)
+
+
+def ascend(
+    region: Sequence[Ball], points: Tensors, gradients: Tensors, step_size: Sizes
+) -> Tensors:
+    """Take one step in each ball."""
+    sizes = for_each("step_size", step_size, len(region))
+    each = zip(region, points, gradients, sizes, strict=True)
+    return tuple(ball.step(p.detach(), g, size) for ball, p, g, size in each)
+
+
+def unit(tensor: Tensor) -> Tensor:
+    """Divide each example by its Euclidean norm; zeros stay."""
+    # In units of the largest entry first: squares of small numbers would vanish.
+    rows = F.normalize(tensor.flatten(1), torch.inf, eps=torch.finfo(tensor.dtype).tiny)
+    return F.normalize(rows).reshape_as(tensor)
+
+
+# ---- One value for each ------------------------------------------------------------------------
 
 
 def check_sizes(name: str, value: Any) -> Any:
@@ -112,44 +162,6 @@ def check_sizes(name: str, value: Any) -> Any:
     for each in value if isinstance(value, tuple) else (value,):
         positive(name, each)
     return value
-
-
-def draw(
-    region: Sequence[Ball], distribution: Distribution, generator: torch.Generator | None = None
-) -> tuple[Tensor, ...]:
-    """Draw a point of each ball, one after the other."""
-    return tuple(ball.draw(distribution, generator) for ball in region)
-
-
-def ascend(
-    region: Sequence[Ball],
-    points: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    sizes: Sequence[float],
-) -> tuple[Tensor, ...]:
-    """Take one step of its size in each ball."""
-    return tuple(
-        ball.step(p.detach(), g, size)
-        for ball, p, g, size in zip(region, points, gradients, sizes, strict=True)
-    )
-
-
-def _column(tensor: Tensor) -> tuple[int, ...]:
-    return (tensor.shape[0], *([1] * (tensor.dim() - 1)))
-
-
-def _norms(tensor: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(tensor.flatten(1), dim=1)
-    return norms.reshape(_column(tensor))
-
-
-def _unit(tensor: Tensor) -> Tensor:
-    """Divide each example by its Euclidean norm; zeros stay."""
-    # In units of the largest entry first: squares of small numbers would vanish.
-    largest = tensor.abs().flatten(1).amax(1).reshape(_column(tensor))
-    tensor = tensor / torch.where(largest > 0, largest, 1)
-    norms = _norms(tensor)
-    return tensor / torch.where(norms > 0, norms, 1)
 
 
 def for_each(name: str, value: Any, n: int) -> tuple[Any, ...]:
@@ -168,35 +180,6 @@ def for_each(name: str, value: Any, n: int) -> tuple[Any, ...]:
     return value
 
 
-def _ball(
-    name: str, centre: Tensor, norm: str, radius: float, lower: Any, upper: Any, annotation: Any
-) -> Ball:
-    low, high = (broadcast("bounds", bound, centre) for bound in (lower, upper))
-    # Bounds are often the normalised 0 and 1, rounded otherwise than the inputs were.
-    scale = torch.where(low.isfinite(), low.abs(), 0).maximum(
-        torch.where(high.isfinite(), high.abs(), 0)
-    )
-    slack = 8 * torch.finfo(centre.dtype).eps * scale
-    if bool(((centre < low - slack) | (centre > high + slack)).any()):
-        raise ValueError(
-            expected_found(
-                name,
-                "values between `lower_bound` and `upper_bound`",
-                f"values from {centre.min().item():.4g} to {centre.max().item():.4g}",
-                "Give the bounds in the units that the model sees, after any normalisation.",
-            )
-        )
-    low, high = torch.minimum(low, centre), torch.maximum(high, centre)
-    if norm == "Linf":
-        low, high = torch.maximum(low, centre - radius), torch.minimum(high, centre + radius)
-    if annotation is not None:
-        if annotation.dim() == centre.dim() - 1 > 1:
-            annotation = annotation.unsqueeze(1)  # one for all channels of an example
-        stays = broadcast("`annotation`", annotation, centre) != 0
-        low, high = (torch.where(stays, centre, bound) for bound in (low, high))
-    return Ball(centre, float(radius), norm, low, high)
-
-
 def broadcast(name: str, value: Any, like: Tensor) -> Tensor:
     """Return a number or a tensor in the shape, dtype and place of another."""
     try:
@@ -210,3 +193,8 @@ def broadcast(name: str, value: Any, like: Tensor) -> Tensor:
                 "Values for each channel have shape (channels, 1, 1).",
             )
         ) from error
+
+
+def per_example(values: Tensor, like: Tensor) -> Tensor:
+    """Give one number for each example as many dimensions as the tensor has."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))

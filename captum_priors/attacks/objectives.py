@@ -6,18 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_priors._checks import check_count
+from captum_priors._checks import count
 from captum_priors._errors import expected_found, one_of
 from captum_priors._probe import forward_func_of
 from captum_priors._types import Distance, TensorOrTuple
-from captum_priors.attacks.attack import (
-    AttributionAttack,
-    Batch,
-    BoundedPerturbation,
-    SamePrediction,
-    Tensors,
-)
-from captum_priors.attacks.ball import Distribution, Norm, broadcast, draw, for_each
+from captum_priors.attacks.attack import AttributionAttack, Batch, BoundedPerturbation
+from captum_priors.attacks.ball import Distribution, Norm, Sizes, Tensors, broadcast, draw, for_each
 from captum_priors.penalties.maths import importance, importance_rows
 
 
@@ -34,10 +28,6 @@ class DistanceAttack(AttributionAttack):
         explainer: As in :class:`AttributionAttack`, like all options.
         distance: One of :mod:`captum_priors.distances`, or ``distance(attributions, other)`` of
             shape ``(batch,)``.
-        options: Options of :class:`AttributionAttack`.
-
-    Raises:
-        TypeError: If ``distance`` is not a function.
 
     Example:
         >>> import torch
@@ -51,15 +41,6 @@ class DistanceAttack(AttributionAttack):
     """
 
     def __init__(self, explainer: Any, distance: Distance, **options: Any) -> None:
-        if not callable(distance):
-            raise TypeError(
-                expected_found(
-                    "`distance`",
-                    "a function of two attributions",
-                    type(distance).__name__,
-                    "Pass one of captum_priors.distances.",
-                )
-            )
         super().__init__(explainer, **options)
         self.distance = distance
 
@@ -82,7 +63,6 @@ class TopKAttack(AttributionAttack):
     Args:
         explainer: As in :class:`AttributionAttack`, like all options.
         k: Number of features, fewer than there are.
-        options: Options of :class:`AttributionAttack`.
 
     Raises:
         ValueError: If ``k`` is not positive, or not smaller than the number of features.
@@ -102,9 +82,8 @@ class TopKAttack(AttributionAttack):
     """
 
     def __init__(self, explainer: Any, k: int, **options: Any) -> None:
-        check_count("k", k)
         super().__init__(explainer, **options)
-        self.k = k
+        self.k = count("k", k)
 
     def objective(self, attributions: Tensors, clean: Tensors) -> Tensor:
         """Minus the share of the clean map's top features."""
@@ -140,7 +119,6 @@ class MassCenterAttack(AttributionAttack):
 
     Args:
         explainer: As in :class:`AttributionAttack`, like all options.
-        options: Options of :class:`AttributionAttack`.
 
     Example:
         >>> import torch
@@ -157,22 +135,16 @@ class MassCenterAttack(AttributionAttack):
 
     def objective(self, attributions: Tensors, clean: Tensors) -> Tensor:
         """Squared distance of the centres."""
-        moves = [
-            self._centre(a) - self._centre(c) for a, c in zip(attributions, clean, strict=True)
-        ]
-        return torch.stack([move.square().sum(1) for move in moves]).sum(0)
+        pairs = zip(attributions, clean, strict=True)
+        moves = [(self._centre(a) - self._centre(c)).square().sum(1) for a, c in pairs]
+        return torch.stack(moves).sum(0)
 
     def _centre(self, attributions: Tensor) -> Tensor:
         """Centre of mass, shape ``(batch, spatial dimensions)``."""
         mass = importance(attributions, self.dim)
-        total = mass.flatten(1).sum(1)
-        coordinates = []
-        for dim in range(1, mass.dim()):
-            others = [d for d in range(1, mass.dim()) if d != dim]
-            along = mass.sum(others) if others else mass
-            position = torch.arange(along.shape[1], dtype=mass.dtype, device=mass.device)
-            coordinates.append((along * position).sum(1) / torch.where(total > 0, total, 1))
-        return torch.stack(coordinates, 1)
+        positions = torch.ones_like(mass[0]).nonzero()
+        total = mass.flatten(1).sum(1, keepdim=True)
+        return (mass.flatten(1).unsqueeze(2) * positions).sum(1) / torch.where(total > 0, total, 1)
 
 
 class ManipulationAttack(AttributionAttack):
@@ -193,7 +165,6 @@ class ManipulationAttack(AttributionAttack):
             of them, or a tuple of these. By default each example imitates the clean map of the
             next one in the batch, as in the paper; a single example its own, reversed.
         output_weight: :math:`\gamma`.
-        options: Options of :class:`AttributionAttack`.
 
     Raises:
         ValueError: If the target map does not fit the attributions.
@@ -253,20 +224,11 @@ class RandomAttack(BoundedPerturbation):
     Args:
         explainer: An explainer, for its model alone, so that this is made as attacks are; or the
             model.
-        radius: As in :class:`AttributionAttack`, like the other options.
-        norm: ``"Linf"`` or ``"L2"``.
+        radius: As in :class:`AttributionAttack`, like all that is not named here.
         distribution: ``"surface"`` or ``"uniform"``.
         n_tries: Draws for an example whose prediction changes.
-        lower_bound: Least valid value.
-        upper_bound: Largest valid value.
-        keep_prediction: Whether, or how, the prediction must stay. Without, one draw is final and
-            no model is run: noise for :class:`captum_priors.StabilityPrior`.
-        forward_func: The model; by default the explainer's.
-        seed: Seed of the draws; by default read off torch's global generator, which does not move.
-
-    Raises:
-        TypeError: If an argument has another type.
-        ValueError: If an argument is out of range.
+        keep_prediction: Whether the prediction must stay. Without, one draw is final and no model
+            is run: noise for :class:`captum_priors.StabilityPrior`.
 
     Example:
         >>> import torch
@@ -283,13 +245,13 @@ class RandomAttack(BoundedPerturbation):
         self,
         explainer: Any = None,
         *,
-        radius: float | tuple[float, ...],
+        radius: Sizes,
         norm: Norm = "Linf",
         distribution: Distribution = "surface",
         n_tries: int = 10,
         lower_bound: Any = float("-inf"),
         upper_bound: Any = float("inf"),
-        keep_prediction: bool | SamePrediction = True,
+        keep_prediction: bool = True,
         forward_func: Any = None,
         seed: int | None = None,
     ) -> None:
@@ -299,8 +261,7 @@ class RandomAttack(BoundedPerturbation):
         bounds = (lower_bound, upper_bound)
         super().__init__(forward_func, radius, norm, bounds, keep_prediction, seed)
         one_of("distribution", distribution, ("surface", "uniform"))
-        check_count("n_tries", n_tries)
-        self.distribution, self.n_tries = distribution, n_tries
+        self.distribution, self.n_tries = distribution, count("n_tries", n_tries)
 
     def _visits(self, batch: Batch) -> Iterator[Tensors]:
         for _ in range(self.n_tries):

@@ -20,13 +20,7 @@ from captum_priors.engine.model import (
     run_modules,
     submodules_of,
 )
-from captum_priors.engine.processes import (
-    Processes,
-    any_process,
-    current_processes,
-    spread_over,
-    world_size,
-)
+from captum_priors.engine.processes import any_process, current_processes
 from captum_priors.engine.random import Stream, derive
 from captum_priors.engine.replay import (
     Program,
@@ -39,7 +33,6 @@ from captum_priors.engine.replay import (
 __all__ = [
     "AttributionPass",
     "Field",
-    "Processes",
     "Program",
     "Stream",
     "Visit",
@@ -55,9 +48,7 @@ __all__ = [
     "recompute",
     "refuse_coupled_examples",
     "run_modules",
-    "spread_over",
     "submodules_of",
     "with_pullback",
     "with_second_derivative",
-    "world_size",
 ]

@@ -5,7 +5,8 @@ a model that moves its inputs), nothing is run twice, and a call that succeeds c
 """
 
 import re
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from captum_priors._captum import select_error
 from captum_priors._checks import check_inputs
-from captum_priors._errors import TargetError, expected_found
+from captum_priors._errors import TargetError, refusal, type_of
 
 _FAILURES = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError)
 # How torch says that devices or dtypes do not go together.
@@ -42,98 +43,85 @@ def cause_of(
 
 def _of_captum(error: Exception, tensors: list[Tensor], given: dict[str, Any]) -> Exception | None:
     """Word failed assertions of Captum's, and its failure to select a target."""
-    frames = [f for f in _frames(error) if str(f.f_globals.get("__name__")).startswith("captum.")]
+    trace = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = [f for f in trace if str(f.f_globals.get("__name__")).startswith("captum.")]
     for frame in reversed(frames):
         if frame.f_code.co_name == "_select_targets":
             return select_error(frame.f_locals["output"], frame.f_locals["target"])
-    if not frames or frames[-1] is not [*_frames(error)][-1]:  # the model's own error
+    if not frames or frames[-1] is not trace[-1]:  # the model's own error
         return None
-    returned = re.search(r"must be Tensor, not (\w+)", str(error))
+    message = str(error)
+    returned = re.search(r"must be Tensor, not (\w+)", message)
     if returned:
-        return TypeError(
-            expected_found(
-                "`forward_func`",
-                "it to return a torch.Tensor",
-                returned[1],
-                "Wrap it in a function that returns the logits alone.",
-            )
+        return refusal(
+            TypeError,
+            "`forward_func`",
+            "it to return a torch.Tensor",
+            returned[1],
+            "Wrap it in a function that returns the logits alone.",
         )
-    if not isinstance(error, AssertionError):
-        return None
-    if "Forward hook did not obtain" in str(error):
-        return ValueError(
-            expected_found(
-                "`layer`",
-                "a layer that runs in each forward pass",
-                "one that does not",
-                "Pass a layer of the model behind forward_func.",
-            )
-        )
-    if "Target not provided" in str(error):
-        return TargetError(
-            expected_found(
-                "`target`",
-                "the output to explain, because the model has several for each example",
-                "none",
-                "Pass target=..., a class index or one for each example.",
-            )
-        )
-    if "aseline" in str(error):
-        return ValueError(
-            expected_found(
-                "`baselines`",
-                f"a number, one row, or rows like the inputs' {[tuple(t.shape) for t in tensors]}",
-                str(_shapes(given.get("baselines"))),
-                "A distribution of reference rows is what ExpectedGradients takes.",
-            )
-        )
+    baselines = given.get("baselines")
+    each = baselines if isinstance(baselines, tuple) else (baselines,)
+    asserted = {
+        "Forward hook did not obtain": (
+            ValueError,
+            "`layer`",
+            "a layer that runs in each forward pass",
+            "one that does not",
+            "Pass a layer of the model behind forward_func.",
+        ),
+        "Target not provided": (
+            TargetError,
+            "`target`",
+            "the output to explain, because the model has several for each example",
+            "none",
+            "Pass target=..., a class index or one for each example.",
+        ),
+        "aseline": (
+            ValueError,
+            "`baselines`",
+            f"a number, one row, or rows like the inputs' {_shapes(tensors)}",
+            _shapes(each),
+            "A distribution of reference rows is what ExpectedGradients takes.",
+        ),
+    }
+    for sign, worded in asserted.items():
+        if sign in message and isinstance(error, AssertionError):
+            return refusal(*worded)
     return None
+
+
+def _shapes(values: Sequence[Any]) -> list[Any]:
+    return [tuple(v.shape) if isinstance(v, Tensor) else type_of(v) for v in values]
 
 
 def _of_the_model(
     error: Exception, modules: Sequence[nn.Module], tensors: list[Tensor]
 ) -> Exception | None:
     own = [t for m in modules for t in (*m.parameters(False), *m.buffers(False))]
+    devices = sorted({str(t.device) for t in own})
+    dtypes = sorted({str(t.dtype) for t in own if t.is_floating_point()})
     message = str(error)
-    devices = {t.device for t in own}
-    dtypes = {t.dtype for t in own if t.is_floating_point()}
+    moved = devices and any(sign in message for sign in _DEVICE_SIGNS)
+    converted = dtypes and any(sign in message for sign in _DTYPE_SIGNS)
     for tensor in tensors:
-        moved = any(sign in message for sign in _DEVICE_SIGNS)
-        if moved and devices and tensor.device not in devices:
-            remedy = "Move the batch with .to(device), or the model to the batch's device."
-            if devices == {torch.device("meta")}:
-                remedy = "The model has no values yet: load them, after model.to_empty(device=...)."
-            there = ", ".join(sorted(map(str, devices)))
-            return ValueError(
-                expected_found(
-                    "`inputs`",
-                    f"the device of the model's parameters, {there}",
-                    str(tensor.device),
-                    remedy,
-                )
+        if moved and str(tensor.device) not in devices:
+            return refusal(
+                ValueError,
+                "`inputs`",
+                f"the device of the model's parameters, {', '.join(devices)}",
+                tensor.device,
+                "The model has no values yet: load them, after model.to_empty(device=...)."
+                if devices == ["meta"]
+                else "Move the batch with .to(device), or the model to the batch's device.",
             )
-        odd = tensor.is_floating_point() and tensor.dtype not in dtypes
-        if any(sign in message for sign in _DTYPE_SIGNS) and dtypes and odd:
-            names = ", ".join(sorted(map(str, dtypes)))
-            return TypeError(
-                expected_found(
-                    "`inputs`",
-                    f"the dtype of the model's parameters, {names}",
-                    str(tensor.dtype),
-                    f"Convert the batch with .to({names}), or run it under torch.autocast.",
-                )
+        if converted and tensor.is_floating_point() and str(tensor.dtype) not in dtypes:
+            names = ", ".join(dtypes)
+            return refusal(
+                TypeError,
+                "`inputs`",
+                f"the dtype of the model's parameters, {names}",
+                tensor.dtype,
+                f"Convert the batch with .to({names}), or run it under torch.autocast.",
             )
     return None
-
-
-def _frames(error: BaseException) -> Iterator[Any]:
-    trace = error.__traceback__
-    while trace is not None:
-        yield trace.tb_frame
-        trace = trace.tb_next
-
-
-def _shapes(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_shapes(v) for v in value]
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

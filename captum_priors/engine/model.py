@@ -4,11 +4,12 @@ import functools
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,12 @@ from torch.overrides import TorchFunctionMode
 from captum_priors._errors import NotDifferentiableError
 from captum_priors.engine._failures import cause_of
 from captum_priors.engine._torch import Normalisation, saved_tensors_hooks
+from captum_priors.engine.batch_norm import BATCH_NORMS, HeldStatistics, unknown
 from captum_priors.engine.processes import wrapped, wrapper_classes
 from captum_priors.engine.random import GlobalState, seed_global
 
 T = TypeVar("T")
+BatchNorm = Literal["batch", "running"]
 
 # Attributes in which explainers, and objects around a model, keep what they run.
 _HOLDERS = ("forward_func", "model", "attribution_method", "attr_method", "explainer", "layer")
@@ -39,6 +42,9 @@ class Seen:
     before: bool = False  # a pass with gradients has been through
     judged: bool = False  # examples that influence each other have been looked for
     wrong_third: bool = False  # its gradients run through derivatives that torch gets wrong
+    looked: bool = False  # what functions hide has run, with these layers of BatchNorm among it
+    alone: bool = False  # a batch of one has had no statistics
+    batch_norms: WeakSet[nn.Module] = field(default_factory=WeakSet)
 
 
 _seen: WeakKeyDictionary[Any, Seen] = WeakKeyDictionary()
@@ -56,7 +62,8 @@ class AttributionPass:
 
     The modules are in evaluation mode (recurrent ones lose their dropout instead, because cuDNN
     refuses their backward pass there), with copies of running statistics, because the next training
-    step updates those in place under autograd's hands. Torch's global streams are put back;
+    step updates those in place under autograd's hands; :meth:`hold_statistics` has BatchNorm layers
+    that train explained on those of a batch. Torch's global streams are put back;
     inference mode is left; kernels without a second derivative are replaced by those that have one;
     activation checkpointing is refused where the backward pass would find another model; failures
     on device, dtype or an empty batch are worded. One pass at a time holds models in a process.
@@ -71,6 +78,8 @@ class AttributionPass:
             ``finite_difference``), so activation checkpointing is harmless.
         exact: Replace kernels that have no second derivative.
         holds: Hold modules and streams; without, only inference mode, kernels and wording.
+        batch_norm: ``"batch"`` if BatchNorm layers in training mode are to be explained on the
+            statistics of a batch, which :meth:`hold_statistics` is then given.
         owner: Whose first pass is checked more closely; by default what is explained.
         given: The call's ``inputs``, ``target`` and ``baselines``, for the wording of failures.
 
@@ -98,6 +107,7 @@ class AttributionPass:
         replayed: bool = False,
         exact: bool = True,
         holds: bool = True,
+        batch_norm: BatchNorm = "running",
         owner: Any = None,
         given: dict[str, Any] | None = None,
     ) -> None:
@@ -106,6 +116,9 @@ class AttributionPass:
         self.smooth = smooth
         self.exact = exact
         self.holds = holds
+        self.batch_norm = batch_norm
+        self.statistics = HeldStatistics()
+        self.holds_statistics = False
         self.left_inference = False
         self.modules: set[nn.Module] = set()
         self.seeded = 0 if seed is None else seed
@@ -155,17 +168,49 @@ class AttributionPass:
         """Seed the global streams again."""
         seed_global(seed, self.streams)
 
+    def may_hold_statistics(self) -> bool:
+        """Whether there are BatchNorm layers in training mode, or functions that may hide some."""
+        if self.batch_norm == "running":
+            return False
+        unknown = not self.seen.looked or any(m.training for m in self.seen.batch_norms)
+        return bool(self.statistics) or (self._hidden and unknown)
+
+    def hold_statistics(self, run: Callable[[], T]) -> T:
+        """Explain BatchNorm layers in training mode on the statistics of a batch, for all rows.
+
+        Args:
+            run: Runs the models on the batch.
+
+        Returns:
+            What it returns.
+        """
+        if not self.exact:
+            run_eagerly(self._stack)  # compiled modules would not see the statistics
+        found = self.statistics.record(run)
+        self.seen.looked = True
+        if self.statistics.alone and not self.seen.alone:
+            self.seen.alone = True
+            warnings.warn(
+                "A batch of one example has no statistics: BatchNorm layers in train mode are "
+                "explained on their running statistics. Use larger batches, or drop the last one.",
+                stacklevel=2,
+            )
+        if self.statistics:
+            self.holds_statistics = True
+            self._stack.enter_context(self.statistics)
+        return found
+
     def _hold(self, stack: ExitStack) -> None:
         _turn.acquire()
         stack.callback(_turn.release)
         stack.callback(GlobalState.now(self.streams).restore)
         if self._seeds:
             self.seed(self.seeded)
-        roots, hidden = plainly_in(self.explained)
+        roots, self._hidden = plainly_in(self.explained)
         stack.callback(self._put_back)
         for root in roots:
             self._take(root)
-        if hidden:
+        if self._hidden:
             handle = register_module_forward_pre_hook(self._on_call)
             stack.callback(handle.remove)
 
@@ -186,21 +231,39 @@ class AttributionPass:
             if isinstance(module, wrappers):
                 raise wrapped(module)
             self.modules.add(module)
+            normalises = isinstance(module, Normalisation)
+            trains = module.training
             if isinstance(module, nn.RNNBase):
                 self._undo.append((module, "dropout", module.dropout))
                 module.dropout = 0.0
-            elif module.training:
+            elif normalises and self.batch_norm == "batch" and not isinstance(module, BATCH_NORMS):
+                pass  # InstanceNorm trains on the statistics of each example by itself
+            elif trains:
                 self._undo.append((module, "training", True))
                 own = vars(module)  # past nn.Module's search for parameters, where it can be
                 if "training" in own:
                     own["training"] = False
                 else:
                     module.training = False
-            if isinstance(module, Normalisation):
+            if normalises:
                 for name, buffer in module.named_buffers(recurse=False):
                     self._undo.append((module, name, buffer))
                     setattr(module, name, buffer.clone())
+                if isinstance(module, BATCH_NORMS):
+                    self._take_batch_norm(module, trains)
             stack.extend(module.children())
+
+    def _take_batch_norm(self, module: Any, trains: bool) -> None:
+        self.seen.batch_norms.add(module)
+        if self.batch_norm == "running" or not (trains or module.running_mean is None):
+            return
+        if module.running_mean is None:  # held layers are known by it
+            for name in ("running_mean", "running_var"):
+                self._undo.append((module, name, None))
+                setattr(module, name, torch.full((module.num_features,), torch.nan))
+        if not self.statistics.recording and current_pass() is self:  # it has begun
+            raise unknown(type(module).__name__)
+        self.statistics.take(module)
 
     def _put_back(self) -> None:
         for module, name, value in reversed(self._undo):
@@ -275,11 +338,16 @@ def enter_exact_kernels(stack: ExitStack, modules: Iterable[nn.Module]) -> None:
     Which kernel computes a function is no part of the function: compiled modules run eagerly,
     attention in plain matrix products, recurrent modules on a GPU without cuDNN.
     """
-    if "torch._dynamo" in sys.modules:  # nothing can be compiled where nobody imported it
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    run_eagerly(stack)
     stack.enter_context(sdpa_kernel(SDPBackend.MATH))
     if torch.cuda.is_initialized() and any(isinstance(m, nn.RNNBase) for m in modules):
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+
+
+def run_eagerly(stack: ExitStack) -> None:
+    """Run compiled modules as they were written, until the stack ends."""
+    if "torch._dynamo" in sys.modules:  # nothing can be compiled where nobody imported it
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
 
 
 # ---- The modules behind what is explained --------------------------------------------------

@@ -6,7 +6,7 @@ happens past them, so what they need is a rule, and not looked for:
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import NotDifferentiableError, refusal
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,8 @@ class Processes:
 
 
 _current: ContextVar[Processes | None] = ContextVar("processes", default=None)
-
-
-def current_processes() -> Processes | None:
-    """Return the processes that share the batch of the prior that is being evaluated, if told."""
-    return _current.get()
+current_processes: Callable[[], Processes | None] = _current.get
+"""Return the processes that share the batch of the prior that is being evaluated, if told."""
 
 
 @contextmanager
@@ -75,14 +72,18 @@ def spread_over(processes: Processes) -> Iterator[None]:
         _current.reset(token)
 
 
+is_distributed: Callable[[], bool] = dist.is_initialized if dist.is_available() else bool
+"""Whether several processes may train together."""
+
+
 def world_size() -> int:
     """Number of processes that train together, one where nobody said."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def world_rank() -> int:
     """Place of this process among all, zero where nobody said."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
 def rank_of_draws() -> int:
@@ -119,15 +120,13 @@ def wrapper_classes() -> tuple[type[nn.Module], ...]:
 
 def wrapped(module: nn.Module) -> NotDifferentiableError:
     """Word that a wrapper was given where the module inside is explained."""
-    return NotDifferentiableError(
-        expected_found(
-            "`forward_func`",
-            "the module that is trained",
-            f"the {type(module).__name__} around it, whose forward pass prepares the next backward "
-            "pass",
-            "Explain wrapper.module, call the wrapper for the training loss, and run one "
-            "backward() over both.",
-        )
+    return refusal(
+        NotDifferentiableError,
+        "`forward_func`",
+        "the module that is trained",
+        f"the {type(module).__name__} around it, whose forward pass prepares the next backward",
+        "Explain wrapper.module, call the wrapper for the training loss, and run one backward() "
+        "over both.",
     )
 
 
@@ -136,33 +135,30 @@ def refuse_spread_parameters(modules: Sequence[nn.Module], *, twice: bool) -> No
 
     Processes that compute an example together must draw the same numbers for it; and torch does
     not differentiate their exchange twice, and does not say so. Once is enough: in a prior's first
-    training step.
-
-    Args:
-        modules: Every module that is explained.
-        twice: Whether parameters get their gradient through that of the inputs.
+    training step. ``twice`` says that parameters get their gradient through that of the inputs.
     """
     if world_size() == 1 or not _computed_together(modules):
         return
     if _current.get() is None:
-        raise ValueError(
-            expected_found(
-                "model whose parameters are spread over processes",
-                "to be told which processes have examples of their own",
-                "nothing said",
-                "Write captum_priors.integrations.AcrossProcesses(prior, "
-                "mesh['data'].get_group()).",
-            )
+        raise refusal(
+            ValueError,
+            "model whose parameters are spread over processes",
+            "to be told which processes have examples of their own",
+            "nothing said",
+            "Write captum_priors.integrations.AcrossProcesses(prior, mesh['data'].get_group()).",
         )
     if twice:
-        raise NotDifferentiableError(
-            expected_found(
-                "double backpropagation",
-                "a model that each process computes by itself",
-                "tensor-parallel parameters, whose exchange torch does not differentiate twice",
-                "Use differentiation='finite_difference'.",
-            )
+        raise refusal(
+            NotDifferentiableError,
+            "double backpropagation",
+            "a model that each process computes by itself",
+            "tensor-parallel parameters, whose exchange torch does not differentiate twice",
+            "Use differentiation='finite_difference'.",
         )
+
+
+def _sharded(modules: Sequence[nn.Module]) -> list[Any]:
+    return [module for module in modules if isinstance(module, _fsdp("FSDPModule"))]
 
 
 def _computed_together(modules: Sequence[nn.Module]) -> bool:
@@ -171,16 +167,15 @@ def _computed_together(modules: Sequence[nn.Module]) -> bool:
     Parameters that ``fully_shard`` alone has spread are whole when they compute. It spreads over
     one dimension of a mesh, behind one of copies in a hybrid; with tensor parallelism both spread.
     """
-    sharded = [module for module in modules if isinstance(module, _fsdp("FSDPModule"))]
-    for module in sharded:
-        module.reshard()  # type: ignore[operator]  # as it is stored, wherever the step is
-    of_fsdp = {id(p) for module in sharded for p in module.parameters()}
-    for module in modules:
-        for p in module.parameters(recurse=False):
-            spread: Any = getattr(p, "placements", ())
-            hybrid = len(spread) == 2 and spread[0].is_replicate()
-            if spread and not (id(p) in of_fsdp and (len(spread) == 1 or hybrid)):
-                return True
+    of_fsdp: set[int] = set()
+    for module in _sharded(modules):
+        module.reshard()  # as it is stored, wherever the step is
+        of_fsdp.update(map(id, module.parameters()))
+    for p in (p for module in modules for p in module.parameters(recurse=False)):
+        spread: Any = getattr(p, "placements", ())
+        hybrid = len(spread) == 2 and spread[0].is_replicate()
+        if spread and not (id(p) in of_fsdp and (len(spread) == 1 or hybrid)):
+            return True
     return False
 
 
@@ -195,23 +190,21 @@ def needs_unsharded(value: Tensor, modules: Sequence[nn.Module]) -> Tensor:
     when the first backward pass through a module is over; and what reaches a parameter after that
     is left behind, in silence.
     """
-    sharded = [module for module in modules if isinstance(module, _fsdp("FSDPModule"))]
-    if not (sharded and value.requires_grad):
-        return value
+    sharded = _sharded(modules)
 
     def on_gradient(gradient: Tensor) -> None:
         for module in sharded:
             if module not in unsharded_now:
-                raise NotDifferentiableError(
-                    expected_found(
-                        "backward pass of a prior on a model of fully_shard",
-                        "its parameters to stay whole",
-                        "that they do not",
-                        "Write: with captum_priors.integrations.fsdp.unsharded(model): "
-                        "loss.backward().",
-                    )
+                raise refusal(
+                    NotDifferentiableError,
+                    "backward pass of a prior on a model of fully_shard",
+                    "its parameters to stay whole",
+                    "that they do not",
+                    "Write: with captum_priors.integrations.fsdp.unsharded(model): "
+                    "loss.backward().",
                 )
-            module.unshard()  # type: ignore[operator]  # an FSDPModule's
+            module.unshard()
 
-    value.register_hook(on_gradient)
+    if sharded and value.requires_grad:
+        value.register_hook(on_gradient)
     return value

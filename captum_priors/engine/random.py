@@ -1,7 +1,8 @@
 """Random streams: what a prior draws must not move the streams that training draws from."""
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -13,46 +14,43 @@ from torch import Tensor, nn
 
 from captum_priors.engine._torch import default_generator
 
-_MASK = (1 << 63) - 1
-
 STREAMS = ("torch", "numpy", "python")
 """Global generators that an explainer may draw from; see ``draws`` of the adapters."""
+
+
+_READ_AND_PUT_BACK: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "torch": (torch.get_rng_state, torch.set_rng_state),
+    "cuda": (torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all),
+    "numpy": (np.random.get_state, np.random.set_state),
+    "python": (random.getstate, random.setstate),
+}
 
 
 @dataclass(frozen=True)
 class GlobalState:
     """The state of global generators, read without moving them."""
 
-    cpu: Tensor
-    cuda: Sequence[Tensor]
-    numpy: Any
-    python: Any
+    states: dict[str, Any]
 
     @classmethod
     def now(cls, streams: Sequence[str] = ("torch",)) -> "GlobalState":
         """Read the generators: torch's, and the others that are named."""
-        return cls(
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else (),
-            np.random.get_state() if "numpy" in streams else None,
-            random.getstate() if "python" in streams else None,
-        )
+        states, of_torch = {}, ("torch", "cuda") if torch.cuda.is_initialized() else ("torch",)
+        for name, (read, _) in _READ_AND_PUT_BACK.items():
+            if name in of_torch or name in streams:
+                states[name] = read()
+        return cls(states)
 
     def restore(self) -> None:
         """Put the generators back."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-        if self.numpy is not None:
-            np.random.set_state(self.numpy)
-        if self.python is not None:
-            random.setstate(self.python)
+        for name, state in self.states.items():
+            _READ_AND_PUT_BACK[name][1](state)
 
     def moved(self) -> bool:
         """Whether torch's generators have been drawn from since."""
-        now = GlobalState.now()
-        pairs = zip((self.cpu, *self.cuda), (now.cpu, *now.cuda), strict=False)
-        return any(not torch.equal(a, b) for a, b in pairs)
+        each = (self.states, GlobalState.now().states)
+        before, after = ([states["torch"], *states.get("cuda", ())] for states in each)
+        return not all(map(torch.equal, before, after))
 
 
 def seed_global(seed: int, streams: Sequence[str] = ("torch",)) -> None:
@@ -71,11 +69,10 @@ def derive(seed: int, place: int) -> int:
 
     The finaliser of SplitMix64 (Steele et al. 2014), a bijection of each place's seeds.
     """
-    mask = (1 << 64) - 1
-    z = (seed + (place + 1) * 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return (z ^ (z >> 31)) & _MASK
+    z = (seed + (place + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (z ^ (z >> 31)) % 2**63
 
 
 class Counter(nn.Module):
@@ -121,22 +118,17 @@ class Stream(Counter):
     def __init__(self) -> None:
         super().__init__()
         _forget_others()
-        place = 0
-        while place in _started:
-            place += 1
+        place = next(i for i in itertools.count() if i not in _started)
         _started[place] = self
-        self.seed = derive(derive(torch.initial_seed() & _MASK, _origin[0]), place)
+        self.seed = derive(derive(torch.initial_seed() % 2**63, _origin[0]), place)
 
     def next_seed(self, *, advance: bool, rank: int = 0) -> int:
-        """Seed of this step, another for each process that has examples of its own.
+        """Seed of this step, another for each process (``rank``) that has examples of its own.
 
-        Args:
-            advance: Go on to the next step; without, as in evaluation, nothing moves.
-            rank: The process's place among those that share a batch.
+        Without ``advance``, as in evaluation, nothing moves.
         """
         seed = self.peek(advance=advance, rank=rank)
-        if advance:
-            self.step += 1
+        self.step += advance
         return seed
 
     def peek(self, *, advance: bool, rank: int = 0) -> int:

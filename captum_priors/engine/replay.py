@@ -18,6 +18,7 @@ the accumulators of its matrix products, before their results are rounded.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors.engine._torch import without_hooks
+from captum_priors.engine.batch_norm import HeldStatistics
 from captum_priors.engine.gradients import (
     Field,
     check_rows,
@@ -40,6 +42,7 @@ from captum_priors.engine.model import (
     enter_exact_kernels,
     plainly_in,
     resumed,
+    run_eagerly,
     run_modules,
 )
 from captum_priors.engine.random import GlobalState
@@ -60,14 +63,13 @@ Program = Callable[[tuple[Tensor, ...], Visit], tuple[Tensor, ...]]
 
 # Forward and backward pass evaluate the same program; nondeterministic GPU kernels reorder sums.
 _REPRODUCES = 1e-2
-# Finite differences: step relative to the norm of the point, and what an example's slope may be
-# off. The truncation error falls as the step's square and rounding rises as its inverse: for
-# trained transformers and convolutional networks in float32 the minimum lies near 0.2 %, at 1e-4
-# to 1e-3. Half precision rounds at 2^-8 to 2^-11: in bfloat16 the minimum of 1 to 4 % lies between
-# steps of 5 and 20 %.
-_STEP, _TOLERANCE = 0.002, (0.2, 0.02)  # of most examples, and of a typical one
+# Finite differences: the steps that are tried, relative to the norm of the point, and what an
+# example's slope may be off. In float32 the best step of trained transformers and convolutional
+# networks lies between 3e-5 and 3e-2, with errors of 1e-4 to 4e-3; half precision rounds at 2^-8 to
+# 2^-11, and in bfloat16 the minimum of 1 to 4 % lies between 5 and 20 %.
+_STEPS, _TOLERANCE = (1e-4, 1e-2), (0.2, 0.02)  # of most examples, and of a typical one
 _HALF = (torch.float16, torch.bfloat16)
-_STEP_HALF, _TOLERANCE_HALF = 0.1, (0.5, 0.25)
+_STEPS_HALF, _TOLERANCE_HALF = (0.05, 0.15), (0.5, 0.25)
 
 
 def keep_graph(term: tuple[Tensor, ...], rows: slice = slice(None)) -> tuple[Tensor, ...]:
@@ -119,6 +121,7 @@ def recompute(
             return tuple(t.detach() for t in term)
 
         found = tuple(v.detach() for v in program(given, let_go))
+    leaves = [*current.leaves.values()]
 
     def pullback(
         cotangents: Sequence[Tensor], sources: Sequence[Tensor], wanted: Sequence[bool]
@@ -128,7 +131,7 @@ def recompute(
 
         def visit(term: tuple[Tensor, ...], rows: slice = slice(None)) -> tuple[Tensor, ...]:
             weights = [c[rows] for c in cotangents]
-            more = _pull(term, [*given, *sources[n_arguments:]], wanted, weights)
+            more = _pull(term, [*given, *leaves], wanted, weights)
             for i, gradient in enumerate(more):
                 if gradient is not None:
                     so_far = total[i]
@@ -141,7 +144,7 @@ def recompute(
             _check_reproduced(value, repeated.detach())
         return total
 
-    return with_pullback(found, [*arguments, *current.leaves.values()], pullback)
+    return with_pullback(found, [*arguments, *conditions.sources(leaves)], pullback)
 
 
 def _check_reproduced(value: Tensor, repeated: Tensor) -> None:
@@ -158,13 +161,20 @@ def _check_reproduced(value: Tensor, repeated: Tensor) -> None:
 def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Input gradients whose parameter gradient is a central difference of first derivatives.
 
+    Evaluated in full precision also under autocast, with a step chosen for each example.
+
     Raises:
         NotDifferentiableError: If examples influence each other or random numbers are drawn, and,
             in the backward pass, if the differences disagree with the gradients.
     """
-    conditions = Conditions(field, ("torch",))
-    with conditions, without_graph(returns_with_graph=False) as current:
-        gradients = values(field, points)
+    device = points[0].device.type
+    mixed = torch.is_autocast_enabled(device)
+    exact = tuple([p.float() if mixed and p.dtype in _HALF else p for p in points])
+    with torch.autocast(device, enabled=False) if mixed else nullcontext():
+        conditions = Conditions(field, ("torch",))
+        with conditions, without_graph(returns_with_graph=False) as current:
+            gradients = values(field, exact)
+        half = computes_in_half(exact, conditions.modules)
     if conditions.stochastic:
         raise NotDifferentiableError(
             expected_found(
@@ -176,56 +186,88 @@ def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor,
                 "differentiation='double_backprop'.",
             )
         )
-    half = computes_in_half(points, conditions.modules)
-    relative_step, tolerance = (_STEP_HALF, _TOLERANCE_HALF) if half else (_STEP, _TOLERANCE)
-    n_points = len(points)
+    n_points, leaves = len(points), [*current.leaves.values()]
 
     def pullback(
         cotangents: Sequence[Tensor], sources: Sequence[Tensor], wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         with conditions.again():
             at = tuple(sources[i].detach().requires_grad_(wanted[i]) for i in range(n_points))
-            moves, norm, step = _moves(cotangents, at, relative_step)
-            moved = tuple(
-                torch.cat([p + m.to(p.dtype), p - m.to(p.dtype)])
-                for p, m in zip(at, moves, strict=True)
-            )
-            outputs = field(moved)
-            check_rows(outputs, moved[0].shape[0])
-            above, below = _rows(outputs.reshape(-1, 1)).squeeze(1).chunk(2)
-            slopes = (above - below) * (norm / (2 * step))
+            line = _Line.along(field, at, cotangents)
+            slopes = line.slopes(line.steps(gradients, _STEPS_HALF if half else _STEPS))
+            tolerance = _TOLERANCE_HALF if half else _TOLERANCE
             _refuse_another_function(slopes.detach(), cotangents, gradients, tolerance)
             slope = slopes.sum()
-            return _pull([slope], [*at, *sources[n_points:]], wanted, [torch.ones_like(slope)])
+            return _pull([slope], [*at, *leaves], wanted, [torch.ones_like(slope)])
 
-    return with_pullback(gradients, [*points, *current.leaves.values()], pullback)
+    found = with_pullback(gradients, [*exact, *conditions.sources(leaves)], pullback)
+    return tuple([g.to(p.dtype) for g, p in zip(found, points, strict=True)])
 
 
-def _moves(
-    cotangents: Sequence[Tensor], points: tuple[Tensor, ...], relative_step: float
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Displacements ``h v / |v|`` of each tensor, with ``|v|`` and ``h`` of each example.
+@dataclass(frozen=True)
+class _Line:
+    """The outputs along each example's direction :math:`v`, on both sides of its point."""
 
-    The step is the largest that moves none of the tensors by more than the given fraction of its
-    own norm. A point at the origin borrows the mean norm of its batch.
-    """
-    vectors = [_rows(v) for v in cotangents]
-    norms = torch.stack([v.norm(dim=1) for v in vectors])
-    norm = norms.square().sum(0).sqrt()
-    unit = torch.where(norm > 0, norm, torch.ones_like(norm))
-    scales = torch.stack([_rows(p.detach()).norm(dim=1) for p in points])
-    typical = scales.mean(dim=1, keepdim=True)
-    typical = torch.where(typical > 0, typical, torch.ones_like(typical))
-    # A point much nearer to the origin than its batch (a zero baseline) would get no step at all.
-    scales = torch.maximum(scales, 0.1 * typical)
-    share = norms / unit
-    step = relative_step * (scales / share.clamp_min(torch.finfo(share.dtype).tiny)).amin(0)
-    step = torch.where(norm > 0, step, torch.full_like(step, relative_step))
-    moves = tuple(
-        ((step / unit).unsqueeze(1) * v).reshape(p.shape)
-        for v, p in zip(vectors, points, strict=True)
-    )
-    return moves, norm, step
+    field: Field
+    points: tuple[Tensor, ...]
+    units: tuple[Tensor, ...]  # v / |v|, like the points
+    norms: Tensor  # |v|
+    lengths: Tensor  # of the step that moves a tensor by all of its own norm
+
+    @classmethod
+    def along(
+        cls, field: Field, points: tuple[Tensor, ...], directions: Sequence[Tensor]
+    ) -> "_Line":
+        vectors = [_rows(v) for v in directions]
+        each = torch.stack([v.norm(dim=1) for v in vectors])
+        norms = each.square().sum(0).sqrt()
+        unit = torch.where(norms > 0, norms, torch.ones_like(norms))
+        scales = torch.stack([_rows(p.detach()).norm(dim=1) for p in points])
+        typical = scales.mean(dim=1, keepdim=True)
+        typical = torch.where(typical > 0, typical, torch.ones_like(typical))
+        # A point much nearer to the origin than its batch (a zero baseline) would get no step.
+        scales = torch.maximum(scales, 0.1 * typical)
+        share = (each / unit).clamp_min(torch.finfo(norms.dtype).tiny)
+        lengths = torch.where(norms > 0, (scales / share).amin(0), torch.ones_like(norms))
+        pairs = zip(vectors, points, strict=True)
+        units = tuple((v / unit.unsqueeze(1)).reshape(p.shape) for v, p in pairs)
+        return cls(field, points, units, norms, lengths)
+
+    def slopes(self, steps: Tensor) -> Tensor:
+        """Central difference for each example, its step relative to the norm of the point."""
+        step = steps * self.lengths
+        sides = []
+        for p, unit in zip(self.points, self.units, strict=True):
+            move = (step.reshape(-1, *[1] * (p.dim() - 1)) * unit).to(p.dtype)
+            sides.append(torch.cat([p + move, p - move]))
+        outputs = self.field(tuple(sides))
+        check_rows(outputs, sides[0].shape[0])
+        above, below = _rows(outputs.reshape(-1, 1)).squeeze(1).chunk(2)
+        return (above - below) * (self.norms / (2 * step))
+
+    def steps(self, gradients: Sequence[Tensor], tried: tuple[float, float]) -> Tensor:
+        r"""The step of each example where the two errors of a difference are least.
+
+        The slope is known, from the gradient: with a short step :math:`h_1` it is off by rounding,
+        :math:`R/h_1`, and with a long one by curvature, :math:`T h_2^2`. Their sum is least at
+        :math:`h^3 = R/2T`.
+        """
+        pairs = zip(self.units, gradients, strict=True)
+        known = torch.stack([(_rows(v) * _rows(g)).sum(1) for v, g in pairs]).sum(0)
+        short, long = tried
+        off_short, off_long = (
+            (self.slopes(torch.full_like(known, h)).detach() - self.norms * known).abs()
+            for h in tried
+        )
+        # Outputs are rounded alike: an example that is right by chance is taken as the others are.
+        scale = (self.norms / self.lengths).clamp_min(torch.finfo(known.dtype).tiny)
+        rounding = short * torch.maximum(off_short, (off_short / scale).median() * scale)
+        curvature = (off_long - rounding / long).clamp_min(0) / long**2
+        # A long step that is off by as much as the slope is large leaves out how much more.
+        far = off_long > 0.3 * self.norms * known.abs()
+        curvature = torch.where(far, torch.maximum(curvature, off_short / short**2), curvature)
+        best = (rounding / (2 * curvature)) ** (1 / 3)
+        return best.nan_to_num(long).clamp(short / 3, 3 * long)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -355,6 +397,7 @@ class Conditions:
     def __init__(self, forward_func: Any, streams: Sequence[str]) -> None:
         self._pass = current_pass()
         self._exact = self._pass is None or self._pass.exact
+        self._held = HeldStatistics() if self._pass is None else self._pass.statistics
         self._roots, self._hidden = plainly_in((forward_func,))
         refuse_batch_statistics(m for root in self._roots for m in root.modules())
         self._random, self._streams = GlobalState.now(streams), streams
@@ -366,19 +409,28 @@ class Conditions:
         self._autocast_cache = torch.is_autocast_cache_enabled()
 
     def __enter__(self) -> "Conditions":
-        self._watch: Any = run_modules() if self._hidden else nullcontext(())
-        self._running = self._watch.__enter__()
+        with ExitStack() as stack:
+            watch: Any = run_modules() if self._hidden else nullcontext(())
+            self._running = stack.enter_context(watch)
+            stack.enter_context(self._held.as_leaves())
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._watch.__exit__(*error)
+        self._stack.close()
         held = self._pass.modules if self._pass is not None else ()
         roots = (*self._roots, *self._running)
         self.modules = tuple({*held, *(m for root in roots for m in root.modules())})
         self.stochastic = self._random.moved()
         self._states = [
-            (module, name, value) for module in self.modules for name, value in _state_of(module)
+            (module, name, value)
+            for module in self.modules
+            for name, value in _state_of(module, self._held)
         ]
+
+    def sources(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Return what the leaves of the forward pass stand for: statistics have a graph."""
+        return [self._held.source(leaf) for leaf in leaves]
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -394,6 +446,11 @@ class Conditions:
             _set_all(self._states)
             if self._exact:
                 enter_exact_kernels(stack, self.modules)
+            if self._held:
+                run_eagerly(stack)
+                self._held.restart()
+                stack.enter_context(self._held.as_leaves())
+                stack.enter_context(self._held)
             if self._beta is not None or current_beta() is not None:
                 stack.enter_context(ReluMode(self._beta))
             for device, enabled, dtype in self._autocast:
@@ -406,13 +463,13 @@ class Conditions:
             yield
 
 
-def _state_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _state_of(module: nn.Module, held: HeldStatistics) -> Iterator[tuple[str, Any]]:
     """Flags that decide how a module runs, and copies of the buffers that it may read."""
     yield "training", module.training
     if isinstance(module, nn.RNNBase):
         yield "dropout", module.dropout
     for name, buffer in module.named_buffers(recurse=False):
-        yield name, buffer if buffer.requires_grad else buffer.clone()
+        yield name, buffer if buffer.requires_grad or held.knows(buffer) else buffer.clone()
 
 
 def _set_all(states: Sequence[tuple[nn.Module, str, Any]]) -> None:

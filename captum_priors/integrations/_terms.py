@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_priors._errors import expected_found
 from captum_priors.priors.base import Prior
 
 TOTAL = "prior"
@@ -34,31 +33,11 @@ def terms_of(prior: Prior) -> dict[str, Prior]:
     return terms
 
 
-def check_prior(prior: Any) -> None:
-    """Require a prior."""
-    if not isinstance(prior, Prior):
-        raise TypeError(
-            expected_found(
-                "`prior`", "a prior", type(prior).__name__, "Pass an AttributionPrior, or a sum."
-            )
-        )
-
-
-def evaluate(prior: Prior, arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def evaluate(prior: Prior, arguments: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the value of a prior, and detached: the same as ``"prior"``, and each term's own.
 
     A term's own value carries no weight. What was not evaluated (see ``Lazy``) is not reported.
     """
-    if not isinstance(arguments, Mapping) or "inputs" not in arguments:
-        found = list(arguments) if isinstance(arguments, Mapping) else type(arguments).__name__
-        raise TypeError(
-            expected_found(
-                "`prior_arguments`",
-                "a dict of the prior's keywords with 'inputs' in it",
-                str(found),
-                "Return for example {'inputs': x, 'target': y}.",
-            )
-        )
     seen: dict[str, list[Tensor]] = {}
     caller = threading.get_ident()
 
@@ -78,11 +57,7 @@ def evaluate(prior: Prior, arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 class Means:
-    """Means of what :func:`evaluate` reported since they were last taken, on the device.
-
-    Args:
-        device: Where processes that train together sum them.
-    """
+    """Means of what :func:`evaluate` reported since they were last taken, on the device."""
 
     def __init__(self, device: torch.device) -> None:
         # All processes use one dtype; MPS has no float64.
@@ -94,14 +69,13 @@ class Means:
         """Count one evaluation; a value that is not finite stays out of the mean of the others."""
         for name, value in values.items():
             pair = torch.stack([value, torch.ones_like(value)]).to(self._none)
-            self._sums[name] = self._sums.get(name, self._none) + pair * value.isfinite()
+            counted = torch.where(value.isfinite(), pair, 0)  # NaN times nothing is NaN
+            self._sums[name] = self._sums.get(name, self._none) + counted
 
     def take(self, prior: Prior, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the means over all processes, of what had a finite value, and start again.
+        """Return the means of what had a finite value, and start again.
 
-        Args:
-            prior: The prior, whose terms are the same in every process.
-            reduce: Sums a tensor over processes.
+        ``reduce`` sums a tensor over processes, which have the terms of the prior in common.
         """
         names = [TOTAL, *terms_of(prior)]
         table = reduce(torch.stack([self._sums.get(name, self._none) for name in names]))

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_priors._errors import expected_found
 from captum_priors.integrations._terms import Means, evaluate
 from captum_priors.priors.base import Prior
 from captum_priors.priors.combined import Wrapper
@@ -23,9 +22,6 @@ class AcceleratedPrior(Wrapper):
     Args:
         prior: The prior.
         accelerator: The accelerator that trains the model.
-
-    Raises:
-        TypeError: If one of them is something else.
 
     Example:
         >>> import torch
@@ -51,18 +47,8 @@ class AcceleratedPrior(Wrapper):
 
     def __init__(self, prior: Prior, accelerator: Any) -> None:
         super().__init__(prior)
-        if not hasattr(accelerator, "register_for_checkpointing"):
-            raise TypeError(
-                expected_found(
-                    "`accelerator`",
-                    "an accelerate.Accelerator",
-                    type(accelerator).__name__,
-                    "Pass the one that prepares the model.",
-                )
-            )
         self.to(accelerator.device)
-        self.accelerator = accelerator
-        self._training, self._looks = Means(accelerator.device), Means(accelerator.device)
+        self.accelerator, self._means = accelerator, Means(accelerator.device)
         accelerator.register_for_checkpointing(self.prior)
 
     def forward(
@@ -73,30 +59,19 @@ class AcceleratedPrior(Wrapper):
         additional_forward_args: Any = None,
         **annotations: Any,
     ) -> Tensor:
-        """Return the value of the prior, and keep it for :meth:`log`."""
+        """Return the value of the prior, and in a training step keep it for :meth:`log`."""
         call = {"inputs": inputs, "baselines": baselines, "target": target, **annotations}
         call["additional_forward_args"] = additional_forward_args
         value, values = evaluate(self.prior, call)
-        (self._training if self.training_step() else self._looks).add(values)
+        if self.training_step():
+            self._means.add(values)
         return value
 
     def log(self, step: int | None = None, **log_options: Any) -> dict[str, float]:
-        """Send means since the last call to the trackers; every process has to call it.
+        """Send the means since the last call to the trackers, as ``Accelerator.log`` does.
 
-        Args:
-            step: As in ``Accelerator.log``.
-            log_options: As there.
-
-        Returns:
-            Means of training steps, and with ``"val_"`` before their names those of calls that
-            recorded no gradient.
+        Every process has to call it, and is given them.
         """
-        means = self._training.take(self.prior, self.accelerator.reduce)
-        looks = self._looks.take(self.prior, self.accelerator.reduce)
-        means |= {f"val_{name}": value for name, value in looks.items()}
+        means = self._means.take(self.prior, self.accelerator.reduce)
         self.accelerator.log(means, step=step, **log_options)
         return means
-
-    def formula(self) -> str:
-        """Return the prior as it would be written."""
-        return self.prior.formula()

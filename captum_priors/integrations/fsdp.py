@@ -32,7 +32,6 @@ def unsharded(model: nn.Module, *, synchronise: bool = True) -> Iterator[None]:
             ``model.set_requires_gradient_sync``.
 
     Raises:
-        TypeError: If no module of the model is sharded.
         NotDifferentiableError: After a pass in which gradients came too late and were left behind.
             A prior's backward pass outside of the block raises it, too.
 
@@ -46,24 +45,13 @@ def unsharded(model: nn.Module, *, synchronise: bool = True) -> Iterator[None]:
             optimizer.step()
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if not sharded:
-        raise TypeError(
-            expected_found(
-                "`model`",
-                "a module that torch.distributed.fsdp.fully_shard has sharded",
-                type(model).__name__,
-                "Use loss.backward() alone for others.",
-            )
-        )
     for module in sharded:
         module.set_requires_gradient_sync(synchronise, recurse=False)
         module.set_reshard_after_backward(False, recurse=False)
         module.unshard()
     unsharded_now.update(sharded)
-    finished = False
     try:
         yield
-        finished = True
     finally:
         unsharded_now.difference_update(sharded)
         whole = dict(model.named_parameters())
@@ -72,13 +60,11 @@ def unsharded(model: nn.Module, *, synchronise: bool = True) -> Iterator[None]:
             module.set_reshard_after_backward(True, recurse=False)
             module.reshard()
         # What was not collected stays where it was, and would be in the next step.
-        left_behind = []
-        if synchronise or not finished:
-            stored = model.named_parameters()
-            gathered = [name for name, p in stored if p is not whole[name]]
-            left_behind = [name for name in gathered if whole[name].grad is not None]
-            for name in left_behind:
-                whole[name].grad = None
+        stored = model.named_parameters() if synchronise else ()
+        gathered = [name for name, parameter in stored if parameter is not whole[name]]
+        left_behind = [name for name in gathered if whole[name].grad is not None]
+        for name in left_behind:
+            whole[name].grad = None
     if left_behind:
         raise NotDifferentiableError(
             expected_found(

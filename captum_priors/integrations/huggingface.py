@@ -1,8 +1,4 @@
-"""Priors in Hugging Face ``Trainer``: a mixin for it or for any subclass.
-
-A ``TrainerCallback`` cannot change the loss, so the mixin stands before the trainer's class:
-``class PriorTrainer(PriorTrainerMixin, Trainer)``.
-"""
+"""Priors in Hugging Face ``Trainer``: a mixin for it or for any subclass."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -15,7 +11,7 @@ from torch import nn
 from captum_priors._errors import expected_found
 from captum_priors._extras import extra
 from captum_priors.engine import modules_of
-from captum_priors.integrations._terms import Means, check_prior, evaluate
+from captum_priors.integrations._terms import Means, evaluate
 from captum_priors.priors.base import Prior
 
 __all__ = ["LogitsOf", "PriorTrainerMixin", "classification_arguments"]
@@ -26,14 +22,8 @@ logger = logging.getLogger(__name__)
 def classification_arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keywords of a prior for a batch of sequence or image classification.
 
-    Args:
-        inputs: The batch, with ``input_ids`` or ``pixel_values``, and ``labels``.
-
-    Returns:
-        These as ``inputs`` and ``target``, and an ``attention_mask`` as additional argument.
-
-    Raises:
-        KeyError: If the batch has other entries.
+    ``input_ids`` or ``pixel_values`` are its ``inputs``, ``labels`` its ``target``, and an
+    ``attention_mask`` is an additional argument. Others need a function of their own.
 
     Example:
         >>> import torch
@@ -42,27 +32,15 @@ def classification_arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
         >>> list(classification_arguments({"input_ids": ids, "labels": labels}))
         ['inputs', 'target']
     """
-    names = [name for name in ("input_ids", "pixel_values") if name in inputs]
-    if not names or "labels" not in inputs:
-        raise KeyError(
-            expected_found(
-                "batch",
-                "input_ids or pixel_values, and labels",
-                ", ".join(inputs),
-                "Pass the trainer prior_arguments=, a function of the batch.",
-            )
-        )
-    arguments = {"inputs": inputs[names[0]], "target": inputs["labels"]}
+    name = "pixel_values" if "pixel_values" in inputs else "input_ids"
+    arguments = {"inputs": inputs[name], "target": inputs["labels"]}
     if inputs.get("attention_mask") is not None:
         arguments["additional_forward_args"] = inputs["attention_mask"]
     return arguments
 
 
 class LogitsOf:
-    r"""A classifier of ``transformers`` as an explainer calls it: ids and mask in, logits out.
-
-    Args:
-        model: The model, not wrapped for distribution.
+    """A classifier of ``transformers`` as an explainer calls it: ids and mask in, logits out.
 
     Example:
         >>> from types import SimpleNamespace
@@ -81,21 +59,19 @@ class LogitsOf:
 
 
 class PriorTrainerMixin:
-    r"""Add a prior to the loss of a ``Trainer``, and log it.
+    """Add a prior to the loss of a ``Trainer``, and log it.
 
-    The prior is evaluated on each micro-batch and averaged over those of an optimizer step, whether
-    or not the trainer divides the loss: for models whose ``forward`` takes ``**kwargs`` it does
-    not. (Some of these, BERT's classifier among them, return a mean all the same, and the trainer
-    sums it; in transformers 5, ``loss_is_scaled_for_ga = False`` on the trainer's class has it
-    divide both.) With the training loss it logs ``"prior"``, what was added on average, and each
-    term's own value without its weight as ``"prior/<term>"``.
+    The prior is averaged over the micro-batches of an optimizer step, whether or not the trainer
+    divides its loss by their number. (It does not for models whose ``forward`` takes ``**kwargs``,
+    although some of these, BERT's classifier among them, return a mean; in transformers 5,
+    ``loss_is_scaled_for_ga = False`` on the trainer's class has it divide both.) With the training
+    loss it logs ``"prior"``, what was added on average, and each term's own value without its
+    weight as ``"prior/<term>"``.
 
     Evaluation leaves ``eval_loss`` as it is, so that runs and early stopping compare, and reports
-    the prior as the metric ``"eval_prior"`` and its terms likewise; that takes the time of an
-    explanation for each batch.
-
-    The prior's counters and generators are saved with each checkpoint, in each process. A model
-    wrapped by ``DistributedDataParallel`` is explained unwrapped, which ``ddp_static_graph`` needs.
+    the metrics ``"eval_prior"`` and ``"eval_prior/<term>"``. Each process saves the prior's
+    counters and generators with each checkpoint. A model wrapped by ``DistributedDataParallel`` is
+    explained unwrapped, which ``ddp_static_graph`` needs.
 
     Args:
         args: For the trainer.
@@ -103,7 +79,7 @@ class PriorTrainerMixin:
         prior_arguments: A function of a batch that returns the prior's keywords. It may ``pop``
             what the model does not take, such as annotations (keep those columns with
             ``remove_unused_columns=False``).
-        evaluate_prior: Whether evaluation reports the prior.
+        evaluate_prior: Whether evaluation reports the prior, which takes an explanation's time.
         kwargs: For the trainer.
 
     Example:
@@ -144,11 +120,10 @@ class PriorTrainerMixin:
         evaluate_prior: bool = True,
         **kwargs: Any,
     ) -> None:
-        self._make_prior = prior
-        self._prior_of: tuple[Any, Prior] | None = None
-        self._prior_checkpoint: Path | None = None
-        self.prior_arguments = prior_arguments
-        self.evaluate_prior = evaluate_prior
+        self._make_prior: Any = prior
+        self._prior_of: tuple[Any, Any] = (None, None)
+        self._resumes_from: str | bool | None = None
+        self.prior_arguments, self.evaluate_prior = prior_arguments, evaluate_prior
         super().__init__(*args, **kwargs)
         self._training_means = Means(self.args.device)
         self._evaluation_means = Means(self.args.device)
@@ -162,13 +137,14 @@ class PriorTrainerMixin:
     @property
     def prior(self) -> Prior:
         """The prior on the model that is trained."""
-        if self._prior_of is None or self._prior_of[0] is not self.model:
-            made: Any = self._make_prior
-            prior = made if isinstance(made, Prior) or not callable(made) else made(self.model)
-            check_prior(prior)
+        model, prior = self._prior_of
+        if model is not self.model:
+            made = self._make_prior
+            prior = (made if isinstance(made, Prior) else made(self.model)).to(self.args.device)
             _check_explains(prior, self.model)
-            self._prior_of = (self.model, prior.to(self.args.device))
-        return self._prior_of[1]
+            self._prior_of = (self.model, prior)
+        found: Prior = prior
+        return found
 
     def compute_loss(
         self,
@@ -193,19 +169,14 @@ class PriorTrainerMixin:
         return (loss, outputs) if return_outputs else loss
 
     def _undivided_steps(self, num_items_in_batch: Any) -> int:
-        """Return the steps of accumulation that the trainer does not divide its loss by.
-
-        It does not where the loss was normalised by ``num_items_in_batch`` or is the user's own.
-        """
+        """Return the steps of accumulation that the trainer does not divide its loss by."""
         trainer: Any = self
         is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # transformers 5
         if is_scaled is None:
             counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
             is_scaled = counted or trainer.compute_loss_func is not None
-        if not is_scaled:
-            return 1
         steps: int = self.args.gradient_accumulation_steps
-        return getattr(trainer, "current_gradient_accumulation_steps", steps)
+        return getattr(trainer, "current_gradient_accumulation_steps", steps) if is_scaled else 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the prior with the training loss."""
@@ -217,9 +188,8 @@ class PriorTrainerMixin:
         """Report the prior as a metric."""
         self._evaluation_means = Means(self.args.device)
         output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]  # the framework's
-        # Positional arguments: dataloader, description, prediction_loss_only, ignore_keys, prefix.
-        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         means = self._evaluation_means.take(self.prior, self.accelerator.reduce)
+        prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
 
@@ -232,26 +202,25 @@ class PriorTrainerMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; a checkpoint that training resumes from has the state of the prior, too."""
-        if resume_from_checkpoint is True:
-            utils = extra("transformers.trainer_utils", "huggingface")
-            resume_from_checkpoint = utils.get_last_checkpoint(self.args.output_dir) or True
-        if isinstance(resume_from_checkpoint, (str, Path)):
-            self._prior_checkpoint = self._state_file(resume_from_checkpoint)
+        self._resumes_from = resume_from_checkpoint
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]  # the framework's
 
     def _continue_from_checkpoint(self) -> None:
         """Load the state at the first step: ``model_init`` makes model and prior anew."""
-        file, self._prior_checkpoint = self._prior_checkpoint, None
-        if file is None:
+        folder, self._resumes_from = self._resumes_from, None
+        if folder is True:
+            utils = extra("transformers.trainer_utils", "huggingface")
+            folder = utils.get_last_checkpoint(self.args.output_dir)
+        if not folder:
             return
+        file = self._state_file(folder)
         if file.exists():
             self.prior.load_state_dict(torch.load(file, weights_only=True))
         else:
             logger.warning("There is no %s: the prior starts anew.", file)
 
-    def _state_file(self, folder: str | Path) -> Path:
-        process = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
-        return Path(folder) / f"prior_state{process}.pt"
+    def _state_file(self, folder: Any) -> Path:
+        return Path(folder) / f"prior_state_{self.args.process_index}.pt"
 
 
 def _check_explains(prior: Prior, model: nn.Module) -> None:

@@ -1,9 +1,4 @@
-"""Priors in Lightning: a mixin for a ``LightningModule``.
-
-Put :class:`PriorMixin` before the module that has the ``training_step``, and set ``self.prior``.
-Gradient accumulation, precision, clipping and distributed strategies are Lightning's as ever;
-the prior is a submodule, so its counters travel in the checkpoint.
-"""
+"""Priors in Lightning: a mixin for a ``LightningModule``."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,28 +8,26 @@ from torch import Tensor
 
 from captum_priors._captum import as_tuple
 from captum_priors._errors import expected_found
-from captum_priors.integrations._terms import check_prior, evaluate
+from captum_priors.integrations._terms import evaluate
 from captum_priors.priors.base import Prior
 
 __all__ = ["PriorMixin"]
 
 
 class PriorMixin:
-    r"""Add ``self.prior`` to the loss of each training step, and log it.
+    """Add ``self.prior`` to the loss of each training step, and log it.
 
-    .. math:: \mathcal L_\text{step} + \Omega(\text{batch})
+    Put it before the module that has the ``training_step``, and set ``self.prior``. Accumulation,
+    precision, clipping and distributed strategies are Lightning's as ever (``Lazy`` counts
+    micro-batches); the prior is a submodule, so its counters travel in the checkpoint.
 
     Each batch logs ``"prior"``, what is added to the loss, and each term's own value without its
     weight as ``"prior/<term>"``. Validation and test batches log ``"val_prior"`` and
-    ``"test_prior"`` in the same way and change no loss; ``trainer.validate()`` works, too, although
-    Lightning runs it under ``inference_mode``. ``Lazy`` counts micro-batches, see there.
+    ``"test_prior"`` in the same way and change no loss, also under ``trainer.validate()``.
 
     A ``training_step`` in the body of the class that lists the mixin comes before it: call
     ``self.prior_loss(batch)`` there, as under manual optimization. A step is never given the prior
     twice, and one that goes without it is refused.
-
-    Attributes:
-        prior: The prior, set in ``__init__`` and made from a module of ``self``.
 
     Example:
         >>> import torch
@@ -82,28 +75,13 @@ class PriorMixin:
             )
 
     def prior_arguments(self, batch: Any) -> Mapping[str, Any]:
-        """Return the keywords of the prior for a batch; by default the batch is ``(x, y)``.
+        """Return the keywords of the prior for a batch, by default of pairs ``(x, y)``.
 
-        Args:
-            batch: What the data loader gave.
-
-        Returns:
-            ``inputs``, and whatever else the prior is to be given: ``target``, ``baselines``,
-            ``additional_forward_args``, annotations.
-
-        Raises:
-            TypeError: If the batch is no pair.
+        Override it for others: ``inputs``, and whatever else the prior is to be given, ``target``,
+        ``baselines``, ``additional_forward_args``, annotations.
         """
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise TypeError(
-                expected_found(
-                    "batch",
-                    "a pair of inputs and targets",
-                    f"{type(batch).__name__} of {len(batch)} entries",
-                    "Define prior_arguments(self, batch), returning {'inputs': ..., ...}.",
-                )
-            )
-        return {"inputs": batch[0], "target": batch[1]}
+        inputs, target = batch
+        return {"inputs": inputs, "target": target}
 
     def prior_loss(self, batch: Any, prefix: str = "", **log_options: Any) -> Tensor:
         """Evaluate the prior on a batch and log it: the scalar to add to the loss, shape ``()``.
@@ -111,12 +89,8 @@ class PriorMixin:
         Args:
             batch: What the data loader gave.
             prefix: Put before the names that are logged.
-            log_options: What else ``LightningModule.log`` is to be given.
-
-        Raises:
-            TypeError: If ``self.prior`` is no prior, or ``prior_arguments`` is not right.
+            log_options: For ``LightningModule.log_dict``.
         """
-        check_prior(self.prior)
         self._prior_was_added = torch.is_grad_enabled()  # looking at a value adds nothing
         arguments = self.prior_arguments(batch)
         value, values = evaluate(self.prior, arguments)

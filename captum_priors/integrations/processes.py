@@ -1,6 +1,5 @@
 """A prior on a batch that several processes share, and whether they are still together."""
 
-from collections.abc import Iterable
 from typing import Any
 from zlib import crc32
 
@@ -58,11 +57,16 @@ class AcrossProcesses(Wrapper):
         >>> shared = AcrossProcesses(prior)
         >>> torch.allclose(shared(x), prior(x))  # one process alone
         True
+        >>> shared.share(x)
+        1.0
     """
 
     def __init__(self, prior: Prior, ddp_or_group: Any = None) -> None:
         super().__init__(prior)
-        self.process_group = _group_of(ddp_or_group)
+        if isinstance(ddp_or_group, DistributedDataParallel):
+            ddp_or_group = ddp_or_group.process_group
+        is_mesh = hasattr(ddp_or_group, "get_group")
+        self.process_group = ddp_or_group.get_group() if is_mesh else ddp_or_group
         self._started_together = False
 
     def forward(self, inputs: TensorOrTuple, *data: Any, **named: Any) -> Tensor:
@@ -80,38 +84,24 @@ class AcrossProcesses(Wrapper):
         r"""Return :math:`W n_r / N`, the weight of a mean over this process's examples.
 
         Every process of the group must ask.
-
-        Example:
-            >>> import torch
-            >>> from captum_priors import AttributionPrior, ExpectedGradients
-            >>> from captum_priors.integrations import AcrossProcesses
-            >>> from captum_priors.penalties import l1
-            >>> explainer = ExpectedGradients(torch.nn.Linear(3, 1))
-            >>> AcrossProcesses(AttributionPrior(explainer, l1)).share(torch.randn(8, 3))
-            1.0
         """
         check_inputs(inputs)
-        if self._size() == 1:
-            return 1.0
-        like = as_tuple(inputs)[0]
-        return self._share(self._all(torch.tensor([len(like)], device=like.device))[:, 0])
+        return self._exchanged(as_tuple(inputs)[0], 0)[0].share
 
     def _processes(self, like: Tensor) -> Processes:
         """Tell the others how many examples there are, and see that all are at the same step."""
-        if self._size() == 1:
-            return Processes(None, world_rank() if self.process_group == "self" else 0, 1, 1.0)
-        parts = [module for module in self.modules() if isinstance(module, Counter)]
-        if not self._started_together:
-            told = [[part.get_extra_state() for part in parts]]
+        counting = [module for module in self.modules() if isinstance(module, Counter)]
+        if not self._is_alone() and not self._started_together:
+            told = [[each.get_extra_state() for each in counting]]
             group: Any = self.process_group or dist.group.WORLD
             dist.broadcast_object_list(told, dist.get_global_rank(group, 0), group)
-            for part, state in zip(parts, told[0], strict=False):  # another prior: see below
-                part.set_extra_state(state)
+            for each, state in zip(counting, told[0], strict=False):  # another prior: see below
+                each.set_extra_state(state)
             self._started_together = True
         place = crc32(self.formula().encode())
-        for part in parts:
-            place = crc32(part.get_extra_state().numpy().tobytes(), place)
-        counts, places = self._all(torch.tensor([len(like), place], device=like.device)).T
+        for each in counting:
+            place = crc32(each.get_extra_state().numpy().tobytes(), place)
+        processes, places = self._exchanged(like, place)
         if bool((places != place).any()):
             raise ValueError(
                 expected_found(
@@ -121,39 +111,23 @@ class AcrossProcesses(Wrapper):
                     "Load one state_dict on all of them, and call it on all of them.",
                 )
             )
-        rank = dist.get_rank(self.process_group)
-        return Processes(self.process_group, rank, self._size(), self._share(counts))
+        return processes
 
-    def _share(self, counts: Tensor) -> float:
-        rank = dist.get_rank(self.process_group)
-        return int(counts[rank]) * len(counts) / int(counts.sum())
-
-    def _all(self, row: Tensor) -> Tensor:
-        rows = [torch.empty_like(row) for _ in range(self._size())]
+    def _exchanged(self, like: Tensor, place: int) -> tuple[Processes, Tensor]:
+        """Return what a mean over this process's examples counts for, and everybody's place."""
+        row = torch.tensor([len(like), place], device=like.device)
+        if self._is_alone():
+            rank = world_rank() if self.process_group == "self" else 0
+            return Processes(None, rank, 1, 1.0), row[1:]
+        rows = [torch.empty_like(row) for _ in range(dist.get_world_size(self.process_group))]
         dist.all_gather(rows, row, group=self.process_group)
-        return torch.stack(rows)
+        counts, places = torch.stack(rows).T
+        share = len(like) * len(counts) / int(counts.sum())
+        rank = dist.get_rank(self.process_group)
+        return Processes(self.process_group, rank, len(counts), share), places
 
-    def _size(self) -> int:
-        if self.process_group == "self" or world_size() == 1:
-            return 1
-        return dist.get_world_size(self.process_group)
-
-
-def _group_of(ddp_or_group: Any) -> Any:
-    if isinstance(ddp_or_group, DistributedDataParallel):
-        return ddp_or_group.process_group
-    if hasattr(ddp_or_group, "get_group"):  # a DeviceMesh
-        return ddp_or_group.get_group()
-    if ddp_or_group in (None, "self") or isinstance(ddp_or_group, dist.ProcessGroup):
-        return ddp_or_group
-    raise ValueError(
-        expected_found(
-            "`ddp_or_group`",
-            "a DistributedDataParallel, a process group, None or 'self'",
-            repr(ddp_or_group),
-            "Pass for example mesh['data'].get_group().",
-        )
-    )
+    def _is_alone(self) -> bool:
+        return world_size() == 1 or self.process_group == "self"
 
 
 def check_synchronised(model: nn.Module, process_group: Any = None) -> None:
@@ -162,8 +136,8 @@ def check_synchronised(model: nn.Module, process_group: Any = None) -> None:
     Nothing says so when gradients are averaged for a part of a step only: a backward pass of the
     prior's own after that of ``DistributedDataParallel``, a loss that went past the wrapper, a
     ``no_sync`` forgotten, another start. Ask every few hundred steps; it reads each parameter once
-    and exchanges two numbers. Parameters that ``fully_shard`` or tensor parallelism has spread are
-    left out, since each process has a part of its own.
+    and exchanges a number for each. Parameters that ``fully_shard`` or tensor parallelism has
+    spread are left out, since each process has a part of its own.
 
     Args:
         model: The model, or its wrapper.
@@ -179,39 +153,23 @@ def check_synchronised(model: nn.Module, process_group: Any = None) -> None:
     """
     if world_size() == 1:
         return
-    sums = {n: _checksum(p.detach()) for n, p in model.named_parameters() if not _is_spread(p)}
-    if not sums:
-        return
-    device = next(model.parameters()).device
-    ours = torch.tensor(crc32(repr(sums.items()).encode()), device=device)
-    both = torch.stack([ours, -ours])
-    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=process_group)
-    if int(both[0]) == -int(both[1]):
-        return
+    sums = {
+        name: crc32(p.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        for name, p in model.named_parameters()
+        if not hasattr(p, "placements")
+    }
     everybody: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(everybody, sums, group=process_group)
-    names = dict.fromkeys(name for each in everybody for name in each)
+    names = sorted(set().union(*everybody))
     apart = [name for name in names if len({each.get(name) for each in everybody}) > 1]
-    raise RuntimeError(
-        expected_found(
-            "parameters",
-            "the same on every process",
-            f"{len(apart)} of {len(names)} that differ, the first of them {apart[0]}",
-            "Run one backward pass for everything, through the wrapper: (F.cross_entropy(ddp(x), y)"
-            " + prior(x, target=y)).backward(). A backward pass of the prior's own goes first, "
-            "under ddp.no_sync().",
+    if apart:
+        raise RuntimeError(
+            expected_found(
+                "parameters",
+                "the same on every process",
+                f"{len(apart)} of {len(names)} that differ, the first of them {apart[0]}",
+                "Run one backward pass for everything, through the wrapper: (F.cross_entropy("
+                "ddp(x), y) + prior(x, target=y)).backward(). A backward pass of the prior's own "
+                "goes first, under ddp.no_sync().",
+            )
         )
-    )
-
-
-def _is_spread(parameter: Tensor) -> bool:
-    return hasattr(parameter, "placements")
-
-
-def _checksum(tensor: Tensor) -> int:
-    """Return a number made of every bit, by place: one that differs makes another number."""
-    word = {1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
-    words = tensor.contiguous().flatten().view(word)
-    pieces: Iterable[Tensor] = words.split(1 << 20)  # the memory for a large parameter's
-    odd = 2 * torch.arange(1 << 20, device=tensor.device) + 1
-    return crc32(repr([int((piece * odd[: len(piece)]).sum()) for piece in pieces]).encode())

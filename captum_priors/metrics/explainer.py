@@ -7,7 +7,7 @@ from torch import Tensor
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_count, check_inputs, check_target, positive
-from captum_priors._probe import Probe, check_explainer, check_options, seed_from_global_state
+from captum_priors._probe import Probe, seed_from_global_state
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine import AttributionPass, derive
 from captum_priors.engine.model import out_of_inference
@@ -22,7 +22,6 @@ def local_lipschitz(
     radius: float,
     n_samples: int = 10,
     target: Any = None,
-    additional_forward_args: Any = None,
     seed: int | None = None,
     **attribute_options: Any,
 ) -> Tensor:
@@ -41,16 +40,11 @@ def local_lipschitz(
         radius: :math:`r`, in units of the inputs.
         n_samples: Points around each input.
         target: As in ``attribute``.
-        additional_forward_args: As in ``attribute``.
         seed: Seed of the draws; by default read off torch's global generator, which does not move.
         attribute_options: Further keywords of ``explainer.attribute``.
 
     Returns:
         Shape ``(batch,)``.
-
-    Raises:
-        TypeError: If an argument has another type.
-        ValueError: If an argument is out of range.
 
     Example:
         >>> import torch
@@ -63,25 +57,20 @@ def local_lipschitz(
         >>> local_lipschitz(explainer, torch.zeros(2, 3), radius=0.1).tolist()
         [2.0, 2.0]
     """
-    check_explainer(explainer)
-    check_options(explainer, attribute_options)
-    check_inputs(inputs)
-    n = as_tuple(inputs)[0].shape[0]
+    n = check_inputs(inputs)
     check_target(target, n)
     check_count("n_samples", n_samples)
-    check_count("seed", seed, least=0, optional=True)
     positive("radius", radius)
     seed = seed_from_global_state() if seed is None else seed
-    given = {"target": target, "additional_forward_args": additional_forward_args}
+    given = {**attribute_options, "target": target}
     with held_still(explainer, seed=seed, given={"inputs": inputs, **given}):
         tensors = tuple(t.detach() for t in out_of_inference(as_tuple(inputs)))
-        call = out_of_inference({**attribute_options, **given})
-        probe = Probe(explainer, inputs, call)
+        probe = Probe(explainer, inputs, out_of_inference(given))
         noise = torch.Generator().manual_seed(derive(seed, 1))
         here = joined(tensors_of(probe(tensors, seed)))
         largest = torch.zeros(n, dtype=here.dtype, device=here.device)
         for _ in range(n_samples):
-            points = tuple(t + _uniform(t, radius, noise) for t in tensors)
+            points = tuple(t + radius * _uniform(t, noise) for t in tensors)
             moved = (joined(tensors_of(probe(points, seed))) - here).norm(dim=1)
             # The step that was taken, after rounding.
             step = joined(tuple(p - t for p, t in zip(points, tensors, strict=True))).norm(dim=1)
@@ -89,9 +78,9 @@ def local_lipschitz(
     return largest
 
 
-def _uniform(like: Tensor, radius: float, generator: torch.Generator) -> Tensor:
-    draw = 2 * torch.rand(like.shape, generator=generator, dtype=torch.float64, device="cpu") - 1
-    return radius * draw.to(like)
+def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    draw = torch.rand(like.shape, generator=generator, dtype=torch.float64, device="cpu")
+    return (2 * draw - 1).to(like)
 
 
 def held_still(*explained: Any, seed: int, given: dict[str, Any]) -> AttributionPass:

@@ -10,6 +10,7 @@ from torch import Tensor
 from captum_priors import distances
 from captum_priors._checks import check_count
 from captum_priors._errors import expected_found
+from captum_priors._extras import extra
 from captum_priors._types import TensorOrTuple
 from captum_priors.penalties.annotation import fitted
 from captum_priors.penalties.maths import (
@@ -109,10 +110,16 @@ def spearman(attributions: Tensors, other: Tensors) -> Tensor:
         >>> torch.allclose(spearman(a, a.exp()), torch.ones(2))
         True
     """
-    rows = [joined(maps) for maps in (attributions, other)]
-    # Twice the mean rank, less one: correlations ignore both.
-    ranks = [torch.stack(_below(each)).sum(0).double() for each in rows]
-    return (1 - distances.pearson(*ranks)).to(rows[0].dtype)
+    left, right = joined(attributions), joined(other)
+    return (1 - distances.pearson(_ranks(left), _ranks(right))).to(left.dtype)
+
+
+def _ranks(rows: Tensor) -> Tensor:
+    """Twice the mean rank, less one, which correlations ignore: entries below and up to each."""
+    rows = rows.contiguous()
+    ordered = rows.sort(1).values
+    below, up_to = (torch.searchsorted(ordered, rows, right=r) for r in (False, True))
+    return (below + up_to).double()
 
 
 @_compares
@@ -122,7 +129,7 @@ def kendall(attributions: Tensors, other: Tensors) -> Tensor:
     .. math:: \tau_b = \frac{C - D}{\sqrt{(C + D + T_a)(C + D + T_b)}}
 
     with :math:`C` concordant and :math:`D` discordant pairs, and :math:`T` pairs that tie in one
-    map alone.
+    map alone. It is SciPy's, on the CPU (extra ``metrics``).
 
     Returns:
         Shape ``(batch,)``, in [-1, 1]; as in :func:`pearson` for constant maps and NaN.
@@ -133,45 +140,12 @@ def kendall(attributions: Tensors, other: Tensors) -> Tensor:
         >>> kendall(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 3.0, 2.0]])).item()
         0.3333333432674408
     """
-    rows = joined(attributions)
-    p = rows.shape[1]
-    a, b = (_below(joined(maps))[0] for maps in (attributions, other))
-    both = a * p + b  # orders by a, and by b within its ties
-    discordant = _inversions(b.gather(1, both.argsort(1)))
-    tied_a, tied_b, tied_both = (_tied_pairs(codes) for codes in (a, b, both))
-    pairs = p * (p - 1) / 2
-    differ_a, differ_b = pairs - tied_a, pairs - tied_b
-    balance = pairs - tied_a - tied_b + tied_both - 2 * discordant
-    constant = (differ_a == 0) | (differ_b == 0)
-    tau = balance / torch.where(constant, 1, differ_a * differ_b).sqrt()
-    return torch.where(constant, (differ_a == differ_b).double(), tau).to(rows.dtype)
-
-
-def _below(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """How many entries of its row are smaller than each entry, and how many are not larger."""
-    rows = rows.contiguous()
-    ordered = rows.sort(1).values
-    return torch.searchsorted(ordered, rows), torch.searchsorted(ordered, rows, right=True)
-
-
-def _tied_pairs(codes: Tensor) -> Tensor:
-    smaller, not_larger = _below(codes)
-    return (not_larger - smaller - 1).sum(1).double() / 2
-
-
-def _inversions(rows: Tensor) -> Tensor:
-    """Count, in each row, the pairs whose first entry is larger: a merge sort, all rows at once."""
-    n, p = rows.shape
-    length = 1 << (p - 1).bit_length()
-    rows = torch.cat([rows, rows.amax(1, keepdim=True).expand(n, length - p)], 1)
-    count, width = torch.zeros(n, dtype=torch.float64, device=rows.device), 1
-    while width < length:
-        blocks = rows.reshape(-1, 2 * width)
-        left, right = (half.contiguous() for half in blocks.split(width, 1))
-        larger = width - torch.searchsorted(left, right, right=True)
-        count += larger.reshape(n, -1).sum(1)
-        rows, width = blocks.sort(1).values, 2 * width
-    return count
+    tau = extra("scipy.stats", "metrics").kendalltau
+    left, right = joined(attributions), joined(other)
+    pairs = zip(left.cpu().numpy(), right.cpu().numpy(), strict=True)
+    values = left.new_tensor([tau(a, b).statistic for a, b in pairs])
+    are_constant = [(rows == rows[:, :1]).all(1) for rows in (left, right)]
+    return torch.where(values.isnan(), torch.logical_and(*are_constant), values)
 
 
 @_compares
@@ -280,30 +254,17 @@ def wrong_reason_rate(
     """
     tensors = tensors_of(attributions)
     masks = annotation if isinstance(annotation, tuple) else (annotation,)
-    if len(masks) != len(tensors):
-        raise ValueError(
-            expected_found(
-                "`annotation`",
-                f"one for each of the {len(tensors)} tensors of attributions",
-                str(len(masks)),
-                "Pass a tuple of masks.",
-            )
-        )
     pairs = zip(tensors, masks, strict=True)
-    allowed = joined(tuple(fitted(t, m, "binary").expand_as(t) for t, m in pairs))
+    forbidden = joined(tuple(fitted(t, m, "binary").expand_as(t) for t, m in pairs)) == 0
     rows = joined(tensors)
     positive = rows.clamp_min(0)
-    low, high = positive.amin(1, keepdim=True), positive.amax(1, keepdim=True)
+    low, high = positive.aminmax(dim=1, keepdim=True)
     # A constant positive map says that everything matters: it is one throughout, not 0 / 0.
-    scaled = torch.where(
-        high > low,
-        (positive - low) / torch.where(high > low, high - low, 1),
-        (high > 0).to(rows.dtype),
-    )
+    constant = (high > 0).to(rows.dtype)
+    scaled = torch.where(high > low, (positive - low) / (high - low), constant)
     finite = rows.isfinite().all(1)
     level = float(scaled[finite].mean()) if threshold is None else threshold
     # What all maps share lies at the mean, and matters if anything does.
     on = (scaled > level) | ((scaled == 1) & (level >= 1))
-    forbidden = allowed == 0
     # 0 / 0 where nothing is forbidden is NaN.
     return _nan_where((on & forbidden).sum(1) / forbidden.sum(1).to(rows.dtype), rows)

@@ -3,19 +3,17 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, like_inputs
-from captum_priors._checks import check_count, check_floating, check_inputs, fraction
-from captum_priors._errors import expected_found, one_of
+from captum_priors._checks import check_inputs, fraction
+from captum_priors._errors import expected_found
 from captum_priors._extras import extra
 from captum_priors._probe import (
     Probe,
-    check_explainer,
-    check_options,
     check_outputs,
     default_target,
     forward_func_of,
@@ -25,6 +23,7 @@ from captum_priors._probe import (
 from captum_priors.adapters import differentiable
 from captum_priors.engine import derive
 from captum_priors.engine.model import out_of_inference
+from captum_priors.engine.random import STREAMS, seed_global
 from captum_priors.metrics.explainer import held_still
 from captum_priors.metrics.maps import pearson, spearman, top_k_intersection
 from captum_priors.penalties.maths import Axes
@@ -154,12 +153,10 @@ def stability_report(
     dim: Axes = None,
     metrics: Mapping[str, Metric] = _METRICS,
     control: str | None = None,
-    target: Literal["predicted", "label"] = "predicted",
-    additional_forward_args: Any = None,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> StabilityReport:
-    r"""Attack explanations, and compare the maps before and after.
+    r"""Attack explanations of the predicted classes, and compare the maps before and after.
 
     The columns are accuracy on clean and attacked inputs (where the loader has labels), how many
     attacks keep the prediction, the top-k intersection and the other ``metrics`` of clean and
@@ -178,17 +175,11 @@ def stability_report(
         dim: The axes of the attributions that are places, as in :func:`top_k_intersection`.
         metrics: Functions ``(attributions, other)`` of shape ``(batch,)`` by name.
         control: Name of the attack that the others are compared with.
-        target: Explain the ``"predicted"`` class of the clean input, or the ``"label"``.
-        additional_forward_args: Further arguments of all models, the same for all batches.
-        confidence: Level of the intervals of the means over examples: Wilson's for shares (boolean
-            scores), Student's for all others.
+        confidence: Level of the intervals, which :class:`ReportScore` describes.
         seed: Seed of all draws; every explainer sees the same.
 
-    Returns:
-        The report; ``print`` it, or take its ``rows`` or ``to_frame()``.
-
     Raises:
-        ImportError: Without the extra ``metrics`` (scipy).
+        ImportError: Without the extra ``metrics`` (SciPy).
         TypeError: If an argument has another type.
         ValueError: If there is nothing to report on, or a value is out of range.
 
@@ -205,26 +196,16 @@ def stability_report(
         >>> report.row().scores["top-2"].mean  # a linear model has the same map everywhere
         1.0
     """
-    one_of("target", target, ("predicted", "label"))
-    check_count("k", k)
-    check_count("seed", seed, least=0)
     fraction("confidence", confidence)
     scores: dict[str, Metric] = {
         f"top-{k}": lambda a, b: top_k_intersection(a, b, k, dim=dim),
-        **_by_name("metrics", metrics, "functions", callable, "{'spearman': spearman}"),
+        **_built("metrics", metrics, callable, "{'spearman': spearman}"),
     }
-    subjects = _subjects(explainers, attacks, control)
+    subjects = _subjects(explainers, attacks)
     found: dict[tuple[str, str], dict[str, list[Tensor]]] = {}
-    for number, (inputs, labels) in enumerate(_batches(loader, labelled=target == "label")):
+    for number, (inputs, labels) in enumerate(_batches(loader)):
         for subject in subjects:
-            columns = subject.attacked(
-                inputs,
-                labels,
-                args=additional_forward_args,
-                by_label=target == "label",
-                scores=scores,
-                seed=derive(seed, number),
-            )
+            columns = subject.attacked(inputs, labels, scores, derive(seed, number))
             for attack, each in columns.items():
                 if control is not None and attack != control:
                     pairs = {m: (each[m].double(), columns[control][m].double()) for m in scores}
@@ -250,62 +231,36 @@ class _Subject:
     name: str
     explainer: Any
     options: Mapping[str, Any]
-    model: Any
     attacks: Mapping[str, Any]
 
     def attacked(
-        self,
-        inputs: Any,
-        labels: Tensor | None,
-        *,
-        args: Any,
-        by_label: bool,
-        scores: Mapping[str, Metric],
-        seed: int,
+        self, inputs: Any, labels: Tensor | None, scores: Mapping[str, Metric], seed: int
     ) -> dict[str, Scores]:
         """Score each attack on one batch."""
-        inputs, labels = _moved(self.model, inputs, labels)
-        still = (self.model, self.explainer)
+        model = forward_func_of(self.explainer)
+        inputs, labels = _moved(model, inputs, labels)
         draws = derive(seed, 1)  # others than those that an attack of ours ranks its points by
-        with held_still(*still, seed=seed, given={"inputs": inputs}):
-            inputs, labels, args = out_of_inference((inputs, labels, args))
-            clean = as_tuple(inputs)
-            outputs = check_outputs(outputs_of(self.model, clean, args), clean[0].shape[0])
-            target = labels if by_label else default_target(outputs, None)
-            given = {"target": target, "additional_forward_args": args}
-            probe = Probe(self.explainer, inputs, out_of_inference({**self.options, **given}))
-            here = probe(clean, draws)
-        # Not every perturbation takes what is None.
-        given = {name: value for name, value in given.items() if value is not None}
         found: dict[str, Scores] = {}
-        for name, attack in self.attacks.items():
-            with held_still(*still, seed=seed, given={"inputs": inputs}):
+        with held_still(model, self.explainer, seed=seed, given={"inputs": inputs}):
+            inputs, labels, options = out_of_inference((inputs, labels, dict(self.options)))
+            clean = as_tuple(inputs)
+            outputs = check_outputs(outputs_of(model, clean, None), len(clean[0]))
+            target = default_target(outputs, None)
+            given = {} if target is None else {"target": target}
+            probe = Probe(self.explainer, inputs, {**options, **given})
+            here, before = probe(clean, draws), predictions(outputs)
+            for name, attack in self.attacks.items():
+                seed_global(seed, STREAMS)  # whichever attack comes first
                 moved = as_tuple(attack.perturb(inputs, **given))
-                after = outputs_of(self.model, moved, args)
-                there = probe(moved, draws)
-            before, now = predictions(outputs), predictions(after)
-            columns: Scores = {}
-            if labels is not None:
-                columns = {"accuracy": before == labels, "accuracy, attacked": now == labels}
-            columns["prediction kept"] = before == now
-            for metric, score in scores.items():
-                maps = (m if len(m) > 1 else m[0] for m in (here, there))
-                columns[metric] = _per_example(metric, score(*maps), clean[0].shape[0])
-            found[name] = {column: values.detach().cpu() for column, values in columns.items()}
+                there, now = probe(moved, draws), predictions(outputs_of(model, moved, None))
+                columns: Scores = {}
+                if labels is not None:
+                    columns = {"accuracy": before == labels, "accuracy, attacked": now == labels}
+                columns["prediction kept"] = before == now
+                for metric, score in scores.items():
+                    columns[metric] = score(*(m if len(m) > 1 else m[0] for m in (here, there)))
+                found[name] = {column: values.detach().cpu() for column, values in columns.items()}
         return found
-
-
-def _per_example(name: str, values: Any, n: int) -> Tensor:
-    if not isinstance(values, Tensor) or values.shape != (n,):
-        raise ValueError(
-            expected_found(
-                f"metric {name!r}",
-                f"shape ({n},)",
-                str(getattr(values, "shape", type(values).__name__)),
-                "Return one number for each example.",
-            )
-        )
-    return values
 
 
 def _moved(model: Any, inputs: Any, labels: Tensor | None) -> tuple[Any, Tensor | None]:
@@ -316,102 +271,49 @@ def _moved(model: Any, inputs: Any, labels: Tensor | None) -> tuple[Any, Tensor 
     return inputs, None if labels is None else labels.to(device)
 
 
-def _by_name(what: str, given: Any, kind: str, fits: Callable[[Any], bool], example: str) -> Any:
+def _built(what: str, given: Any, is_built: Callable[[Any], bool], example: str) -> Any:
     """Require a dictionary of built things by name."""
-    if not isinstance(given, Mapping) or not all(fits(thing) for thing in given.values()):
-        raise TypeError(
-            expected_found(
-                f"`{what}`", f"a dictionary of {kind} by name", repr(given), f"Pass {example}."
-            )
-        )
+    if not isinstance(given, Mapping) or not all(map(is_built, given.values())):
+        expected = "a dictionary of built objects or functions by name"
+        raise TypeError(expected_found(f"`{what}`", expected, repr(given), f"Pass {example}."))
     return given
 
 
-def _subjects(explainers: Any, attacks: Any, control: str | None) -> list[_Subject]:
-    both = isinstance(explainers, Mapping) and isinstance(attacks, Mapping)
-    if not both or not explainers or set(explainers) != set(attacks):
-        given = (explainers, attacks)
-        found = [str(list(d)) if isinstance(d, Mapping) else type(d).__name__ for d in given]
+def _subjects(explainers: Any, attacks: Any) -> list[_Subject]:
+    names = [set(given) if isinstance(given, Mapping) else given for given in (explainers, attacks)]
+    if not explainers or names[0] != names[1]:
         raise ValueError(
             expected_found(
                 "`explainers` and `attacks`",
                 "two dictionaries with the same names, at least one",
-                " and ".join(found),
+                f"{names[0]} and {names[1]}",
                 "Pass {'plain': Saliency(model)} and {'plain': {'noise': RandomAttack(...)}}.",
             )
         )
-    return [_subject(str(name), explainers[name], attacks[name], control) for name in explainers]
-
-
-def _subject(name: str, explainer: Any, attacks: Any, control: str | None) -> _Subject:
-    explainer, options = explainer if isinstance(explainer, tuple) else (explainer, {})
-    check_explainer(explainer)
-    explainer = differentiable(explainer)
-    check_options(explainer, options)
-    model = forward_func_of(explainer)
-    if model is None:
-        raise TypeError(
-            expected_found(
-                f"`explainers[{name!r}]`",
-                "an explainer that has its model as `forward_func`",
-                type(explainer).__name__,
-                "Set explainer.forward_func = model.",
-            )
-        )
-    example = "{'noise': RandomAttack(explainer, radius=0.1)}"
-    _by_name(f"attacks[{name!r}]", attacks, "objects with perturb(...)", _perturbs, example)
-    if control is not None and control not in attacks:
-        raise ValueError(
-            expected_found(
-                "`control`",
-                f"one of the attacks on {name!r}, {list(attacks)}",
-                repr(control),
-                "Name the attack that is the control.",
-            )
-        )
-    return _Subject(name, explainer, options, model, attacks)
+    found = []
+    for name, explainer in explainers.items():
+        explainer, options = explainer if isinstance(explainer, tuple) else (explainer, {})
+        named = _built(f"attacks[{name!r}]", attacks[name], _perturbs, "{'a': RandomAttack(...)}")
+        found.append(_Subject(name, differentiable(explainer), options, named))
+    return found
 
 
 def _perturbs(attack: Any) -> bool:
     return not isinstance(attack, type) and callable(getattr(attack, "perturb", None))
 
 
-def _batches(loader: Any, *, labelled: bool) -> Iterator[tuple[Any, Tensor | None]]:
-    if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str)):
-        raise TypeError(
-            expected_found(
-                "`loader`",
-                "batches: a DataLoader, or a list of (inputs, labels)",
-                type(loader).__name__,
-                "Put a single batch into a list: [(inputs, labels)].",
-            )
-        )
+def _batches(loader: Any) -> Iterator[tuple[Any, Tensor | None]]:
     for batch in loader:
-        inputs, labels = batch, None
-        if isinstance(batch, (tuple, list)):
-            if len(batch) != 2:
-                raise ValueError(
-                    expected_found(
-                        "batch of `loader`",
-                        "inputs or (inputs, labels)",
-                        f"{len(batch)} entries",
-                        "Put several inputs into a tuple of their own: ((a, b), labels).",
-                    )
-                )
-            inputs, labels = batch
+        inputs, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
         inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-        check_inputs(inputs)
-        check_floating(as_tuple(inputs))
-        n = as_tuple(inputs)[0].shape[0]
-        fits = isinstance(labels, Tensor) and labels.shape == (n,)
-        if not fits and (labelled or labels is not None):
+        n = check_inputs(inputs)
+        if isinstance(loader, Tensor) or (labels is not None and labels.shape != (n,)):
             raise ValueError(
                 expected_found(
-                    "labels of `loader`",
-                    f"class indices of shape ({n},)",
-                    str(getattr(labels, "shape", type(labels).__name__)),
-                    "Let the loader give (inputs, labels), or leave them out and explain the "
-                    "predictions.",
+                    "`loader`",
+                    "batches of inputs, or of inputs and class indices of shape (batch,)",
+                    "a tensor" if labels is None else f"labels of shape {tuple(labels.shape)}",
+                    "Put a single batch into a list: [(inputs, labels)].",
                 )
             )
         yield inputs, labels

@@ -1,85 +1,73 @@
 """The attribution prior: an explainer and a penalty on what it says."""
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, signature
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from captum_priors._errors import NotDifferentiableError, expected_found
-from captum_priors._probe import check_options
+from captum_priors._errors import NotDifferentiableError, refusal, type_of
+from captum_priors._probe import check_explainer, check_options, forward_func_of
 from captum_priors._rows import for_each, shared
 from captum_priors._shown import shown, shown_value
 from captum_priors._types import Penalty
 from captum_priors.adapters import differentiable
 from captum_priors.engine import current_processes, derive
+from captum_priors.engine.model import BatchNorm
 from captum_priors.engine.random import STREAMS, GeneratorState
 from captum_priors.priors.base import Call, Reduction, Term, is_distributed
 
-Parameters = Mapping[str, inspect.Parameter]
+Parameters = Mapping[str, Parameter]
+_OF_CALL = ("baselines", "target", "additional_forward_args")
 
 
 class ExplainerPrior(Term):
     """A prior on what one explainer says; concrete priors say what they ask of it."""
 
     explainer: Any
+    score: Callable[..., Any]
     _records: ClassVar[bool] = False
+    _name_of_score: ClassVar[str] = "penalty"
     _module_of_score: ClassVar[str] = "penalties"
     _n_maps: ClassVar[int] = 1
 
-    def __init__(
-        self,
-        explainer: Any,
-        score: Any,
-        *,
-        reduction: Reduction,
-        smooth: float | None,
-        options: dict[str, Any],
-    ) -> None:
+    def __init__(self, explainer: Any, score: Any, options: dict[str, Any], **of_term: Any) -> None:
         if isinstance(explainer, type):
-            raise TypeError(
-                expected_found(
-                    "`explainer`",
-                    "an explainer of a model",
-                    f"the class {explainer.__name__}",
-                    f"Pass {explainer.__name__}(model).",
-                )
-            )
+            check_explainer(explainer)
         if isinstance(score, type) or not callable(score):
-            is_class = isinstance(score, type)
-            raise TypeError(
-                expected_found(
-                    f"`{self._name_of_score}`",
-                    "a function of attributions",
-                    f"the class {score.__name__}" if is_class else type(score).__name__,
-                    f"Pass {score.__name__}(...), made with its options."
-                    if is_class
-                    else f"Pass one of captum_priors.{self._module_of_score}, or your own.",
-                )
+            raise refusal(
+                TypeError,
+                f"`{self._name_of_score}`",
+                "a function of attributions",
+                type_of(score),
+                f"Pass one of captum_priors.{self._module_of_score} or your own, with its options.",
             )
         explainer = differentiable(explainer)
-        super().__init__(explainer, reduction=reduction, smooth=smooth)
+        super().__init__(explainer, **of_term)
         self.__dict__["explainer"] = explainer
         self.takes_tensors = bool(getattr(explainer, "takes_tensors", True))
         # What an explainer from elsewhere draws from is not known.
         self.draws: Sequence[str] = ("torch", *getattr(explainer, "draws", STREAMS))
         self.replayed = self._way() != "double_backprop"
-        self._check_options(options)
-        self.options = options
-        self.score = score
+        _check_options(explainer, options)
+        self.options, self.score = options, score
         # Names, not signatures, which cannot be copied or pickled along with the prior.
-        taken = inspect.signature(explainer.attribute).parameters
-        baselines = taken.get("baselines")
-        self._taken = frozenset(taken)
-        self._open = _is_open(taken)
-        self._needs_baselines = baselines is not None and baselines.default is baselines.empty
-        scored = parameters_of(score)
-        self._any = _is_open(scored)
+        taken, scored = parameters_of(explainer.attribute), parameters_of(score)
+        self._taken, self._open, self._any = frozenset(taken), _is_open(taken), _is_open(scored)
         self._keywords = frozenset([*scored][self._n_maps :]) | (self._taken & {"baselines"})
-        self._needed = [
-            p.name for p in scored.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty
-        ]
+        compared = f"what {shown(score)} compares the attributions with"
+        self._needed = {
+            p.name: (compared, "one entry for each example of the batch.")
+            for p in scored.values()
+            if p.kind is p.KEYWORD_ONLY and p.default is p.empty
+        }
+        if "baselines" in taken and taken["baselines"].default is Parameter.empty:
+            self._needed["baselines"] = (
+                f"the reference rows that {type(explainer).__name__} averages over",
+                "when the prior is made or called: a few hundred training examples, or the batch "
+                "itself, are common choices.",
+            )
         if isinstance(options.get("generator"), torch.Generator):
             self.generator_state = GeneratorState(options["generator"])
 
@@ -96,6 +84,9 @@ class ExplainerPrior(Term):
         options = [f"{k}={shown_value(v)}" for k, v in self.options.items()]
         return [shown(self.explainer), shown(self.score), *options]
 
+    def _models(self) -> Sequence[Any]:
+        return [forward_func_of(self.explainer)]
+
     def _way(self) -> str:
         return str(getattr(self.explainer, "differentiation", "double_backprop"))
 
@@ -103,50 +94,23 @@ class ExplainerPrior(Term):
         self, inputs: Any, baselines: Any, target: Any, annotations: dict[str, Any]
     ) -> None:
         super()._check_call(inputs, baselines, target, annotations)
-        for name in self._needed:
-            if name not in annotations:
-                raise TypeError(
-                    expected_found(
-                        f"`{name}`",
-                        f"what {shown(self.score)} compares the attributions with",
-                        "none",
-                        f"Call the prior with {name}=..., one entry for each example of the batch.",
-                    )
-                )
-        if target is not None and "target" not in self._taken and not self._open:
-            raise self._not_taken("target", target)
-        if self._needs_baselines and baselines is None and "baselines" not in self.options:
-            raise TypeError(
-                expected_found(
-                    "`baselines`",
-                    f"the reference rows that {type(self.explainer).__name__} averages over",
-                    "none",
-                    "Pass baselines=... when the prior is made or when it is called; a few hundred "
-                    "training examples, or the batch itself, are common choices.",
-                )
-            )
-
-    def _not_taken(self, name: str, value: Any) -> TypeError:
-        return TypeError(
-            expected_found(
-                f"`{name}`",
-                "none",
-                type(value).__name__,
-                f"{type(self.explainer).__name__}.attribute does not take it: omit it.",
-            )
-        )
+        given = {"baselines": baselines, **annotations}
+        for name, (expected, advice) in self._needed.items():
+            if given.get(name) is None and name not in self.options:
+                remedy = f"Pass {name}=..., {advice}"
+                raise refusal(TypeError, f"`{name}`", expected, "none", remedy)
 
     def options_of(self, call: Call) -> dict[str, Any]:
         """Keywords of this call; Captum's positional orders differ from class to class."""
         options = dict(self.options)
-        if call.baselines is not None:
-            options["baselines"] = call.baselines
-        if call.target is not None:
-            options["target"] = call.target
-        if call.args:
-            if "additional_forward_args" not in self._taken and not self._open:
-                raise self._not_taken("additional_forward_args", call.args)
-            options["additional_forward_args"] = call.args
+        of_call = (call.baselines, call.target, call.args or None)
+        for name, value in zip(_OF_CALL, of_call, strict=True):
+            if value is None:
+                continue
+            if name not in self._taken and not self._open:
+                remedy = f"{type(self.explainer).__name__}.attribute does not take it: omit it."
+                raise refusal(TypeError, f"`{name}`", "none", type_of(value), remedy)
+            options[name] = value
         generator = options.get("generator")
         if isinstance(generator, torch.Generator) and not self.training_step():
             options["generator"] = generator.clone_state()  # looking at a value moves nothing
@@ -168,25 +132,30 @@ class ExplainerPrior(Term):
         if torch.is_grad_enabled() and not _has_graph(attributions):
             modules = call.explaining.modules
             if any(p.requires_grad for m in modules for p in m.parameters(recurse=False)):
-                raise NotDifferentiableError(
-                    expected_found(
-                        "`explainer`",
-                        "attributions with a graph to the model's trainable parameters",
-                        f"none from {type(self.explainer).__name__}",
-                        "Look for detach() or torch.no_grad() in its attribute, and certify it "
-                        "with captum_priors.testing.check_differentiable.",
-                    )
+                raise refusal(
+                    NotDifferentiableError,
+                    "`explainer`",
+                    "attributions with a graph to the model's trainable parameters",
+                    f"none from {type(self.explainer).__name__}",
+                    "Look for detach() or torch.no_grad() in its attribute, and certify it with "
+                    "captum_priors.testing.check_differentiable.",
                 )
         return attributions
 
     def _score(self, maps: tuple[Any, ...], call: Call) -> Any:
         """Score attributions, over all processes where it is the batch that is scored."""
         scores = self.score(*maps, **call.keywords())
-        self._check_graph(maps[0], scores)
-        if not is_distributed() or not isinstance(scores, Tensor) or scores.dim() > 0:
-            return scores
-        processes = current_processes()
-        if processes is None:
+        detached = isinstance(scores, Tensor) and not scores.requires_grad and _has_graph(maps[0])
+        if detached and scores.any():  # zeros: nothing in this batch that the penalty speaks of
+            raise refusal(
+                NotDifferentiableError,
+                f"`{self._name_of_score}`",
+                "a value with a graph to the attributions",
+                f"none from {shown(self.score)}",
+                "Look for detach(), item(), NumPy or torch.no_grad() in it.",
+            )
+        processes = current_processes() if is_distributed() else None
+        if processes is None or not isinstance(scores, Tensor) or scores.dim() > 0:
             return scores
         n = len(_each(maps[0])[0])
         annotations = {
@@ -198,41 +167,6 @@ class ExplainerPrior(Term):
         call.explaining.seed(self.stream.next_seed(advance=False, rank=processes.size))
         return self.score(*joined, **annotations)
 
-    def _check_graph(self, attributions: Any, scores: Any) -> None:
-        """Refuse a score that leaves nothing to train on of attributions that can be trained on."""
-        if not isinstance(scores, Tensor) or scores.requires_grad or not scores.any():
-            return  # zeros: nothing in this batch that the penalty speaks of
-        tensors = [t for t in _each(attributions) if isinstance(t, Tensor)]
-        fits = tuple(scores.shape) in {(), *(tuple(t.shape[:1]) for t in tensors)}
-        if fits and _has_graph(attributions):
-            raise NotDifferentiableError(
-                expected_found(
-                    f"`{self._name_of_score}`",
-                    "a value with a graph to the attributions",
-                    f"none from {shown(self.score)}",
-                    "Look for detach(), item(), NumPy or torch.no_grad() in it.",
-                )
-            )
-
-    def _check_options(self, options: dict[str, Any]) -> None:
-        for name in ("inputs", "target", "additional_forward_args"):
-            if name in options:
-                raise TypeError(
-                    expected_found(
-                        f"`{name}`", "it when the prior is called", "it at construction", "Move it."
-                    )
-                )
-        if "return_convergence_delta" in options:
-            raise TypeError(
-                expected_found(
-                    "`return_convergence_delta`",
-                    "attributions alone",
-                    "an option that returns more",
-                    "Ask the explainer for the deltas.",
-                )
-            )
-        check_options(self.explainer, options)
-
 
 class AttributionPrior(ExplainerPrior):
     r"""Penalise the attributions of a model while it trains.
@@ -241,7 +175,7 @@ class AttributionPrior(ExplainerPrior):
 
     (Erion et al. 2021): the prior is :math:`\Omega(\Phi)`, and :math:`\lambda` is
     written ``weight * prior``. The attribution pass runs with the model held still: evaluation
-    mode, hence no dropout and stored BatchNorm statistics, put back afterwards.
+    mode, hence no dropout, put back afterwards.
 
     Args:
         explainer: An explainer that :func:`captum_priors.differentiable` takes.
@@ -249,8 +183,8 @@ class AttributionPrior(ExplainerPrior):
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Run the attribution pass with ReLU as Softplus of this steepness (30 is a good
             start), which gives hidden biases a gradient that double backpropagation through ReLU
-            does not. Off by default: at equal penalty, networks trained through ReLU as it is were
-            the more accurate on MNIST and digits (``benchmarks/relu_differentiation.py``).
+            does not.
+        batch_norm: As in :class:`Term`.
         attribute_options: What else ``explainer.attribute`` is to be given at every call, such as
             ``baselines`` or ``n_samples``.
 
@@ -277,19 +211,16 @@ class AttributionPrior(ExplainerPrior):
         *,
         reduction: Reduction = "mean",
         smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
         **attribute_options: Any,
     ) -> None:
-        super().__init__(
-            explainer, penalty, reduction=reduction, smooth=smooth, options=attribute_options
-        )
-
-    _name_of_score: ClassVar[str] = "penalty"
+        of_term = {"reduction": reduction, "smooth": smooth, "batch_norm": batch_norm}
+        super().__init__(explainer, penalty, attribute_options, **of_term)
 
     @property
     def penalty(self) -> Penalty:
         """The penalty."""
-        penalty: Penalty = self.score
-        return penalty
+        return self.score
 
     def _scores(self, call: Call) -> Any:
         options = self._drawing(self.options_of(call), derive(call.seed, 0), call)
@@ -311,10 +242,22 @@ def parameters_of(function: Any) -> Parameters:
     """Parameters of a function or module; none where a builtin does not tell."""
     try:
         called = function.forward if isinstance(function, nn.Module) else function
-        return inspect.signature(called).parameters
+        return signature(called).parameters
     except ValueError:
         return {}
 
 
 def _is_open(parameters: Parameters) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _check_options(explainer: Any, options: dict[str, Any]) -> None:
+    """Refuse options that an explainer does not take, or that are not for the constructor."""
+    for name in ("inputs", "target", "additional_forward_args"):
+        if name in options:
+            when = "it when the prior is called"
+            raise refusal(TypeError, f"`{name}`", when, "it at construction", "Move it.")
+    if options.get("return_convergence_delta"):
+        remedy = "Ask the explainer for the deltas."
+        raise refusal(TypeError, "`return_convergence_delta`", "False", "True", remedy)
+    check_options(explainer, options)

@@ -1,9 +1,11 @@
 """What a prior is, and the terms that say one number for each example."""
 
 import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from captum_priors._captum import output_error
+from captum_priors._captum import as_tuple, output_error
 from captum_priors._checks import (
     check_annotation,
     check_inputs,
@@ -24,7 +26,7 @@ from captum_priors._rows import Rows, shared
 from captum_priors._shown import shown_options
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine import AttributionPass, Stream, current_processes
-from captum_priors.engine.model import out_of_inference
+from captum_priors.engine.model import BatchNorm, out_of_inference
 from captum_priors.engine.processes import (
     needs_unsharded,
     rank_of_draws,
@@ -206,6 +208,10 @@ class Term(Prior):
         explained: The model, function or explainer.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Run ReLU as Softplus of this steepness.
+        batch_norm: What BatchNorm layers in training mode are explained on: the statistics of the
+            ``"batch"``, held for every point and with their graph to the parameters, which is the
+            function that is trained; or the ``"running"`` statistics. Layers in evaluation mode
+            always have the latter.
 
     Example:
         >>> import torch
@@ -232,16 +238,23 @@ class Term(Prior):
     _records: ClassVar[bool] = True
 
     def __init__(
-        self, explained: Any, *, reduction: Reduction = "mean", smooth: float | None = None
+        self,
+        explained: Any,
+        *,
+        reduction: Reduction = "mean",
+        smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
     ) -> None:
         super().__init__()
         one_of("reduction", reduction, ("mean", "sum"))
-        self.reduction = reduction
+        one_of("batch_norm", batch_norm, ("batch", "running"))
+        self.reduction, self.batch_norm = reduction, batch_norm
         self.smooth = None if smooth is None else positive("smooth", smooth, example=30)
         # Past nn.Module's registration: the explained model's parameters are not the prior's.
         self.__dict__["forward_func"] = explained
         self.stream = Stream()
         self._told = False
+        self._calls = 0  # with running statistics, until they are seen to differ
 
     def _set(self, given: dict[str, Any], **checks: Callable[[str, Any], Any]) -> None:
         """Check and keep options of the subclass's signature, which its ``repr`` shows."""
@@ -255,6 +268,10 @@ class Term(Prior):
     def _explained(self) -> tuple[Any, ...]:
         """Return what refers to the modules that run."""
         return (self.forward_func,)
+
+    def _models(self) -> Sequence[Any]:
+        """Return the functions of the inputs whose BatchNorm layers take part."""
+        return self._explained()
 
     def forward(
         self,
@@ -299,6 +316,7 @@ class Term(Prior):
             smooth=self.smooth,
             replayed=self.replayed,
             exact=self._way() != "finite_difference",
+            batch_norm="batch" if self.batch_norm == "batch" or self._compares() else "running",
             given={"inputs": inputs, "baselines": baselines, "target": target},
         )
         with explaining, torch.enable_grad() if self._records else nullcontext():
@@ -307,6 +325,8 @@ class Term(Prior):
             batch = (inputs, baselines, target, args, annotations)
             if explaining.left_inference:
                 batch = out_of_inference(batch)
+            if self.takes_tensors and explaining.may_hold_statistics():
+                self._hold_statistics(explaining, *(_whole_batch.get() or (inputs, args)))
             yield self._call(*batch, explaining)
 
     def takes(self, name: str) -> bool:
@@ -373,6 +393,32 @@ class Term(Prior):
         reduced: Tensor = scores.mean() if self.reduction == "mean" else scores.sum()
         return self._spread(reduced, shape == (), call) if is_distributed() else reduced
 
+    def _hold_statistics(
+        self, explaining: AttributionPass, inputs: Any, args: tuple[Any, ...]
+    ) -> None:
+        """Explain BatchNorm layers that train on the statistics of the batch."""
+        tensors = out_of_inference(as_tuple(inputs))
+
+        def run() -> list[Tensor]:
+            models = [model for model in self._models() if model is not None]
+            return [Rows(model, None, args, tensors[0].shape[0])(tensors) for model in models]
+
+        batch = explaining.hold_statistics(run)
+        if self.batch_norm == "running":
+            explaining.statistics.release()
+            with torch.no_grad():
+                running = run()
+            pairs = zip(batch, running, strict=True)
+            if any(bool((a - b).abs().mean() > a.std(correction=0)) for a, b in pairs):
+                warnings.warn(_DIFFER, stacklevel=2)
+                self._calls = -1
+
+    def _compares(self) -> bool:
+        """Whether to look at outputs on both statistics: at calls 1, 2, 4, 8, ... until told."""
+        if self._calls >= 0:
+            self._calls += 1
+        return self._calls > 0 and self._calls & (self._calls - 1) == 0
+
     def _check_spread(self, call: Call) -> None:
         modules = tuple(call.explaining.modules)
         if modules and not self._told and self.training_step():
@@ -392,6 +438,27 @@ class Term(Prior):
         return needs_unsharded(reduced, modules)
 
 
+_whole_batch: ContextVar[tuple[Any, tuple[Any, ...]] | None] = ContextVar("batch", default=None)
+
+
+@contextmanager
+def part_of(inputs: Any, additional_forward_args: Any) -> Iterator[None]:
+    """Evaluate priors on a part of this batch, whose statistics BatchNorm keeps."""
+    args = additional_forward_args
+    args = () if args is None else args if isinstance(args, tuple) else (args,)
+    token = _whole_batch.set(_whole_batch.get() or (inputs, args))
+    try:
+        yield
+    finally:
+        _whole_batch.reset(token)
+
+
+_DIFFER = (
+    "batch_norm='running': the outputs of the model on the explained batch differ between running "
+    "statistics and those of the batch by more than they differ between examples. The prior then "
+    "explains another function than the one that is trained, and can ruin the model in evaluation "
+    "mode. Use batch_norm='batch'."
+)
 _UNDECIDED = expected_found(
     "statistic of a batch",
     "to be told which examples make the batch, because several processes train together",

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal, type_of
 from captum_priors._shown import shown_options
 from captum_priors._types import TensorOrTuple
 from captum_priors.priors.base import Prior, check_keywords
@@ -20,13 +20,12 @@ class Wrapper(Prior):
     def __init__(self, prior: Prior) -> None:
         super().__init__()
         if not isinstance(prior, Prior):
-            raise TypeError(
-                expected_found(
-                    "`prior`",
-                    "a prior",
-                    type(prior).__name__,
-                    "Pass an AttributionPrior, or a sum.",
-                )
+            raise refusal(
+                TypeError,
+                "`prior`",
+                "a prior",
+                type_of(prior),
+                "Pass an AttributionPrior, or a sum.",
             )
         self.prior = prior
 
@@ -36,8 +35,8 @@ class Wrapper(Prior):
 
     def formula(self) -> str:
         """Return the prior as it would be written."""
-        options = shown_options(self, skip=("prior",))
-        return f"{type(self).__name__}({', '.join([self.prior.formula(), *options])})"
+        parts = [self.prior.formula(), *shown_options(self)]
+        return f"{type(self).__name__}({', '.join(parts)})"
 
 
 class WeightedPrior(Wrapper):
@@ -55,11 +54,8 @@ class WeightedPrior(Wrapper):
 
     def __init__(self, weight: float, prior: Prior) -> None:
         if not abs(weight) < float("inf"):
-            raise ValueError(
-                expected_found(
-                    "`weight`", "a finite number", repr(weight), "Check where it comes from."
-                )
-            )
+            remedy = "Check where it comes from."
+            raise refusal(ValueError, "`weight`", "a finite number", repr(weight), remedy)
         if isinstance(prior, WeightedPrior):
             weight, prior = weight * prior.weight, prior.prior
         super().__init__(prior)
@@ -73,9 +69,8 @@ class WeightedPrior(Wrapper):
     def formula(self) -> str:
         """Return the prior as it would be written."""
         inner = self.prior.formula()
-        short = f"{self.weight:g}"
-        weight = short if float(short) == self.weight else repr(self.weight)
-        return f"{weight} * " + (f"({inner})" if isinstance(self.prior, SumPrior) else inner)
+        inner = f"({inner})" if isinstance(self.prior, SumPrior) else inner
+        return f"{repr(self.weight).removesuffix('.0')} * {inner}"
 
 
 class SumPrior(Prior):
@@ -109,16 +104,10 @@ class SumPrior(Prior):
     ) -> Tensor:
         """Return the sum of the terms' values."""
         check_keywords(self, baselines, annotations)
-        named = dict(annotations)
-        if baselines is not None:
-            named["baselines"] = baselines
+        named = annotations if baselines is None else {"baselines": baselines, **annotations}
+        every = {"target": target, "additional_forward_args": additional_forward_args}
         values = [
-            term(
-                inputs,
-                target=target,
-                additional_forward_args=additional_forward_args,
-                **{name: value for name, value in named.items() if term.takes(name)},
-            )
+            term(inputs, **every, **{k: v for k, v in named.items() if term.takes(k)})
             for term in self.terms
         ]
         return torch.stack(values).sum()
@@ -130,3 +119,12 @@ class SumPrior(Prior):
     def formula(self) -> str:
         """Return the prior as it would be written."""
         return " + ".join(term.formula() for term in self.terms)
+
+
+def weighted_priors(prior: Prior) -> list[tuple[float, Prior]]:
+    """Return the priors that a formula adds up, each with its weight."""
+    if isinstance(prior, WeightedPrior):
+        return [(prior.weight * weight, inner) for weight, inner in weighted_priors(prior.prior)]
+    if isinstance(prior, SumPrior):
+        return [pair for term in prior.terms for pair in weighted_priors(term)]
+    return [(1.0, prior)]

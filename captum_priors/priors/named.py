@@ -1,7 +1,13 @@
-"""The papers' priors under the papers' names: each an explainer and a penalty."""
+"""The papers' priors under the papers' names: each an explainer and a penalty.
+
+All take the model (``forward_func``), ``differentiation`` as in :class:`ExpectedGradients`, and
+further options as in :class:`AttributionPrior`. Those of expected gradients draw ``n_samples``
+references for each example and step.
+"""
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +16,7 @@ from torch import Tensor, nn
 
 from captum_priors._captum import select_error
 from captum_priors._checks import check_forward_func
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal, type_of
 from captum_priors._shown import same, shown_value
 from captum_priors._types import Differentiation, TensorOrTuple
 from captum_priors.adapters import differentiable
@@ -28,35 +34,40 @@ from captum_priors.priors.attribution import AttributionPrior
 
 
 class _Named(AttributionPrior):
-    """A prior whose explainer and penalty its name says."""
+    """A prior whose explainer, penalty and form of the maps its name says."""
+
+    _penalty: ClassVar[Callable[..., Tensor]]
 
     def _described(self) -> list[str]:
-        signature = inspect.signature(type(self).__init__).parameters
-        own = {name: p.default for name, p in signature.items()}
+        own = inspect.signature(type(self).__init__).parameters
         options = [
             f"{name}={shown_value(value)}"
             for name, value in self.options.items()
-            if name not in _FIXED and not same(value, own.get(name))
+            if name not in ("abs", "relu_attributions")
+            and not (name in own and same(value, own[name].default))
         ]
         way = self._way()
         return options if way == "double_backprop" else [*options, f"differentiation={way!r}"]
 
 
-# Options of ``attribute`` that are part of what a name means.
-_FIXED = ("abs", "relu_attributions")
+class _OfExpectedGradients(_Named):
+    def __init__(
+        self,
+        forward_func: Any,
+        *,
+        n_samples: int = 1,
+        differentiation: Differentiation = "double_backprop",
+        **options: Any,
+    ) -> None:
+        explainer = ExpectedGradients(forward_func, differentiation=differentiation)
+        super().__init__(explainer, self._penalty, n_samples=n_samples, **options)
 
 
-class PixelPrior(_Named):
+class PixelPrior(_OfExpectedGradients):
     r"""Smooth attribution maps: expected gradients with one reference, total variation.
 
     (Erion et al. 2021, pixel prior. They alternate two Adam optimisers, so their :math:`\lambda`
     does not transfer to a sum of losses.)
-
-    Args:
-        forward_func: The model.
-        n_samples: References for each example and step.
-        differentiation: As in :class:`ExpectedGradients`.
-        options: As in :class:`AttributionPrior`.
 
     Example:
         >>> import torch
@@ -67,29 +78,30 @@ class PixelPrior(_Named):
         True
     """
 
-    def __init__(
-        self,
-        forward_func: Any,
-        *,
-        n_samples: int = 1,
-        differentiation: Differentiation = "double_backprop",
-        **options: Any,
-    ) -> None:
-        explainer = ExpectedGradients(forward_func, differentiation=differentiation)
-        super().__init__(explainer, total_variation, n_samples=n_samples, **options)
+    _penalty = staticmethod(total_variation)
+
+
+class SparsityPrior(_OfExpectedGradients):
+    r"""Few features that matter: expected gradients, minus the Gini coefficient.
+
+    (Erion et al. 2021, sparsity prior.)
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.priors import SparsityPrior
+        >>> model, x = torch.nn.Linear(4, 1), torch.randn(9, 4)
+        >>> -0.75 <= SparsityPrior(model, baselines=x)(x).item() <= 0
+        True
+    """
+
+    _penalty = staticmethod(gini)
 
 
 class GraphPrior(_Named):
     r"""Similar importance for features that a graph joins: expected gradients, Laplacian.
 
-    (Erion et al. 2021, graph prior; 10 references in their experiment.)
-
-    Args:
-        forward_func: The model.
-        adjacency: As in :class:`captum_priors.penalties.GraphLaplacian`.
-        n_samples: References for each example and step.
-        differentiation: As in :class:`ExpectedGradients`.
-        options: As in :class:`AttributionPrior`.
+    (Erion et al. 2021, graph prior; 10 references in their experiment.) ``adjacency`` is that of
+    :class:`captum_priors.penalties.GraphLaplacian`.
 
     Example:
         >>> import torch
@@ -113,35 +125,23 @@ class GraphPrior(_Named):
         super().__init__(explainer, GraphLaplacian(adjacency), n_samples=n_samples, **options)
 
 
-class SparsityPrior(_Named):
-    r"""Few features that matter: expected gradients, minus the Gini coefficient.
+class _SumOfLogProbabilities:
+    def __init__(self, forward_func: Any) -> None:
+        self.forward_func = forward_func
 
-    (Erion et al. 2021, sparsity prior.)
-
-    Args:
-        forward_func: The model.
-        n_samples: References for each example and step.
-        differentiation: As in :class:`ExpectedGradients`.
-        options: As in :class:`AttributionPrior`.
-
-    Example:
-        >>> import torch
-        >>> from captum_priors.priors import SparsityPrior
-        >>> model, x = torch.nn.Linear(4, 1), torch.randn(9, 4)
-        >>> -0.75 <= SparsityPrior(model, baselines=x)(x).item() <= 0
-        True
-    """
-
-    def __init__(
-        self,
-        forward_func: Any,
-        *,
-        n_samples: int = 1,
-        differentiation: Differentiation = "double_backprop",
-        **options: Any,
-    ) -> None:
-        explainer = ExpectedGradients(forward_func, differentiation=differentiation)
-        super().__init__(explainer, gini, n_samples=n_samples, **options)
+    def __call__(self, *args: Any) -> Tensor:
+        logits = self.forward_func(*args)
+        if not isinstance(logits, Tensor):
+            raise select_error(logits, None)
+        if logits.dim() < 2 or logits.shape[1] < 2 or logits.shape[0] != args[0].shape[0]:
+            raise refusal(
+                ValueError,
+                "`forward_func`",
+                "logits of at least two classes, shape (batch, classes)",
+                f"shape {tuple(logits.shape)}",
+                "Return torch.stack([zeros, logit], 1) for a binary model with one logit.",
+            )
+        return F.log_softmax(logits, dim=1).flatten(1).sum(1)
 
 
 class RightForTheRightReasons(_Named):
@@ -149,14 +149,9 @@ class RightForTheRightReasons(_Named):
 
     .. math:: \sum_i \Big((1 - M_i)\, \frac{\partial}{\partial x_i} \sum_k \log p_k(x)\Big)^2
 
-    (Ross, Hughes, Doshi-Velez 2017; their mask is :math:`A = 1 - M`, and they sum over examples:
-    divide their weight by the batch size, or pass ``reduction="sum"``.) All classes take part, so
-    ``target`` is accepted and not used.
-
-    Args:
-        forward_func: The model, returning logits.
-        differentiation: As in :class:`ExpectedGradients`.
-        options: As in :class:`AttributionPrior`.
+    of a model that returns logits (Ross, Hughes, Doshi-Velez 2017; their mask is
+    :math:`A = 1 - M`, and they sum over examples: divide their weight by the batch size, or pass
+    ``reduction="sum"``). All classes take part, so ``target`` is accepted and not used.
 
     Example:
         >>> import torch
@@ -196,11 +191,6 @@ class EnergyPrior(_Named):
 
     (Rao et al. 2023, energy loss.)
 
-    Args:
-        forward_func: The model.
-        differentiation: As in :class:`ExpectedGradients`.
-        options: As in :class:`AttributionPrior`.
-
     Example:
         >>> import torch
         >>> from captum_priors.priors import EnergyPrior
@@ -221,18 +211,58 @@ class EnergyPrior(_Named):
         super().__init__(explainer, energy_outside, **options)
 
 
-class HINT(_Named):
-    r"""Grad-CAM maps like a person's importance map.
+class _OfGradCAM(_Named):
+    """A prior on Grad-CAM of a layer (Selvaraju et al. 2017)."""
+
+    def __init__(
+        self,
+        forward_func: Any,
+        layer: nn.Module,
+        *,
+        differentiation: Differentiation = "double_backprop",
+        **options: Any,
+    ) -> None:
+        check_forward_func(forward_func)
+        if not isinstance(layer, nn.Module):
+            raise refusal(
+                TypeError, "`layer`", "a torch.nn.Module", type_of(layer), "Pass model.some_layer."
+            )
+        grad_cam = LayerGradCam(forward_func, layer)
+        explainer = differentiable(grad_cam, differentiation=differentiation)
+        super().__init__(explainer, self._penalty, relu_attributions=True, **options)
+
+
+def _scaled(cam: Tensor) -> Tensor:
+    """Scale each map to a maximum of 1; a map of zeros stays one."""
+    if cam.dim() < 3:
+        raise refusal(
+            ValueError,
+            "`layer`",
+            "a layer that returns one tensor (batch, channels, ...)",
+            f"maps of shape {tuple(cam.shape)}",
+            "Pass a convolutional layer.",
+        )
+    top = cam.flatten(1).amax(1).reshape(-1, *[1] * (cam.dim() - 1))
+    counts = top > torch.finfo(cam.dtype).tiny ** 0.5
+    return torch.where(counts, cam, 0) / torch.where(counts, top, 1)
+
+
+def _like_annotation(cam: Tensor, *, annotation: Tensor) -> Tensor:
+    maps = _scaled(cam)
+    return alignment(maps, annotation=resized(maps, annotation, "finite"), measure="mse")
+
+
+def _outside_annotation(cam: Tensor, *, annotation: Tensor) -> Tensor:
+    maps = _scaled(cam)
+    return outside(maps, annotation=resized(maps, annotation, "mask"))
+
+
+class HINT(_OfGradCAM):
+    r"""Grad-CAM maps of a convolutional ``layer`` like a person's importance map.
 
     The mean squared difference between the map, scaled to a maximum of 1, and the annotation at
     the layer's resolution: the form that Friedrich et al. 2023 use for HINT. The ranking loss of
     the original (Selvaraju et al. 2019) is not implemented.
-
-    Args:
-        forward_func: The model.
-        layer: The convolutional layer that is explained.
-        differentiation: As in :class:`ExpectedGradients`.
-        options: As in :class:`AttributionPrior`.
 
     Example:
         >>> import torch
@@ -244,30 +274,15 @@ class HINT(_Named):
         True
     """
 
-    def __init__(
-        self,
-        forward_func: Any,
-        layer: nn.Module,
-        *,
-        differentiation: Differentiation = "double_backprop",
-        **options: Any,
-    ) -> None:
-        explainer = _grad_cam(forward_func, layer, differentiation)
-        super().__init__(explainer, _like_annotation, relu_attributions=True, **options)
+    _penalty = staticmethod(_like_annotation)
 
 
-class RRRGradCAM(_Named):
-    r"""No Grad-CAM attribution where the annotation does not allow it.
+class RRRGradCAM(_OfGradCAM):
+    r"""No Grad-CAM attribution of a convolutional ``layer`` where the annotation forbids it.
 
     .. math:: \sum_i \left((1 - M_i)\, \mathrm{CAM}_i / \max_j \mathrm{CAM}_j\right)^2
 
     with the annotation at the layer's resolution (Schramowski et al. 2020).
-
-    Args:
-        forward_func: The model.
-        layer: The convolutional layer that is explained.
-        differentiation: As in :class:`ExpectedGradients`.
-        options: As in :class:`AttributionPrior`.
 
     Example:
         >>> import torch
@@ -279,72 +294,4 @@ class RRRGradCAM(_Named):
         0.0
     """
 
-    def __init__(
-        self,
-        forward_func: Any,
-        layer: nn.Module,
-        *,
-        differentiation: Differentiation = "double_backprop",
-        **options: Any,
-    ) -> None:
-        explainer = _grad_cam(forward_func, layer, differentiation)
-        super().__init__(explainer, _outside_annotation, relu_attributions=True, **options)
-
-
-def _grad_cam(forward_func: Any, layer: nn.Module, differentiation: Differentiation) -> Any:
-    """Grad-CAM of a layer (Selvaraju et al. 2017), with its graph."""
-    if not isinstance(layer, nn.Module):
-        raise TypeError(
-            expected_found(
-                "`layer`", "a torch.nn.Module", type(layer).__name__, "Pass model.some_layer."
-            )
-        )
-    check_forward_func(forward_func)
-    return differentiable(LayerGradCam(forward_func, layer), differentiation=differentiation)
-
-
-class _SumOfLogProbabilities:
-    def __init__(self, forward_func: Any) -> None:
-        self.forward_func = forward_func
-
-    def __call__(self, *args: Any) -> Tensor:
-        logits = self.forward_func(*args)
-        if not isinstance(logits, Tensor):
-            raise select_error(logits, None)
-        if logits.dim() < 2 or logits.shape[1] < 2 or logits.shape[0] != args[0].shape[0]:
-            raise ValueError(
-                expected_found(
-                    "`forward_func`",
-                    "logits of at least two classes, shape (batch, classes)",
-                    f"shape {tuple(logits.shape)}",
-                    "Return torch.stack([zeros, logit], 1) for a binary model with one logit.",
-                )
-            )
-        return F.log_softmax(logits, dim=1).flatten(1).sum(1)
-
-
-def _like_annotation(attributions: Tensor, *, annotation: Tensor) -> Tensor:
-    scaled = _scaled(attributions)
-    wanted = resized(scaled, annotation, "finite")
-    return alignment(scaled, annotation=wanted, measure="mse")
-
-
-def _outside_annotation(attributions: Tensor, *, annotation: Tensor) -> Tensor:
-    scaled = _scaled(attributions)
-    return outside(scaled, annotation=resized(scaled, annotation, "mask"))
-
-
-def _scaled(cam: Tensor) -> Tensor:
-    """Scale each map to a maximum of 1; a map of zeros stays one."""
-    if cam.dim() < 3:
-        raise ValueError(
-            expected_found(
-                "`layer`",
-                "a layer that returns one tensor (batch, channels, ...)",
-                f"maps of shape {tuple(cam.shape)}",
-                "Pass a convolutional layer.",
-            )
-        )
-    top = cam.flatten(1).amax(1).reshape(-1, *[1] * (cam.dim() - 1))
-    counts = top > torch.finfo(cam.dtype).tiny ** 0.5
-    return torch.where(counts, cam, 0) / torch.where(counts, top, 1)
+    _penalty = staticmethod(_outside_annotation)

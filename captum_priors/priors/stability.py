@@ -1,16 +1,16 @@
 """The stability prior: attributions that stay when the input moves a little."""
 
-from inspect import Parameter
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from captum_priors._captum import like_inputs
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal, type_of
 from captum_priors._shown import shown
 from captum_priors._types import Distance, TensorOrTuple
 from captum_priors.engine import derive
+from captum_priors.engine.model import BatchNorm
 from captum_priors.priors.attribution import ExplainerPrior, parameters_of
 from captum_priors.priors.base import Call, Reduction
 
@@ -38,6 +38,7 @@ class StabilityPrior(ExplainerPrior):
             target)``. Its random numbers are torch's; ``perturbation.draws`` names others.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: As in :class:`AttributionPrior`.
+        batch_norm: As in :class:`Term`.
         attribute_options: As in :class:`AttributionPrior`.
 
     Raises:
@@ -68,24 +69,19 @@ class StabilityPrior(ExplainerPrior):
         *,
         reduction: Reduction = "mean",
         smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
         **attribute_options: Any,
     ) -> None:
-        super().__init__(
-            explainer, distance, reduction=reduction, smooth=smooth, options=attribute_options
-        )
-        perturb = getattr(perturbation, "perturb", perturbation)
-        if isinstance(perturbation, type) or not callable(perturb):
-            raise TypeError(
-                expected_found(
-                    "`perturbation`",
-                    "a captum.robust.Perturbation or a function of the inputs",
-                    f"the class {perturbation.__name__}"
-                    if isinstance(perturbation, type)
-                    else type(perturbation).__name__,
-                    "Pass for example lambda x: x + 0.1 * torch.randn_like(x).",
-                )
+        of_term = {"reduction": reduction, "smooth": smooth, "batch_norm": batch_norm}
+        super().__init__(explainer, distance, attribute_options, **of_term)
+        if isinstance(perturbation, type) or not callable(_perturb_of(perturbation)):
+            raise refusal(
+                TypeError,
+                "`perturbation`",
+                "a captum.robust.Perturbation or a function of the inputs",
+                type_of(perturbation),
+                "Pass for example lambda x: x + 0.1 * torch.randn_like(x).",
             )
-        _check_bound(perturb)
         # Past nn.Module's registration, like the explainer: an attack may hold the model.
         self.__dict__["perturbation"] = perturbation
         self.draws = tuple({*self.draws, *getattr(perturbation, "draws", ())})
@@ -93,18 +89,12 @@ class StabilityPrior(ExplainerPrior):
     @property
     def distance(self) -> Distance:
         """The distance."""
-        distance: Distance = self.score
-        return distance
+        return self.score
 
     def takes(self, name: str) -> bool:
         """Whether explainer, distance or perturbation takes the keyword."""
-        if name == "annotation" and name in parameters_of(self._perturb):
-            return True
-        return super().takes(name)
-
-    @property
-    def _perturb(self) -> Any:
-        return getattr(self.perturbation, "perturb", self.perturbation)
+        perturbs = name == "annotation" and name in parameters_of(_perturb_of(self.perturbation))
+        return perturbs or super().takes(name)
 
     def _described(self) -> list[str]:
         explainer, distance, *options = super()._described()
@@ -112,7 +102,7 @@ class StabilityPrior(ExplainerPrior):
 
     def _scores(self, call: Call) -> Any:
         options, seed = self.options_of(call), derive(call.seed, 0)
-        moved = self._moved(call)
+        moved = self._moved(call, options)
         again = dict(options)
         if isinstance(options.get("generator"), torch.Generator):
             again["generator"] = options["generator"].clone_state()
@@ -122,42 +112,36 @@ class StabilityPrior(ExplainerPrior):
         )
         return self._score((here, there), call)
 
-    def _moved(self, call: Call) -> TensorOrTuple:
-        given = {
-            "target": call.target,
-            "additional_forward_args": call.args or None,
-            "baselines": self.options.get("baselines", call.baselines),
-            "annotation": call.keywords().get("annotation"),
-        }
-        known = parameters_of(self._perturb)
-        extra = {k: v for k, v in given.items() if k in known and v is not None}
+    def _moved(self, call: Call, options: dict[str, Any]) -> TensorOrTuple:
+        perturb = _perturb_of(self.perturbation)
+        given = {**options, "annotation": call.keywords().get("annotation")}
+        known = [name for name in parameters_of(perturb) if name in GIVEN]
+        extra = {name: given[name] for name in known if given.get(name) is not None}
         call.explaining.seed(derive(call.seed, 1))
-        moved: TensorOrTuple = self._perturb(_copies(call.given), **extra)
+        moved: TensorOrTuple = perturb(_copies(call.given), **extra)
         if not self.takes_tensors:
             return moved
         each = moved if isinstance(moved, tuple) else (moved,)
-        shapes = [tuple(t.shape) for t in call.inputs]
-        found = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in each]
-        if found != shapes:
-            raise ValueError(
-                expected_found(
-                    "`perturbation`",
-                    f"perturbed inputs of shapes {shapes}",
-                    str(found),
-                    "Return tensors like the inputs.",
-                )
+        expected, found = list(map(_form, call.inputs)), list(map(_form, each))
+        if found != expected:
+            raise refusal(
+                ValueError,
+                "`perturbation`",
+                f"perturbed inputs of shape, dtype and device {expected}",
+                found,
+                "Return tensors like the inputs.",
             )
-        for tensor, like in zip(each, call.inputs, strict=True):
-            if (tensor.dtype, tensor.device) != (like.dtype, like.device):
-                raise TypeError(
-                    expected_found(
-                        "`perturbation`",
-                        f"perturbed inputs in {like.dtype} on {like.device}",
-                        f"{tensor.dtype} on {tensor.device}",
-                        "Return tensors like the inputs.",
-                    )
-                )
         return like_inputs(call.given, tuple(t.detach() for t in each))
+
+
+def _perturb_of(perturbation: Any) -> Any:
+    return getattr(perturbation, "perturb", perturbation)
+
+
+def _form(tensor: Any) -> Any:
+    if not isinstance(tensor, Tensor):
+        return type_of(tensor)
+    return tuple(tensor.shape), tensor.dtype, str(tensor.device)
 
 
 def _copies(inputs: Any) -> Any:
@@ -165,22 +149,3 @@ def _copies(inputs: Any) -> Any:
     if isinstance(inputs, tuple):
         return tuple(map(_copies, inputs))
     return inputs.clone() if isinstance(inputs, Tensor) else inputs
-
-
-def _check_bound(perturb: Any) -> None:
-    """Refuse a perturbation that needs more than a prior has to give."""
-    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in parameters_of(perturb).values() if p.default is p.empty]
-    inputs = [p for p in needed if p.kind in positional][:1]
-    for parameter in needed:
-        variadic = parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-        if parameter not in inputs and not variadic and parameter.name not in GIVEN:
-            raise TypeError(
-                expected_found(
-                    "`perturbation`",
-                    f"a function of the inputs, which may also take {', '.join(GIVEN)}",
-                    f"one that needs `{parameter.name}`",
-                    f"Bind it: lambda x, target: attack.perturb(x, {parameter.name}=..., "
-                    "target=target).",
-                )
-            )

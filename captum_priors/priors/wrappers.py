@@ -9,14 +9,14 @@ from torch import Tensor
 from captum_priors import _checks
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_annotation, check_inputs, check_target
-from captum_priors._errors import expected_found, one_of
-from captum_priors._rows import shared, take, take_each
+from captum_priors._errors import expected_found, one_of, refusal
+from captum_priors._rows import for_each, take, take_each
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine import Stream, any_process
 from captum_priors.engine.processes import rank_of_draws
 from captum_priors.engine.random import Counter
-from captum_priors.priors.base import Prior, Term, check_keywords
-from captum_priors.priors.combined import SumPrior, WeightedPrior, Wrapper
+from captum_priors.priors.base import Prior, Term, check_keywords, part_of
+from captum_priors.priors.combined import Wrapper, weighted_priors
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,8 @@ class Lazy(Wrapper):
     gradient is recorded, or after ``eval()``, the prior is evaluated unweighted and nothing is
     counted. (Karras et al. 2020 do the same with a gradient penalty.)
 
-    Under gradient accumulation it counts micro-batches, not optimizer steps: the average is the
-    same, the gradient more even (with four micro-batches and ``every=4`` one of each four is due),
-    and it needs no framework to tell it. All processes of a distributed training count alike.
+    Under gradient accumulation it counts micro-batches, not optimizer steps. All processes of a
+    distributed training count alike.
 
     Args:
         prior: The prior.
@@ -55,20 +54,19 @@ class Lazy(Wrapper):
 
     def forward(self, inputs: TensorOrTuple, *data: Any, **named: Any) -> Tensor:
         """Return the weighted value on every k-th step, and zero on the others."""
-        if not self.training_step():
+        training = self.training_step()
+        if not training or int(self.counter) % self.every == 0:
             value: Tensor = self.prior(inputs, *data, **named)
-            return value
-        tensors = isinstance(inputs, (Tensor, tuple))  # some explainers take prompts
-        if tensors:
-            check_inputs(inputs)
-        due = int(self.counter) % self.every == 0
-        if due:
-            value = self.every * self.prior(inputs, *data, **named)
+            value = self.every * value if training else value
         else:
-            like = as_tuple(inputs)[0] if tensors else torch.zeros(())
+            like = torch.zeros(())
+            if isinstance(inputs, (Tensor, tuple)):  # some explainers take prompts
+                check_inputs(inputs)
+                like = as_tuple(inputs)[0]
             dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
             value = torch.zeros((), dtype=dtype, device=like.device)
-        self.counter.advance()
+        if training:
+            self.counter.advance()
         return value
 
 
@@ -99,14 +97,13 @@ class Subsample(Wrapper):
     def __init__(self, prior: Prior, fraction: float) -> None:
         super().__init__(prior)
         self.fraction = _checks.fraction("fraction", fraction)
-        if any(m.reduction != "mean" for m in _terms(prior)):
-            raise ValueError(
-                expected_found(
-                    "`prior`",
-                    "terms that reduce by 'mean'",
-                    "one that reduces by 'sum', whose value scales with the number of examples",
-                    "Use reduction='mean' and fold the batch size into the weight.",
-                )
+        if any(isinstance(m, Term) and m.reduction != "mean" for m in prior.modules()):
+            raise refusal(
+                ValueError,
+                "`prior`",
+                "terms that reduce by 'mean'",
+                "one that reduces by 'sum', whose value scales with the number of examples",
+                "Use reduction='mean' and fold the batch size into the weight.",
             )
         self.stream = Stream()
 
@@ -119,9 +116,7 @@ class Subsample(Wrapper):
         **annotations: Any,
     ) -> Tensor:
         """Return the value on a random part of the batch."""
-        check_inputs(inputs)
-        like = as_tuple(inputs)[0]
-        n = like.shape[0]
+        n = check_inputs(inputs)
         check_target(target, n)
         check_keywords(self, baselines, annotations)
         for name, value in annotations.items():
@@ -129,55 +124,22 @@ class Subsample(Wrapper):
         training = self.training_step()
         seed = self.stream.next_seed(advance=training, rank=rank_of_draws() if training else 0)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        rows = order[: max(1, round(self.fraction * n))].to(like.device)
-        named = {k: v if isinstance(v, shared) else _taken(v, rows) for k, v in annotations.items()}
-        # A target given as a tuple is one index for all examples, not one tuple entry for each.
-        named["target"] = target if isinstance(target, tuple) else take(target, rows, n)
-        named["additional_forward_args"] = take_each(additional_forward_args, rows, n)
-        return self._evaluate(self.prior, take_each(inputs, rows, n), baselines, rows, n, named)
-
-    def _evaluate(
-        self,
-        prior: Prior,
-        inputs: TensorOrTuple,
-        baselines: Any,
-        rows: Tensor,
-        n: int,
-        named: dict[str, Any],
-    ) -> Tensor:
-        """Descend to the terms: each knows whether its baselines go with the examples."""
-        if isinstance(prior, WeightedPrior):
-            inner = self._evaluate(prior.prior, inputs, baselines, rows, n, named)
-            return prior.weight * inner
-        if isinstance(prior, SumPrior):
-            keep = ("target", "additional_forward_args")
-            terms = [
-                self._evaluate(
-                    term,
-                    inputs,
-                    baselines if term.takes("baselines") else None,
-                    rows,
-                    n,
-                    {k: v for k, v in named.items() if k in keep or term.takes(k)},
-                )
-                for term in prior.terms
-            ]
-            return torch.stack(terms).sum()
-        if not any(getattr(term, "draws_baselines", False) for term in _terms(prior)):
-            baselines = take_each(baselines, rows, n)
-        value: Tensor = prior(inputs, baselines=baselines, **named)
-        return value
-
-
-def _terms(prior: Prior) -> list[Term]:
-    return [module for module in prior.modules() if isinstance(module, Term)]
-
-
-def _taken(annotation: Any, rows: Tensor) -> Any:
-    """Some examples of an annotation that has an entry for each; numbers and words stay."""
-    if isinstance(annotation, tuple):
-        return tuple(_taken(each, rows) for each in annotation)
-    return annotation[rows] if isinstance(annotation, Tensor) else annotation
+        rows = order[: max(1, round(self.fraction * n))].to(as_tuple(inputs)[0].device)
+        part = take_each(inputs, rows, n)
+        every = {
+            # A tuple is one index for all examples, not one entry for each.
+            "target": target if isinstance(target, tuple) else take(target, rows, n),
+            "additional_forward_args": take_each(additional_forward_args, rows, n),
+        }
+        some = {name: for_each(lambda t: t[rows], a, n) for name, a in annotations.items()}
+        values = []
+        with part_of(inputs, additional_forward_args):
+            for weight, prior in weighted_priors(self.prior):
+                draws = any(getattr(term, "draws_baselines", False) for term in prior.modules())
+                given = {**some, "baselines": baselines if draws else take_each(baselines, rows, n)}
+                known = {k: v for k, v in given.items() if v is not None and prior.takes(k)}
+                values.append(weight * prior(part, **every, **known))
+        return torch.stack(values).sum()
 
 
 class Guarded(Wrapper):
@@ -230,27 +192,22 @@ class Guarded(Wrapper):
         value: Tensor = self.prior(inputs, *data, **named)
         if not self.training_step():
             return value
-        wrong = ~value.detach().isfinite()
-        if self.max_value is not None:
-            wrong = wrong | (value.detach().abs() > self.max_value)
+        limit = float("inf") if self.max_value is None else self.max_value
+        size = value.detach().abs()
+        wrong = ~(size.isfinite() & (size <= limit))
         if not any_process(wrong):
             return value
-        limit = "" if self.max_value is None else f" of at most {self.max_value:g}"
+        each = inputs if isinstance(inputs, tuple) else (inputs,)
         message = expected_found(
             f"prior {self.prior!r}",
-            f"a finite value{limit}",
+            "a finite value" + ("" if self.max_value is None else f" of at most {limit:g}"),
             f"{value.item():g}" + ("" if wrong else " here, and another in another process"),
-            "The inputs are not finite: look at the batch."
-            if not _are_finite(inputs)
-            else "Clip gradients, lower the weight or learning rate, or use on_nonfinite='skip'.",
+            "Clip gradients, lower the weight or learning rate, or use on_nonfinite='skip'."
+            if all(t.isfinite().all() for t in each if isinstance(t, Tensor))
+            else "The inputs are not finite: look at the batch.",
         )
         if self.on_nonfinite == "raise":
             raise FloatingPointError(message)
         self.skips.advance()
         logger.warning("Step without a prior, %d so far. %s", int(self.skips), message)
         return torch.zeros_like(value, requires_grad=False)
-
-
-def _are_finite(inputs: Any) -> bool:
-    each = inputs if isinstance(inputs, tuple) else (inputs,)
-    return all(t.isfinite().all() for t in each if isinstance(t, Tensor))

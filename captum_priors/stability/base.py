@@ -1,11 +1,10 @@
 """What the regularizers share: a model that is run, not an explainer that is asked.
 
-A regularizer is a docstring with its equation, a signature whose options ``_set`` checks and keeps,
+A regularizer is a docstring with its equation, a signature whose options are checked and kept,
 and ``_scores``. Those of classifiers say ``labels = True`` and take logits and labels together from
 :func:`logits_and_labels`, where labels that are no classes are refused.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, TypedDict
 
@@ -16,11 +15,11 @@ from torch import Tensor
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_floating, check_forward_func
 from captum_priors._errors import expected_found, one_of
+from captum_priors.attacks.ball import Tensors
 from captum_priors.engine import Field, input_gradients
+from captum_priors.engine.model import BatchNorm
 from captum_priors.priors.base import Call, Reduction, Term
 
-Tensors = tuple[Tensor, ...]
-Check = Callable[[str, Any], Any]
 Way = Literal["double_backprop", "finite_difference"]
 
 
@@ -30,26 +29,22 @@ class Shared(TypedDict, total=False):
     differentiation: Way
     reduction: Reduction
     smooth: float | None
+    batch_norm: BatchNorm
 
 
 class Regularizer(Term):
-    """A prior on a model's function, which it runs while holding it still.
-
-    Args:
-        forward_func: The model, or another function of the inputs.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: Run the model with ReLU as Softplus of this steepness.
-
-    Raises:
-        TypeError: If ``forward_func`` cannot be called.
-        ValueError: If an option is not one of those above.
-    """
+    """A prior on a model's function, which it runs while holding it still."""
 
     def __init__(
-        self, forward_func: Any, *, reduction: Reduction = "mean", smooth: float | None = None
+        self,
+        forward_func: Any,
+        *,
+        reduction: Reduction = "mean",
+        smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
     ) -> None:
         check_forward_func(forward_func)
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
 
     def _check_call(
         self, inputs: Any, baselines: Any, target: Any, annotations: dict[str, Any]
@@ -66,18 +61,7 @@ class Regularizer(Term):
 
 
 class GradientRegularizer(Regularizer):
-    """A regularizer whose value is made of input gradients.
-
-    Args:
-        forward_func: The model, or another function of the inputs.
-        differentiation: ``"double_backprop"`` or ``"finite_difference"``.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: Take the gradients with ReLU as Softplus of this steepness.
-
-    Raises:
-        TypeError: If ``forward_func`` cannot be called, or an option has another name.
-        ValueError: If an option is not one of those above.
-    """
+    """A regularizer whose value is made of input gradients."""
 
     differentiation: Way
 
@@ -88,39 +72,12 @@ class GradientRegularizer(Regularizer):
         differentiation: Way = "double_backprop",
         reduction: Reduction = "mean",
         smooth: float | None = None,
-        **unknown: Any,
+        batch_norm: BatchNorm = "batch",
     ) -> None:
-        if unknown:  # collected to be told by the name of the class that was asked for
-            raise TypeError(
-                expected_found(
-                    f"`{next(iter(unknown))}`",
-                    f"an option of {type(self).__name__}",
-                    "none of that name",
-                    f"help({type(self).__name__}) lists them.",
-                )
-            )
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
         one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))
         self.differentiation = differentiation
         self.replayed = differentiation == "finite_difference"
-
-
-# ---- Options -------------------------------------------------------------------------------
-
-
-def choice(*allowed: Any) -> Check:
-    """Check of an option that has one of some values."""
-
-    def check(name: str, value: Any) -> Any:
-        one_of(name, value, allowed)
-        return value
-
-    return check
-
-
-def optional(check: Check) -> Check:
-    """Check of an option that may also be None."""
-    return lambda name, value: None if value is None else check(name, value)
 
 
 # ---- Classes -------------------------------------------------------------------------------
@@ -161,25 +118,25 @@ def cross_entropies(call: Call, points: Tensors) -> Tensor:
 # ---- Rows ----------------------------------------------------------------------------------
 
 
-def full_precision(tensor: Tensor) -> Tensor:
-    """Raise half precision, in which sums over features overflow or stall."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
 def flat_rows(tensors: Tensors) -> Tensor:
-    """All features of each example side by side, shape (rows, features)."""
-    rows = [full_precision(t.reshape(t.shape[0], -1)) for t in tensors]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+    """All features of each example side by side, shape (rows, features).
+
+    In at least single precision: sums over features overflow or stall in half.
+    """
+    rows = torch.cat([t.reshape(len(t), -1) for t in tensors], 1)
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+
+
+def points_of(rows: Tensor, like: Tensors) -> Tensors:
+    """Tensors like the inputs from rows of all their features, shape (..., features)."""
+    parts = rows.split([x[0].numel() for x in like], -1)
+    pairs = zip(parts, like, strict=True)
+    return tuple(part.reshape(-1, *x.shape[1:]).to(x.dtype) for part, x in pairs)
 
 
 def square_norms(tensors: Tensors) -> Tensor:
     """Squared Euclidean norm of each example."""
     return flat_rows(tensors).square().sum(1)
-
-
-def per_example(values: Tensor, like: Tensor) -> Tensor:
-    """Give one number for each example the dimensions and the dtype of the tensor."""
-    return values.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
 
 
 def repeated(tensors: Tensors, times: int) -> Tensors:

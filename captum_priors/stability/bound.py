@@ -1,20 +1,21 @@
 r"""How far an explanation can be moved at most (Dombrowski et al. 2019, 2022)."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, forward_args
 from captum_priors._checks import check_floating, check_inputs, check_target, count
 from captum_priors._errors import NotDifferentiableError, expected_found, one_of
 from captum_priors._rows import Rows, selected
 from captum_priors._types import TensorOrTuple
+from captum_priors.attacks.ball import Tensors, broadcast
 from captum_priors.engine import AttributionPass, check_rows, input_gradients
 from captum_priors.engine.model import current_beta
-from captum_priors.stability.base import Tensors, flat_rows, optional, square_norms
+from captum_priors.stability.base import flat_rows
 from captum_priors.stability.hessian import hessian_vector_product, rademacher
 from captum_priors.stability.smooth import smooth_activations
 
@@ -54,7 +55,7 @@ def manipulability_bound(
     The product form is the same for all ``perturbed`` at one distance, hence a bound for the ball.
 
     Args:
-        forward_func: The model; for the product form a module, a chain of linear,
+        forward_func: The model; for the product form an ``nn.Sequential`` (of others) of linear,
             convolutional, average-pooling and flattening layers, BatchNorm with its stored
             statistics, and smooth activations (Softplus, Tanh, Sigmoid), or
             :class:`smooth_activations` of one with ReLU. Any model for the path form.
@@ -65,8 +66,8 @@ def manipulability_bound(
         form: ``"product"`` or ``"path"``.
         norm: ``"spectral"``, tighter, or ``"frobenius"``, the paper's.
         n_steps: Points of the path, ends included; at least 2.
-        n_samples: Path form with the Frobenius norm: estimate it from so many random vectors rather
-            than from one for each input feature.
+        n_samples: In the path form, estimate the Frobenius norm from so many random vectors rather
+            than taking ``norm`` of the whole Hessian, a product for each input feature.
 
     Returns:
         The bound for each example, shape ``(batch,)``, without a graph.
@@ -74,7 +75,7 @@ def manipulability_bound(
     Raises:
         NotDifferentiableError: If the model has no bounded Hessian, or the gradient moves by
             more than the path form allows: it has kinks, or the path too few points.
-        ValueError: If an argument does not fit the others.
+        ValueError: If an argument has no such value, or ``perturbed`` another shape.
 
     Example:
         >>> import torch
@@ -89,55 +90,22 @@ def manipulability_bound(
     one_of("form", form, ("product", "path"))
     one_of("norm", norm, ("spectral", "frobenius"))
     count("n_steps", n_steps, least=2)
-    optional(count)("n_samples", n_samples)
     check_inputs(inputs)
-    start, end = (tuple(t.detach() for t in ends) for ends in _ends(inputs, perturbed))
+    start = tuple(t.detach() for t in as_tuple(inputs))
     check_floating(start)
-    check_target(target, start[0].shape[0])
+    check_target(target, len(start[0]))
+    pairs = zip(as_tuple(perturbed), start, strict=True)
+    end = tuple(broadcast("`perturbed`", b, a).detach() for b, a in pairs)
+    distance = (flat_rows(end) - flat_rows(start)).norm(dim=1)
     args = forward_args(additional_forward_args)
-    if n_samples is not None and (form, norm) != ("path", "frobenius"):
-        raise ValueError(
-            expected_found(
-                "`n_samples`",
-                "None, except with form='path' and norm='frobenius'",
-                repr(n_samples),
-                "Random vectors estimate the Frobenius norm of a Hessian.",
-            )
-        )
-    if form == "product" and (len(start) > 1 or args):
-        raise ValueError(
-            expected_found(
-                "`inputs`",
-                "one tensor, and no additional arguments, for the product form",
-                f"{len(start)} and {len(args)}",
-                "Use form='path'.",
-            )
-        )
-    distance = square_norms(tuple(b - a for a, b in zip(start, end, strict=True))).sqrt()
     with AttributionPass(forward_func):
         if form == "product":
             with torch.no_grad():
-                curvature: Tensor = _curvature(forward_func, start[0], target, norm)
-                return distance * curvature.to(distance)
+                bound: Tensor = distance * _product(forward_func, (*start, *args), target, norm)
+            return bound.to(distance)
         rows = Rows(forward_func, target, args, len(distance))
         with torch.enable_grad():
             return _along_path(rows, start, end, distance, norm, n_steps, n_samples)
-
-
-def _ends(inputs: TensorOrTuple, perturbed: Any) -> tuple[Tensors, Tensors]:
-    check_inputs(perturbed)
-    start, end = as_tuple(inputs), as_tuple(perturbed)
-    shapes = [tuple(t.shape) for t in start]
-    if [tuple(t.shape) for t in end] != shapes:
-        raise ValueError(
-            expected_found(
-                "`perturbed`",
-                f"shapes {shapes} as of the inputs",
-                str([tuple(t.shape) for t in end]),
-                "Pass what the attack made of the inputs.",
-            )
-        )
-    return start, tuple(b.to(a) for a, b in zip(start, end, strict=True))
 
 
 # ---- The path form -------------------------------------------------------------------------
@@ -179,70 +147,42 @@ def _along_path(
 def _hessian_norms(
     gradients: Tensors, points: Tensors, norm: Norm, n_samples: int | None
 ) -> Tensor:
-    """Norm of the Hessian of each example."""
+    """Norm of the Hessian of each example, from its products with unit or random vectors."""
+    random = range(0 if n_samples is None else count("n_samples", n_samples))
+    vectors = (rademacher(points) for _ in random) if random else _unit_vectors(points)
+    products = (hessian_vector_product(gradients, points, v, create_graph=False) for v in vectors)
+    columns = torch.stack([flat_rows(product) for product in products], 1)
+    if random:
+        return columns.square().sum(2).mean(1).sqrt()
+    return _matrix_norm(columns, norm)
 
-    def product(vectors: Tensors) -> Tensor:
-        return flat_rows(hessian_vector_product(gradients, points, vectors, create_graph=False))
 
-    if n_samples is not None:
-        squares = [product(rademacher(points)).square().sum(1) for _ in range(n_samples)]
-        return torch.stack(squares).mean(0).sqrt()
-    columns = []
+def _unit_vectors(points: Tensors) -> Iterator[Tensors]:
     for which, point in enumerate(points):
         for feature in range(point[0].numel()):
             unit = tuple(torch.zeros_like(p, requires_grad=False) for p in points)
             unit[which].view(len(point), -1)[:, feature] = 1
-            columns.append(product(unit))
-    hessians = torch.stack(columns, 1)
-    found: Tensor = torch.linalg.matrix_norm(hessians, _ORDERS[norm])
+            yield unit
+
+
+def _matrix_norm(matrices: Tensor, norm: Norm) -> Tensor:
+    found: Tensor = torch.linalg.matrix_norm(matrices, 2 if norm == "spectral" else "fro")
     return found
 
 
 # ---- The product form ----------------------------------------------------------------------
 
-Curve = tuple[float, float]
-"""Largest slope and largest second derivative of an activation function."""
-
-_ORDERS: dict[Norm, Any] = {"spectral": 2, "frobenius": "fro"}
-_TANH: Curve = (1.0, 4 / (3 * math.sqrt(3)))
-_SIGMOID: Curve = (1 / 4, 1 / (6 * math.sqrt(3)))
-# Modules by their class, functions, and methods by their name.
-_CURVES: dict[Any, Curve] = {
-    **dict.fromkeys((nn.Tanh, torch.tanh, F.tanh, "tanh"), _TANH),
-    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), _SIGMOID),
-}
-_RELUS = (nn.ReLU, F.relu, torch.relu, "relu", "relu_")
-_SHAPES = (
-    *(nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze),
-    *("flatten", "reshape", "view", "squeeze", "unsqueeze", "contiguous"),
-)
+_SHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_MEANS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-_AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_AVERAGES = (
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+)
 
 
-def _curvature(model: Any, x: Tensor, target: Any, norm: Norm) -> Tensor:
-    """Bound on the Hessian's norm: of any output, of one, or for each example that of its own."""
-    beta = current_beta()
-    if isinstance(model, smooth_activations):
-        model, beta = model.model, model.beta
-    if not isinstance(model, nn.Module):
-        raise NotDifferentiableError(_refusal(f"a {type(model).__name__}, no module"))
-    try:
-        graph = fx.Tracer().trace(model)
-    except Exception as error:  # whatever the model's own code makes of symbols
-        raise NotDifferentiableError(_refusal(f"one that cannot be traced ({error})")) from error
-    chain = _Chain(model, graph, beta, norm)
-    outputs = chain.run(x)
-    if target is not None:
-        check_rows(selected(outputs, target), len(x))
-    return chain.bound(target if outputs.dim() == 2 else None)
-
-
-class _Chain(fx.Interpreter):
-    r"""Runs an example through a chain of layers, and multiplies the norms of those so far.
+def _product(model: Any, inputs: tuple[Any, ...], target: Any, norm: Norm) -> Tensor:
+    r"""Bound on the Hessian's norm: of any output, or for each example that of its own.
 
     With :math:`J_l = \partial z_l / \partial x` and :math:`\delta_l = \partial f / \partial a_l`
     for activations :math:`a_l = \sigma_l(z_l)`,
@@ -251,98 +191,66 @@ class _Chain(fx.Interpreter):
         \qquad \lVert\nabla^2 f\rVert_F \le \sum_l \lVert J_l\rVert_2^2 \max|\sigma_l''|\,
         \lVert\delta_l\rVert_2,
 
-    and both norms are products of those of the layers. It is run because hooks may compute weights
-    when a layer is called, as the older ``weight_norm`` does.
+    and both norms are products of those of the layers. The layers run, because hooks may compute
+    weights when one is called, as the older ``weight_norm`` does.
     """
-
-    def __init__(self, model: nn.Module, graph: fx.Graph, beta: float | None, norm: Norm) -> None:
-        super().__init__(model, garbage_collect_values=False, graph=graph)
-        self.extra_traceback = False
-        self._beta, self._norm = beta, norm
-        self._end: fx.Node | None = None  # the operation whose result is the chain's so far
-        self._slope: Any = 1.0  # of all layers so far
-        self._terms: list[Any] = []  # of each activation, with the layers since
-        self._before = self._terms  # without the last linear map
-        self._last: nn.Linear | None = None  # the linear map whose outputs are the chain's
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one operation, which is to take the result of the one before alone."""
-        value = super().run_node(n)
-        if n.op == "placeholder":
-            self._end = self._end or n
-        elif isinstance(value, Tensor):  # sizes pass
-            if [i for i in n.all_input_nodes if isinstance(self.env[i], Tensor)] != [self._end]:
-                raise NotDifferentiableError(_refusal(f"{n.op} {n.target} on something else"))
-            if n.op != "output":
-                self._add(n)
-                self._end = n
-        return value
-
-    def _add(self, node: fx.Node) -> None:
-        module = self.submodules[str(node.target)] if node.op == "call_module" else None
-        kind: Any = node.target if module is None else type(module)
-        if kind in _SHAPES or (kind is F.dropout and not _argument(node, 2, "training", True)):
-            return  # entries are moved about
-        curve = self._curve(node, module, kind)
-        if curve is not None:
-            slope, second = curve
-            self._terms = [*(term * slope for term in self._terms), self._slope**2 * second]
-            self._slope = self._slope * slope
-            self._last = None
-            return
-        gain = _gain(
-            module, self._norm, found=f"{node.op} {kind}" if module is None else f"{module}"
-        )
-        self._before, self._terms = self._terms, [term * gain for term in self._terms]
-        self._slope = self._slope * gain
-        self._last = module if isinstance(module, nn.Linear) else None
-
-    def _curve(self, node: fx.Node, module: Any, kind: Any) -> Curve | None:
-        """Slope and second derivative of an activation, None for anything else."""
-        if kind in (nn.Softplus, F.softplus):
-            beta = module.beta if module else _argument(node, 1, "beta", 1)
-            threshold = module.threshold if module else _argument(node, 2, "threshold", 20)
-            if threshold < 20:  # beyond which it is the identity: the slope jumps by exp(-20)
-                raise NotDifferentiableError(_refusal(f"Softplus with threshold={threshold}"))
-            return (1.0, float(beta) / 4)
-        if kind in _RELUS:
-            if self._beta is None:
-                raise NotDifferentiableError(
-                    _refusal("ReLU, whose gradient jumps; smooth_activations(model, beta) has one")
-                )
-            return (1.0, self._beta / 4)
-        return _CURVES.get(kind)
-
-    def bound(self, target: Any) -> Tensor:
-        """Add up, with only the target's row of the last linear map where there is one."""
-        if target is None or isinstance(target, tuple) or self._last is None:
-            return torch.as_tensor(sum(self._terms))
-        rows: Tensor = self._last.weight.norm(dim=1)
-        return torch.as_tensor(sum(self._before)) * rows[torch.as_tensor(target).flatten()]
+    beta = current_beta()
+    if isinstance(model, smooth_activations):
+        model, beta = model.model, model.beta
+    before = curvature = torch.zeros((), device=inputs[0].device)
+    slope: Any = 1.0
+    for layer in _layers(model):
+        outputs = layer(*inputs)
+        gain, second = _slope_and_curvature(layer, inputs[0], beta, norm)
+        before, curvature = curvature, curvature * gain + slope**2 * second
+        slope, inputs = slope * gain, (outputs,)
+    if target is not None:
+        check_rows(selected(outputs, target), len(outputs))
+        if isinstance(layer, nn.Linear) and outputs.dim() == 2 and not isinstance(target, tuple):
+            row: Tensor = layer.weight.norm(dim=1)[torch.as_tensor(target).flatten()]
+            curvature = before * row  # of the last linear map, this row alone counts
+    return curvature
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+def _layers(module: Any) -> list[Any]:
+    if getattr(type(module), "forward", None) is nn.Sequential.forward:
+        return [layer for child in module for layer in _layers(child)]
+    return [module]
 
 
-def _gain(layer: Any, norm: Norm, found: str) -> Any:
-    """Bound on the operator norm of a linear layer."""
+def _slope_and_curvature(layer: Any, x: Tensor, beta: float | None, norm: Norm) -> tuple[Any, Any]:
+    """Bounds on a layer's Jacobian, in the operator norm, and on its second derivatives."""
+    if isinstance(layer, _SHAPES):
+        return 1.0, 0.0
+    if isinstance(layer, nn.Tanh):
+        return 1.0, 4 / (3 * math.sqrt(3))
+    if isinstance(layer, nn.Sigmoid):
+        return 1 / 4, 1 / (6 * math.sqrt(3))
+    if isinstance(layer, nn.ReLU) and beta is not None:
+        return 1.0, beta / 4
+    # Beyond its threshold it is the identity: the slope jumps, by exp(-20) at 20.
+    if isinstance(layer, nn.Softplus) and layer.threshold >= 20:
+        return 1.0, layer.beta / 4
     if isinstance(layer, nn.Linear):
-        return torch.linalg.matrix_norm(layer.weight, _ORDERS[norm])
+        return _matrix_norm(layer.weight, norm), 0.0
     if isinstance(layer, _CONVOLUTIONS) and layer.padding_mode in ("zeros", "circular"):
-        return _kernel_gain(layer, norm)
+        return _kernel_gain(layer, norm), 0.0
     if isinstance(layer, _BATCH_NORMS) and layer.running_var is not None:
         scale: Tensor = (layer.running_var + layer.eps).rsqrt()
-        return (scale if layer.weight is None else scale * layer.weight).abs().max()
-    if isinstance(layer, _AVERAGES) and not (
-        layer.ceil_mode
-        or getattr(layer, "divisor_override", None)
-        or not getattr(layer, "count_include_pad", True)
-    ):
-        return _average_gain(layer)
-    if isinstance(layer, _MEANS) and layer.output_size in (1, (1,), (1, 1), (1, 1, 1)):
-        return 1.0  # of the mean: one over the root of its number of entries
-    raise NotDifferentiableError(_refusal(found))
+        return (scale if layer.weight is None else scale * layer.weight).abs().max(), 0.0
+    if isinstance(layer, _AVERAGES):
+        ones = torch.ones_like(x[:1])
+        (columns,) = input_gradients(lambda z: layer(*z).flatten(1).sum(1), (ones,))
+        return (layer(ones).max() * columns.max()).sqrt(), 0.0  # of its row and column sums
+    raise NotDifferentiableError(
+        expected_found(
+            "the product form",
+            "an nn.Sequential of linear maps, average-pooling, BatchNorm and smooth activations",
+            str(layer),
+            "Use form='path', which takes any twice differentiable model; smooth_activations "
+            "takes the kinks out of ReLU.",
+        )
+    )
 
 
 def _kernel_gain(conv: Any, norm: Norm) -> Tensor:
@@ -355,28 +263,9 @@ def _kernel_gain(conv: Any, norm: Norm) -> Tensor:
     """
     kernel = conv.weight.flatten(2)
     groups = kernel.reshape(conv.groups, -1, *kernel.shape[1:])
-    norms = torch.linalg.matrix_norm(groups.flatten(2), _ORDERS[norm])
+    norms = _matrix_norm(groups.flatten(2), norm)
     gathered: Tensor = kernel.shape[2] ** 0.5 * norms.max()
     if norm == "frobenius":
         return gathered
     rows, columns = groups.abs().sum((2, 3)).max(), groups.abs().sum((1, 3)).max()
     return torch.minimum(gathered, (rows * columns).sqrt())
-
-
-def _average_gain(pool: Any) -> float:
-    """Row sums of 1; an entry counts 1/k in at most ceil(size / stride) windows a dimension."""
-    rank = _AVERAGES.index(type(pool)) + 1
-    sizes, strides = (
-        (v,) * rank if isinstance(v, int) else v for v in (pool.kernel_size, pool.stride)
-    )
-    windows = zip(sizes, strides, strict=True)
-    return math.sqrt(math.prod(math.ceil(size / stride) / size for size, stride in windows))
-
-
-def _refusal(found: str) -> str:
-    return expected_found(
-        "the product form",
-        "a chain of linear maps, average-pooling, BatchNorm and smooth activations",
-        found,
-        "Use form='path', which takes any twice differentiable model.",
-    )

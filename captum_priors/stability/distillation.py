@@ -10,16 +10,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_priors._captum import as_tuple, like_inputs
+from captum_priors._captum import as_tuple, forward_args
 from captum_priors._checks import count, positive
 from captum_priors._checks import fraction as check_fraction
 from captum_priors._errors import expected_found
-from captum_priors._probe import check_explainer, check_options
+from captum_priors._probe import Probe, check_explainer, check_options
+from captum_priors._rows import Rows
 from captum_priors._shown import shown, shown_options, shown_value
-from captum_priors.engine import derive
+from captum_priors._types import TensorOrTuple
+from captum_priors.attacks.ball import Tensors, unit
+from captum_priors.engine import derive, input_gradients
+from captum_priors.engine.model import BatchNorm
 from captum_priors.engine.random import STREAMS
 from captum_priors.priors.base import Call, Reduction
-from captum_priors.stability.base import Regularizer, Tensors, flat_rows, logits_of, repeated
+from captum_priors.stability.base import Regularizer, flat_rows, logits_of, points_of, repeated
+
+
+class _SmoothGrad:
+    """Mean input gradient at ten noisy copies of the inputs (Smilkov et al. 2017)."""
+
+    def __init__(self, forward_func: Any, stdev: float) -> None:
+        self.forward_func, self.stdev = forward_func, stdev
+
+    @torch.no_grad()
+    def attribute(
+        self, inputs: TensorOrTuple, target: Any = None, additional_forward_args: Any = None
+    ) -> Tensors:
+        """Attribute; a tuple also for one tensor."""
+        copies = repeated(as_tuple(inputs), 10)
+        args, n = forward_args(additional_forward_args), len(copies[0]) // 10
+        noisy = tuple(x + self.stdev * torch.randn_like(x) for x in copies)
+        gradients = input_gradients(Rows(self.forward_func, target, args, n), noisy)
+        return tuple(g.unflatten(0, (10, n)).mean(0) for g in gradients)
 
 
 class ATEX(Regularizer):
@@ -36,11 +58,9 @@ class ATEX(Regularizer):
     explainer need not be differentiable. The paper trains on this term alone, from the teacher's
     parameters.
 
-    The published code has :math:`t \in \{-1, 0\}`, ``positions=(-1, 0)``: never up the explanation.
-    It takes an optimizer step for each :math:`t`, twice, with the student in train mode, averages
-    the divergence over the classes, too, and projects each colour channel by itself; here one value
-    averages over :math:`t`, the student is held still as by every prior, and all features of an
-    example count together.
+    The published code has ``positions=(-1, 0)``: never up the explanation. It takes an optimizer
+    step for each :math:`t`, twice, with the student in train mode, averages the divergence over the
+    classes, too, and projects each colour channel by itself.
 
     Args:
         forward_func: The student, which returns logits; a single one is a binary classifier's.
@@ -49,18 +69,18 @@ class ATEX(Regularizer):
         radius: :math:`r`, in units of the inputs; .32 is the paper's for images in [0, 1].
         temperature: :math:`T` of the teacher.
         n_samples: Draws of the noise for each :math:`t`.
-        teacher: Module or function that predicts as the student does; by default a frozen copy of
-            the student as it is now. The copy is part of this prior's ``state_dict``, so that
-            resumed training has the same teacher, and moves to the student's device; a teacher that
-            is passed stays the caller's, who saves and moves it. No teacher is ever trained.
+        teacher: Module or function of the student's classes, which stays the caller's to save and
+            move. By default a frozen copy of the student as it is now, which follows it to its
+            device, and is in this prior's ``state_dict``, so that resumed training has the same.
+            No teacher is ever trained.
         positions: Values of :math:`t`.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Run student and teacher with ReLU as Softplus of this steepness.
         attribute_options: What else ``explainer.attribute`` is given at every call.
 
     Raises:
-        TypeError: If the model or teacher is not callable, or the explainer has no ``attribute``.
-        ValueError: If there is nothing to copy a teacher from, or an option is out of range.
+        TypeError: If the explainer has no ``attribute``, or that does not take an option.
+        ValueError: If there is no module to copy a teacher from, or an option is out of range.
 
     Example:
         >>> import torch
@@ -73,6 +93,7 @@ class ATEX(Regularizer):
         True
     """
 
+    draws = STREAMS  # what an explainer from elsewhere draws from is not known
     explainer: Any
     teacher: Any
 
@@ -88,50 +109,49 @@ class ATEX(Regularizer):
         positions: Sequence[float] = (-1.0, 0.0, 1.0),
         reduction: Reduction = "mean",
         smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
         **attribute_options: Any,
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
         self.radius = positive("radius", radius)
         self.temperature = positive("temperature", temperature)
         self.n_samples = count("n_samples", n_samples)
-        self.positions = _finite_numbers("positions", positions)
+        self.positions = tuple(map(float, positions))
         self._named = [] if explainer is None else [shown(explainer)]
         self._named += [f"{name}={shown_value(v)}" for name, v in attribute_options.items()]
-        if explainer is not None:
-            check_explainer(explainer)
-            check_options(explainer, attribute_options)
-        elif attribute_options:
-            raise TypeError(
-                expected_found(
-                    f"`{next(iter(attribute_options))}`",
-                    "an option of ATEX",
-                    "something else",
-                    "Options of an explainer go with explainer=....",
-                )
-            )
+        if explainer is None:
+            explainer = _SmoothGrad(forward_func, radius / 4)
+        check_explainer(explainer)
+        check_options(explainer, attribute_options)
         self.options = attribute_options
-        # What an explainer from elsewhere draws from is not known.
-        self.draws: Sequence[str] = getattr(explainer, "draws", STREAMS if explainer else ())
-        self.__dict__["explainer"] = explainer
-        self._owns_teacher = teacher is None
-        if teacher is None:
-            self.teacher = _frozen_copy(forward_func)
-        elif callable(teacher):
-            self.__dict__["teacher"] = teacher
-        else:
-            raise TypeError(
+        if teacher is None and not isinstance(forward_func, nn.Module):
+            raise ValueError(
                 expected_found(
                     "`teacher`",
-                    "a module or a function that returns logits",
-                    type(teacher).__name__,
-                    "Leave it out for a frozen copy of the model.",
+                    "one, unless `forward_func` is a module that can be copied",
+                    f"none for a {type(forward_func).__name__}",
+                    "Pass teacher=..., a module or function with the predictions to keep.",
                 )
             )
+        self.__dict__["explainer"] = explainer  # past nn.Module's registration, like the model
+        if teacher is None:
+            self.teacher = copy.deepcopy(forward_func).eval().requires_grad_(False)
+            self.teacher.zero_grad(set_to_none=True)
+        else:
+            self.__dict__["teacher"] = teacher
+
+    def train(self, mode: bool = True) -> "ATEX":
+        """Set the mode of the prior; the copy that teaches keeps its running statistics."""
+        super().train(mode)
+        if self._owns_teacher:
+            self.teacher.eval()
+        return self
 
     def takes(self, name: str) -> bool:
         """Whether the explainer takes baselines."""
-        attribute = getattr(self.explainer, "attribute", self._smooth_gradients)
-        return name == "baselines" and name in inspect.signature(attribute).parameters
+        return (
+            name == "baselines" and name in inspect.signature(self.explainer.attribute).parameters
+        )
 
     @property
     def draws_baselines(self) -> bool:
@@ -146,58 +166,44 @@ class ATEX(Regularizer):
     def _explained(self) -> tuple[Any, ...]:
         return (self.forward_func, self.explainer, self.teacher)
 
-    def _follow(self, x: Tensor) -> None:
-        """Move the copy to where the student has gone since."""
-        ours, theirs = (next(m.parameters(), x) for m in (self.teacher, self.forward_func))
-        if (ours.device, ours.dtype) != (theirs.device, theirs.dtype):
-            self.teacher.to(theirs)
-
     def _scores(self, call: Call) -> Tensor:
         """Compare at (positions, samples, examples, features), all features side by side."""
-        if self._owns_teacher:
-            self._follow(call.inputs[0])
+        call.refuse_coupled()  # of the student; teacher and explainer are asked before it runs
+        self._follow(call.inputs[0])
         with torch.no_grad():
             x, s = flat_rows(call.inputs), self._explanation(call)
-            top, norm = s.abs().amax(1, keepdim=True), s.norm(dim=1, keepdim=True)
-            t = x.new_tensor(self.positions).reshape(-1, 1, 1, 1)
-            centres = x + t * (self.radius / torch.where(top > 0, top, 1)) * s
+            call.explaining.seed(derive(call.seed, 1))
+            u, t = unit(s), x.new_tensor(self.positions).reshape(-1, 1, 1, 1)
+            largest = u.abs().amax(1, keepdim=True)
+            centres = x + t * self.radius * u / torch.where(largest > 0, largest, 1)
             soft = self._log_probabilities(self.teacher, call, centres, self.temperature)
-            generator = torch.Generator(x.device).manual_seed(derive(call.seed, 1))
-            shape = (len(t), self.n_samples, *x.shape)
-            draws = torch.rand(shape, dtype=x.dtype, device=x.device, generator=generator)
-            noise, u = (2 * draws - 1) * self.radius, s / torch.where(norm > 0, norm, 1)
+            draws = torch.rand(len(t), self.n_samples, *x.shape, dtype=x.dtype, device=x.device)
+            noise = (2 * draws - 1) * self.radius
             points = centres + noise - (noise * u).sum(-1, keepdim=True) * u
         student = self._log_probabilities(self.forward_func, call, points)
-        if soft.shape[-1] != student.shape[-1]:
-            raise ValueError(
-                expected_found(
-                    "`teacher`",
-                    f"{student.shape[-1]} classes as the student's",
-                    str(soft.shape[-1]),
-                    "Pass a teacher for the same classes.",
-                )
-            )
         soft = soft.expand_as(student)
         return F.kl_div(student, soft, reduction="none", log_target=True).sum(-1).mean((0, 1))
 
+    def _follow(self, x: Tensor) -> None:
+        """Move the copy to where the student has gone since."""
+        if "teacher" in self._modules:
+            ours, theirs = (next(m.parameters(), x) for m in (self.teacher, self.forward_func))
+            if (ours.device, ours.dtype) != (theirs.device, theirs.dtype):
+                self.teacher.to(theirs)
+
     def _explanation(self, call: Call) -> Tensor:
         """Explain the batch; the maps are constants."""
-        if self.explainer is None:
-            return flat_rows(self._smooth_gradients(call))
-        # Leaves of our own that require gradients: Captum would set and unset that on others.
-        given = tuple(x.detach().clone().requires_grad_() for x in call.inputs)
-        keywords = {
+        given = {
             "target": call.target,
             "additional_forward_args": call.args or None,
             "baselines": call.baselines,
         }
-        call.explaining.seed(derive(call.seed, 0))
-        maps = self.explainer.attribute(
-            like_inputs(call.given, given),
-            **self.options,
-            **{name: value for name, value in keywords.items() if value is not None},
-        )
-        found, expected = ([tuple(m.shape) for m in as_tuple(each)] for each in (maps, given))
+        given = {name: value for name, value in given.items() if value is not None}
+        probe = Probe(self.explainer, call.given, {**self.options, **given})
+        # Leaves of our own that require gradients: Captum would set and unset that on others.
+        leaves = tuple(x.detach().clone().requires_grad_() for x in call.inputs)
+        maps = probe(leaves, derive(call.seed, 0))
+        found, expected = ([tuple(m.shape) for m in each] for each in (maps, leaves))
         if found != expected:
             raise ValueError(
                 expected_found(
@@ -207,29 +213,15 @@ class ATEX(Regularizer):
                     "Use an explainer of the inputs rather than of a layer.",
                 )
             )
-        return flat_rows(as_tuple(maps)).detach()
-
-    def _smooth_gradients(self, call: Call, n: int = 10) -> Tensors:
-        """Mean input gradient at n noisy copies of the inputs (Smilkov et al. 2017)."""
-        stdev, device = self.radius / 4, call.inputs[0].device
-        generator = torch.Generator(device).manual_seed(derive(call.seed, 0))
-        noisy = tuple(
-            x + stdev * torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-            for x in repeated(call.inputs, n)
-        )
-        gradients = self._input_gradients(call, noisy)
-        return tuple(g.unflatten(0, (n, -1)).mean(0) for g in gradients)
+        return flat_rows(maps)
 
     def _log_probabilities(
         self, model: Any, call: Call, rows: Tensor, temperature: float = 1.0
     ) -> Tensor:
         """Run a model at rows of features, shape (..., examples, features)."""
-        widths = [x[0].numel() for x in call.inputs]
-        pairs = zip(rows.flatten(0, -2).split(widths, 1), call.inputs, strict=True)
-        points = tuple(part.reshape(-1, *x.shape[1:]).to(x.dtype) for part, x in pairs)
-        outputs = replace(call, forward_func=model, target=None).outputs(points)
-        found = F.log_softmax(logits_of(outputs) / temperature, 1)
-        return found.reshape(*rows.shape[:-1], -1)
+        call = replace(call, forward_func=model)
+        logits = logits_of(call.outputs(points_of(rows, call.inputs)))
+        return F.log_softmax(logits / temperature, 1).reshape(*rows.shape[:-1], -1)
 
 
 class SaliencyGuided(Regularizer):
@@ -270,8 +262,9 @@ class SaliencyGuided(Regularizer):
         abs: bool = True,  # noqa: A002  # Captum's name for it
         reduction: Reduction = "mean",
         smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
+        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
         self.fraction, self.abs = check_fraction("fraction", fraction), abs
 
     def _scores(self, call: Call) -> Tensor:
@@ -289,45 +282,10 @@ class SaliencyGuided(Regularizer):
         chosen = saliency.topk(least, dim=1, largest=False).indices
         mask = torch.zeros_like(saliency, dtype=torch.bool).scatter(1, chosen, True)
         masked = []
-        generator = torch.Generator(saliency.device).manual_seed(derive(call.seed, 0))
-        for x, own in zip(
-            call.inputs, mask.split([x[0].numel() for x in call.inputs], 1), strict=True
-        ):
+        masks = mask.split([x[0].numel() for x in call.inputs], 1)
+        for x, own in zip(call.inputs, masks, strict=True):
             rows = x.flatten(1)
             low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-            draws = torch.rand(rows.shape, dtype=x.dtype, device=x.device, generator=generator)
-            masked.append(torch.where(own, low + (high - low) * draws, rows).reshape(x.shape))
+            noise = low + (high - low) * torch.rand_like(rows)
+            masked.append(torch.where(own, noise, rows).reshape(x.shape))
         return tuple(masked)
-
-
-def _finite_numbers(name: str, value: Any) -> tuple[float, ...]:
-    found = tuple(value) if isinstance(value, (list, tuple)) else ()
-    if not found or any(not isinstance(t, (int, float)) or not abs(t) < torch.inf for t in found):
-        raise ValueError(
-            expected_found(
-                f"`{name}`",
-                "at least one finite number",
-                repr(value),
-                f"Pass for example {name}=(-1, 0, 1).",
-            )
-        )
-    return tuple(map(float, found))
-
-
-def _frozen_copy(model: Any) -> nn.Module:
-    """Copy a module, to be evaluated and never trained."""
-    try:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"a {type(model).__name__}")
-        teacher = copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            expected_found(
-                "`teacher`",
-                "one, unless the model is a module that copy.deepcopy can copy",
-                f"none for {error}",
-                "Pass teacher=..., a module or function with the predictions to keep.",
-            )
-        ) from error
-    teacher.zero_grad(set_to_none=True)
-    return teacher.eval().requires_grad_(False)

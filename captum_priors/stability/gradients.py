@@ -8,19 +8,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from captum_priors._checks import count, positive
-from captum_priors.engine import input_gradients
-from captum_priors.penalties.maths import safe_norm
+from captum_priors.attacks.ball import Tensors, unit
 from captum_priors.priors.base import Call
 from captum_priors.stability.base import (
     GradientRegularizer,
     Shared,
-    Tensors,
-    Way,
-    choice,
     flat_rows,
     logits_of,
-    optional,
-    per_example,
+    points_of,
     repeated,
     square_norms,
 )
@@ -36,9 +31,9 @@ class InputGradientRegularization(GradientRegularizer):
 
     Args:
         forward_func: The model, which returns logits.
-        shared: ``differentiation``, ``"double_backprop"`` or ``"finite_difference"``;
-            ``reduction``, ``"mean"`` or ``"sum"`` over the examples; ``smooth``, a steepness with
-            which ReLU is Softplus.
+        differentiation: ``"double_backprop"`` or ``"finite_difference"``.
+        reduction: ``"mean"`` or ``"sum"`` over the examples.
+        smooth: Run the model with ReLU as Softplus of this steepness.
 
     Raises:
         ValueError: If an option is not one of those above, or a label is none of the classes.
@@ -55,9 +50,6 @@ class InputGradientRegularization(GradientRegularizer):
     """
 
     labels = True
-
-    def __init__(self, forward_func: Any, **shared: Unpack[Shared]) -> None:
-        super().__init__(forward_func, **shared)
 
     def _scores(self, call: Call) -> Tensor:
         return square_norms(self._input_gradients(call, call.inputs))
@@ -76,7 +68,6 @@ class CurvatureRegularization(GradientRegularizer):
     Args:
         forward_func: The model, which returns logits.
         step_size: :math:`h`, in units of the inputs; an attribute that may be raised in training.
-        squared: Square the norm, as in the paper; a public implementation does not.
         shared: As in :class:`InputGradientRegularization`.
 
     Raises:
@@ -93,32 +84,42 @@ class CurvatureRegularization(GradientRegularizer):
     """
 
     labels = True
-    step_size: float
-    squared: bool
 
-    def __init__(
-        self,
-        forward_func: Any,
-        step_size: float = 3.0,
-        *,
-        squared: bool = True,
-        **shared: Unpack[Shared],
-    ) -> None:
+    def __init__(self, forward_func: Any, step_size: float = 3.0, **shared: Unpack[Shared]) -> None:
         super().__init__(forward_func, **shared)
-        self._set(locals(), step_size=positive, squared=choice(True, False))
+        self.step_size = positive("step_size", step_size)
 
     def _scores(self, call: Call) -> Tensor:
         with torch.no_grad():
-            signs = tuple(g.sign() for g in self._input_gradients(call, call.inputs))
-            length = flat_rows(signs).norm(dim=1)
-            scale = self.step_size / torch.where(length > 0, length, 1)
-            moves = tuple(s * per_example(scale, s) for s in signs)
+            signs = flat_rows(self._input_gradients(call, call.inputs)).sign()
+            moves = points_of(self.step_size * unit(signs), call.inputs)
         both = tuple(torch.cat([x + m, x]) for x, m in zip(call.inputs, moves, strict=True))
         there, here = flat_rows(self._input_gradients(call, both)).chunk(2)
-        return (there - here).square().sum(1) if self.squared else safe_norm(there - here)
+        return (there - here).square().sum(1)
 
 
-class JacobianRegularization(GradientRegularizer):
+class _OutputsRegularizer(GradientRegularizer):
+    """A regularizer that looks at the gradients of all outputs."""
+
+    def _jacobian(self, call: Call, n_outputs: int) -> Tensor:
+        """Jacobian of all outputs with its graph, shape (batch, outputs, features)."""
+        x = call.inputs[0]
+        each = torch.eye(n_outputs, dtype=x.dtype, device=x.device)
+        rows = self._slopes(call, each.repeat_interleave(call.n, 0))
+        return flat_rows(rows).reshape(n_outputs, call.n, -1).transpose(0, 1)
+
+    def _slopes(self, call: Call, directions: Tensor) -> Tensors:
+        """Input gradients of <direction, outputs>, a direction for each row of repeated inputs."""
+
+        def field(points: Tensors) -> Tensor:
+            outputs = call.outputs(points)
+            return (outputs * directions.repeat(len(outputs) // len(directions), 1)).sum(1)
+
+        points = repeated(call.inputs, len(directions) // call.n)
+        return self._input_gradients(call, points, field)
+
+
+class JacobianRegularization(_OutputsRegularizer):
     r"""Penalise how much all outputs together depend on the inputs.
 
     .. math:: \left\lVert\frac{\partial f}{\partial x}\right\rVert_F^2 = C\;
@@ -145,29 +146,25 @@ class JacobianRegularization(GradientRegularizer):
         True
     """
 
-    n_samples: int | None
-
     def __init__(
         self, forward_func: Any, n_samples: int | None = 1, **shared: Unpack[Shared]
     ) -> None:
         super().__init__(forward_func, **shared)
-        self._set(locals(), n_samples=optional(count))
+        self.n_samples = None if n_samples is None else count("n_samples", n_samples)
 
     def _scores(self, call: Call) -> Tensor:
         with torch.no_grad():
             n_outputs = call.outputs(call.inputs).shape[1]
         if self.n_samples is None:
-            return _jacobian(call, n_outputs, self.differentiation).square().sum((1, 2))
-        like = call.inputs[0]
-        directions = torch.randn(
-            self.n_samples * call.n, n_outputs, dtype=like.dtype, device=like.device
-        )
+            return self._jacobian(call, n_outputs).square().sum((1, 2))
+        x, shape = call.inputs[0], (self.n_samples * call.n, n_outputs)
+        directions = torch.randn(shape, dtype=x.dtype, device=x.device)
         directions = directions / directions.norm(dim=1, keepdim=True)
-        squares = square_norms(_slopes(call, directions, self.differentiation)) * n_outputs
+        squares = square_norms(self._slopes(call, directions)) * n_outputs
         return squares.reshape(self.n_samples, call.n).mean(0)
 
 
-class SmoothSurface(GradientRegularizer):
+class SmoothSurface(_OutputsRegularizer):
     r"""SSR: penalise the largest eigenvalue of the Hessian of the loss, in closed form.
 
     .. math:: \lambda_{\max}(\nabla_x^2 \ell), \qquad
@@ -208,7 +205,7 @@ class SmoothSurface(GradientRegularizer):
     def _scores(self, call: Call) -> Tensor:
         outputs = call.outputs(call.inputs)
         log_p = F.log_softmax(logits_of(outputs), 1)
-        w = _jacobian(call, outputs.shape[1], self.differentiation)
+        w = self._jacobian(call, outputs.shape[1])
         if outputs.shape[1] == 1:
             w = torch.cat([torch.zeros_like(w), w], 1)
         root = (log_p / 2).exp()  # whose derivative stays finite where p vanishes
@@ -216,21 +213,3 @@ class SmoothSurface(GradientRegularizer):
         half = factor.transpose(1, 2) @ w.to(factor.dtype)
         eigenvalues: Tensor = torch.linalg.eigvalsh(half @ half.transpose(1, 2))
         return eigenvalues[:, -1]
-
-
-def _jacobian(call: Call, n_outputs: int, way: Way) -> Tensor:
-    """Jacobian of all outputs with its graph, shape (batch, outputs, features)."""
-    x = call.inputs[0]
-    each = torch.eye(n_outputs, dtype=x.dtype, device=x.device)
-    rows = _slopes(call, each.repeat_interleave(call.n, 0), way)
-    return flat_rows(rows).reshape(n_outputs, call.n, -1).transpose(0, 1)
-
-
-def _slopes(call: Call, directions: Tensor, way: Way) -> Tensors:
-    """Input gradients of <direction, outputs>, a direction for each row of repeated inputs."""
-
-    def field(points: Tensors) -> Tensor:
-        outputs = call.outputs(points)
-        return (outputs * directions.repeat(len(outputs) // len(directions), 1)).sum(1)
-
-    return input_gradients(field, repeated(call.inputs, len(directions) // call.n), way)

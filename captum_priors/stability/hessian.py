@@ -1,6 +1,7 @@
 """The Hessian penalty (Dombrowski et al. 2022), and products with Hessians."""
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -8,23 +9,19 @@ import torch
 from torch import Tensor
 
 from captum_priors._checks import count, positive
+from captum_priors._errors import one_of
+from captum_priors.attacks.ball import Tensors, per_example
 from captum_priors.engine import with_second_derivative
+from captum_priors.engine.model import BatchNorm
 from captum_priors.engine.replay import computes_in_half
 from captum_priors.priors.base import Call, Reduction
-from captum_priors.stability.base import (
-    Regularizer,
-    Tensors,
-    choice,
-    flat_rows,
-    optional,
-    per_example,
-    square_norms,
-)
+from captum_priors.stability.base import Regularizer, flat_rows, square_norms
 
 # The truncation error falls as the square of the step, rounding rises as its inverse.
 _STEP, _STEP_HALF = 0.01, 0.1
 
 Curvature = Literal["exact", "difference", "difference_twice"]
+Product = Callable[[Tensors], Tensors]
 
 
 class HessianPenalty(Regularizer):
@@ -70,10 +67,6 @@ class HessianPenalty(Regularizer):
         14.0
     """
 
-    n_samples: int
-    curvature: Curvature
-    step_size: float | None
-
     def __init__(
         self,
         forward_func: Any,
@@ -83,14 +76,12 @@ class HessianPenalty(Regularizer):
         step_size: float | None = None,
         reduction: Reduction = "mean",
         smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
-        self._set(
-            locals(),
-            n_samples=count,
-            curvature=choice("exact", "difference", "difference_twice"),
-            step_size=optional(positive),
-        )
+        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
+        one_of("curvature", curvature, ("exact", "difference", "difference_twice"))
+        self.curvature, self.n_samples = curvature, count("n_samples", n_samples)
+        self.step_size = None if step_size is None else positive("step_size", step_size)
         self.replayed = curvature == "difference_twice"
         self._warned = False
 
@@ -101,39 +92,35 @@ class HessianPenalty(Regularizer):
         product = self._exact(call) if self.curvature == "exact" else self._difference(call)
         probes = (rademacher(call.inputs) for _ in range(self.n_samples))
         scores = torch.stack([square_norms(product(v)) for v in probes]).mean(0)
-        self._warn_if_useless(scores)
+        if not self._warned:
+            self._warned = True  # once, because looking at a value makes a GPU wait
+            if not bool(scores.detach().any()):
+                warnings.warn(
+                    f"{self!r}: the Hessian is zero at every example, as that of a piecewise "
+                    "linear network is. Pass smooth=beta (30, say), or train with smooth "
+                    "activations.",
+                    stacklevel=2,
+                )
         return scores
 
-    def _exact(self, call: Call) -> Any:
+    def _exact(self, call: Call) -> Product:
         points = tuple(
             x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in call.inputs
         )
-        gradients = self._input_gradients(call, points)
-        return partial(hessian_vector_product, gradients, points)
+        return partial(hessian_vector_product, self._input_gradients(call, points), points)
 
-    def _difference(self, call: Call) -> Any:
+    def _difference(self, call: Call) -> Product:
         half = computes_in_half(call.inputs)
         size = _typical_size(call.inputs) * (self.step_size or (_STEP_HALF if half else _STEP))
 
         def product(probes: Tensors) -> Tensors:
-            moves = tuple(per_example(size, v) * v for v in probes)
+            moves = [per_example(size, v).to(v) * v for v in probes]
             sides = zip(call.inputs, moves, strict=True)
             points = tuple(torch.cat([x + m, x - m]) for x, m in sides)
             above, below = flat_rows(self._input_gradients(call, points)).chunk(2)
             return ((above - below) / (2 * size.unsqueeze(1)),)
 
         return product
-
-    def _warn_if_useless(self, scores: Tensor) -> None:
-        if self._warned:
-            return
-        self._warned = True  # once, because looking at a value makes a GPU wait
-        if not bool(scores.detach().any()):
-            warnings.warn(
-                f"{self!r}: the Hessian is zero at every example, as that of a piecewise linear "
-                "network is. Pass smooth=beta (30, say), or train with smooth activations.",
-                stacklevel=2,
-            )
 
 
 def rademacher(like: Tensors) -> Tensors:
@@ -145,17 +132,13 @@ def hessian_vector_product(
     gradients: Tensors, points: Tensors, vectors: Tensors, *, create_graph: bool = True
 ) -> Tensors:
     """Differentiate <gradients, vectors>; zero where nothing depends on a point."""
-    products = [
-        (flat_rows((g,)) * flat_rows((v,))).sum() for g, v in zip(gradients, vectors, strict=True)
-    ]
-    slope = torch.stack(products).sum()
-    found: Any = (None,) * len(points)
-    if slope.requires_grad and create_graph:
-        found = with_second_derivative(slope, points, allow_unused=True)
-    elif slope.requires_grad:
-        found = torch.autograd.grad(slope, points, retain_graph=True, allow_unused=True)
-    pairs = zip(found, points, strict=True)
-    return tuple(torch.zeros_like(p) if h is None else h for h, p in pairs)
+    slope = (flat_rows(gradients) * flat_rows(vectors)).sum()
+    if not slope.requires_grad:
+        return tuple(map(torch.zeros_like, points))
+    options: Any = {"allow_unused": True, "materialize_grads": True}
+    if create_graph:
+        return with_second_derivative(slope, points, **options)
+    return torch.autograd.grad(slope, points, retain_graph=True, **options)
 
 
 def _typical_size(inputs: Tensors) -> Tensor:
@@ -163,9 +146,6 @@ def _typical_size(inputs: Tensors) -> Tensor:
 
     No less than a tenth of the batch's: an example at the origin would get no step at all.
     """
-    sizes = []
-    for x in inputs:
-        size = flat_rows((x.detach(),)).square().mean(1).sqrt()
-        size = torch.maximum(size, 0.1 * size.mean())
-        sizes.append(torch.where(size > 0, size, 1))
-    return torch.stack(sizes).amin(0)
+    sizes = torch.stack([flat_rows((x.detach(),)).square().mean(1).sqrt() for x in inputs])
+    sizes = torch.maximum(sizes, 0.1 * sizes.mean(1, keepdim=True))
+    return torch.where(sizes > 0, sizes, 1).amin(0)

@@ -1,7 +1,7 @@
 """Regularizers that look at the worst point of a ball: robust attribution and its alignment."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from captum_priors._captum import like_inputs
 from captum_priors._checks import count, positive
 from captum_priors._errors import one_of
 from captum_priors._types import TensorOrTuple
-from captum_priors.attacks.ball import Ball, ascend, balls, check_sizes, draw, for_each
+from captum_priors.attacks.ball import Ball, Sizes, Tensors, ascend, balls, check_sizes, draw
 from captum_priors.engine import derive
 from captum_priors.engine.gradients import differentiate
 from captum_priors.penalties.maths import cosine_distance
@@ -20,42 +20,46 @@ from captum_priors.priors.base import Call, Reduction
 from captum_priors.stability.base import (
     GradientRegularizer,
     Shared,
-    Tensors,
     Way,
     cross_entropies,
     flat_rows,
     logits_and_labels,
 )
 
-Objective = Literal["ig_norm", "ig_sum_norm"]
+
+class Ascent(TypedDict, total=False):
+    """Options of both regularizers that have one default."""
+
+    lower_bound: Any
+    upper_bound: Any
+    differentiation: Way
+    reduction: Reduction
 
 
 class _WorstCase(GradientRegularizer):
-    """A regularizer at the worst point of a ball of the maximum norm, with labels as the target.
-
-    The worst point is sought by signed gradient ascent from a random one (at the centre the
-    gradients that matter vanish), and is then a constant.
-    """
+    """A regularizer at the worst point of a ball of the maximum norm, with labels as the target."""
 
     labels: ClassVar[bool] = True
 
     def __init__(
         self,
         forward_func: Any,
-        radius: float | tuple[float, ...],
-        step_size: float | tuple[float, ...],
+        radius: Sizes,
+        step_size: Sizes,
         step_num: int,
-        bounds: tuple[Any, Any],
-        **shared: Any,
+        *,
+        lower_bound: Any = float("-inf"),
+        upper_bound: Any = float("inf"),
+        **shared: Unpack[Shared],
     ) -> None:
         super().__init__(forward_func, **shared)
         self.radius = check_sizes("radius", radius)
         self.step_size = check_sizes("step_size", step_size)
         self.step_num = count("step_num", step_num)
-        self.lower_bound, self.upper_bound = bounds
+        self.lower_bound, self.upper_bound = lower_bound, upper_bound
 
     def _start(self, call: Call) -> tuple[tuple[Ball, ...], Tensors]:
-        """Return the ball and a random point of it."""
+        """Make the ball, and draw a point of it."""
         region = balls(call.inputs, self.radius, "Linf", self.lower_bound, self.upper_bound)
         generator = torch.Generator(call.inputs[0].device).manual_seed(derive(call.seed, 0))
         return region, draw(region, "uniform", generator)
@@ -64,11 +68,10 @@ class _WorstCase(GradientRegularizer):
         self, region: tuple[Ball, ...], points: Tensors, score: Callable[[Tensors], Tensor]
     ) -> Tensors:
         """Raise the scores, one for each example, from the given points on."""
-        sizes = for_each("step_size", self.step_size, len(region))
         for _ in range(self.step_num):
             points = tuple(p.detach().requires_grad_() for p in points)
             gradients = differentiate(score(points), points, create_graph=False)
-            points = ascend(region, points, gradients, sizes)
+            points = ascend(region, points, gradients, self.step_size)
         return points
 
 
@@ -84,9 +87,9 @@ class RobustAttribution(_WorstCase):
     al. 2019). The first is added to the cross entropy, with weight 1 in the paper; the second takes
     its place. The target is the class labels.
 
-    The maximum is sought by signed gradient ascent from a random point, and is then a constant.
-    Defaults are the paper's for MNIST. Each of ``step_num`` steps differentiates
-    ``attack_n_steps`` input gradients.
+    The maximum is sought by signed gradient ascent from a random point (at the centre the gradients
+    that matter vanish), and is then a constant. Defaults are the paper's for MNIST. Each of
+    ``step_num`` steps differentiates ``attack_n_steps`` input gradients.
 
     Args:
         forward_func: The model, which returns logits; a single one is a binary classifier's.
@@ -100,7 +103,9 @@ class RobustAttribution(_WorstCase):
         lower_bound: Least valid input, a number or a tensor that broadcasts; a tuple has one for
             each input.
         upper_bound: Largest valid input, likewise.
-        shared: As in :class:`InputGradientRegularization`.
+        differentiation: ``"double_backprop"`` or ``"finite_difference"``.
+        reduction: ``"mean"`` or ``"sum"`` over the examples.
+        smooth: Run the model with ReLU as Softplus of this steepness.
 
     Raises:
         ValueError: If an option is not one of those above, a label is none of the classes, or the
@@ -117,22 +122,20 @@ class RobustAttribution(_WorstCase):
     def __init__(
         self,
         forward_func: Any,
-        objective: Objective = "ig_norm",
+        objective: Literal["ig_norm", "ig_sum_norm"] = "ig_norm",
         *,
-        radius: float | tuple[float, ...] = 0.3,
-        step_size: float | tuple[float, ...] = 0.01,
+        radius: Sizes = 0.3,
+        step_size: Sizes = 0.01,
         step_num: int = 40,
         n_steps: int = 50,
         attack_n_steps: int = 10,
         weight: float = 0.1,
-        lower_bound: Any = float("-inf"),
-        upper_bound: Any = float("inf"),
-        **shared: Unpack[Shared],
+        smooth: float | None = None,
+        **ascent: Unpack[Ascent],
     ) -> None:
-        bounds = (lower_bound, upper_bound)
-        super().__init__(forward_func, radius, step_size, step_num, bounds, **shared)
+        super().__init__(forward_func, radius, step_size, step_num, smooth=smooth, **ascent)
         one_of("objective", objective, ("ig_norm", "ig_sum_norm"))
-        self.objective: Objective = objective
+        self.objective = objective
         self.n_steps = count("n_steps", n_steps)
         self.attack_n_steps = count("attack_n_steps", attack_n_steps)
         self.weight = positive("weight", weight)
@@ -152,10 +155,9 @@ class RobustAttribution(_WorstCase):
 
     def _integrated(self, call: Call, ends: Tensors, n_steps: int) -> Tensors:
         """Integrated gradients of the loss from the inputs to the ends."""
-        like = call.inputs[0]
-        alphas = (torch.arange(n_steps, dtype=like.dtype, device=like.device) + 0.5) / n_steps
         pairs = list(zip(call.inputs, ends, strict=True))
-        path = tuple(torch.cat([torch.lerp(x, z, a.to(x.dtype)) for a in alphas]) for x, z in pairs)
+        alphas = [(i + 0.5) / n_steps for i in range(n_steps)]
+        path = tuple(torch.cat([torch.lerp(x, z, a) for a in alphas]) for x, z in pairs)
         gradients = self._input_gradients(call, path)
         means = [g.unflatten(0, (n_steps, -1)).mean(0) for g in gradients]
         return tuple((z - x) * mean for (x, z), mean in zip(pairs, means, strict=True))
@@ -181,13 +183,10 @@ class AttributionAlignment(_WorstCase):
         step_size: Length of a step of the ascent, likewise.
         step_num: Steps of the ascent.
         top_k: Entries that the ascent's loss looks at, all where there are fewer.
-        lower_bound: Least valid input, a number or a tensor that broadcasts; a tuple has one for
-            each input.
-        upper_bound: Largest valid input, likewise.
-        differentiation: ``"double_backprop"`` or ``"finite_difference"``.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Softplus in place of ReLU with this steepness, 50 in the paper; None for ReLU,
             whose gradients the ascent cannot move.
+        ascent: ``lower_bound``, ``upper_bound``, ``differentiation`` and ``reduction``, as in
+            :class:`RobustAttribution`.
 
     Raises:
         ValueError: If an option is not one of those above, a label is none of the classes, or the
@@ -207,19 +206,14 @@ class AttributionAlignment(_WorstCase):
         self,
         forward_func: Any,
         *,
-        radius: float | tuple[float, ...] = 8 / 255,
-        step_size: float | tuple[float, ...] = 5 / 255,
+        radius: Sizes = 8 / 255,
+        step_size: Sizes = 5 / 255,
         step_num: int = 3,
         top_k: int = 1000,
-        lower_bound: Any = float("-inf"),
-        upper_bound: Any = float("inf"),
-        differentiation: Way = "double_backprop",
-        reduction: Reduction = "mean",
         smooth: float | None = 50.0,
+        **ascent: Unpack[Ascent],
     ) -> None:
-        shared = {"differentiation": differentiation, "reduction": reduction, "smooth": smooth}
-        bounds = (lower_bound, upper_bound)
-        super().__init__(forward_func, radius, step_size, step_num, bounds, **shared)
+        super().__init__(forward_func, radius, step_size, step_num, smooth=smooth, **ascent)
         self.top_k = count("top_k", top_k)
 
     def perturb(
@@ -259,18 +253,11 @@ class AttributionAlignment(_WorstCase):
         """Input gradients of the true class and of the runner-up."""
 
         def own(points: Tensors) -> Tensor:
-            logits, true = _logits_and_class(call, points)
-            return torch.where(true, logits, 0).sum(1)
+            logits, labels = logits_and_labels(call, points)
+            return logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
         def other(points: Tensors) -> Tensor:
-            logits, true = _logits_and_class(call, points)
-            return logits.masked_fill(true, -torch.inf).amax(1)
+            logits, labels = logits_and_labels(call, points)
+            return logits.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
 
         return tuple(self._input_gradients(call, points, field) for field in (own, other))
-
-
-def _logits_and_class(call: Call, points: Tensors) -> tuple[Tensor, Tensor]:
-    """Logits, and where the true class is."""
-    logits, labels = logits_and_labels(call, points)
-    classes = torch.arange(logits.shape[1], device=logits.device)
-    return logits, classes == labels.unsqueeze(1)

@@ -1,8 +1,8 @@
 """Activation sensitivity (after Fidel et al. 2020, Moshe et al. 2024)."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,15 @@ from torch import Tensor, nn
 from captum_priors._checks import count, positive
 from captum_priors._errors import expected_found, one_of
 from captum_priors.engine import modules_of
+from captum_priors.engine.model import BatchNorm
 from captum_priors.priors.base import Call, Reduction
-from captum_priors.stability.base import (
-    Regularizer,
-    choice,
-    flat_rows,
-    full_precision,
-    repeated,
-)
+from captum_priors.stability.base import Regularizer, flat_rows, repeated
+from captum_priors.stability.hessian import rademacher
 
 Layers = Literal["weights"] | Sequence[nn.Module | str]
+Power = Literal[1, 2]
+Scale = Literal["noise", "activation", None]
+Noise = Literal["gaussian", "uniform", "sign"]
 
 _WEIGHTS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -65,7 +64,6 @@ class ActivationSensitivity(Regularizer):
         smooth: Run the model with ReLU as Softplus of this steepness.
 
     Raises:
-        TypeError: If ``layers`` holds something other than modules and names.
         ValueError: If an option is not one of those above, or the forward pass calls no such layer.
 
     Example:
@@ -77,13 +75,7 @@ class ActivationSensitivity(Regularizer):
         True
     """
 
-    radius: float
-    power: Literal[1, 2]
-    scale: Literal["noise", "activation"] | None
-    noise: Literal["gaussian", "uniform", "sign"]
-    n_samples: int
-    layers: Any
-    _chosen: tuple[nn.Module, ...]
+    _chosen: list[nn.Module]
 
     def __init__(
         self,
@@ -91,50 +83,63 @@ class ActivationSensitivity(Regularizer):
         radius: float = 0.1,
         *,
         layers: Layers = "weights",
-        power: Literal[1, 2] = 2,
-        scale: Literal["noise", "activation"] | None = "noise",
-        noise: Literal["gaussian", "uniform", "sign"] = "gaussian",
+        power: Power = 2,
+        scale: Scale = "noise",
+        noise: Noise = "gaussian",
         n_samples: int = 1,
         reduction: Reduction = "mean",
         smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth)
-        self._set(
-            locals(),
-            radius=positive,
-            power=choice(1, 2),
-            scale=choice("noise", "activation", None),
-            noise=choice("gaussian", "uniform", "sign"),
-            n_samples=count,
-        )
+        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
+        one_of("power", power, get_args(Power))
+        one_of("scale", scale, get_args(Scale))
+        one_of("noise", noise, get_args(Noise))
+        self.radius, self.n_samples = positive("radius", radius), count("n_samples", n_samples)
+        self.power, self.scale, self.noise = power, scale, noise
         self.layers, chosen = _chosen_layers(layers, modules_of(forward_func))
         self.__dict__["_chosen"] = chosen  # past nn.Module's registration, as the model
 
     def _scores(self, call: Call) -> Tensor:
         call.refuse_coupled()  # before the hooks, which would see it run
-        clean = repeated(call.inputs, self.n_samples)
-        deltas = tuple(map(self._draw, clean))
-        noisy = (y + d for y, d in zip(clean, deltas, strict=True))
-        points = tuple(torch.cat([x, z]) for x, z in zip(call.inputs, noisy, strict=True))
-        with self._recording() as seen:
+        deltas = tuple(map(self._draw, repeated(call.inputs, self.n_samples)))
+        points = tuple(
+            torch.cat([x, *(x + d for d in delta.chunk(self.n_samples))])
+            for x, delta in zip(call.inputs, deltas, strict=True)
+        )
+        seen = self._seen(call, points)
+        spread = flat_rows(deltas).square().mean(1).sqrt().reshape(self.n_samples, call.n, 1)
+        return torch.stack([self._term(a, call.n, spread) for a in seen]).mean(0)
+
+    def _seen(self, call: Call, points: tuple[Tensor, ...]) -> list[Tensor]:
+        """What the layers return."""
+        seen: list[tuple[nn.Module, Tensor]] = []
+
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, (tuple, list)) else output
+            seen.append((module, first.clone()))  # the model may go on in place
+
+        with ExitStack() as stack:
+            for module in self._chosen:
+                stack.callback(module.register_forward_hook(record).remove)
             call.outputs(points)
-        silent = [m for m in self._chosen if not any(m is module for module, _ in seen)]
+        ran = {module for module, _ in seen}
+        silent = [module for module in self._chosen if module not in ran]
         if not seen or (silent and self.layers != "weights"):
             raise ValueError(
                 expected_found(
                     "`layers`",
                     "modules that the forward pass calls",
-                    f"that it does not call {type(silent[0]).__name__}",
+                    f"that it does not call {', '.join(type(m).__name__ for m in silent) or 'any'}",
                     "Pass layers=[...], modules whose outputs count and that run.",
                 )
             )
-        spread = flat_rows(deltas).square().mean(1).sqrt().reshape(self.n_samples, call.n, 1)
-        return torch.stack([self._term(a, call.n, spread) for _, a in seen]).mean(0)
+        return [output for _, output in seen]
 
     def _term(self, activation: Tensor, n: int, spread: Tensor) -> Tensor:
         """Mean response of the neurons of one layer, for each example."""
         rows = (1 + self.n_samples) * n
-        if activation.dim() == 0 or activation.shape[0] % rows:
+        if activation.dim() == 0 or len(activation) % rows:
             raise ValueError(
                 expected_found(
                     "`layers`",
@@ -143,7 +148,7 @@ class ActivationSensitivity(Regularizer):
                     "Pass layers=[...] that keep the batch first.",
                 )
             )
-        values = full_precision(activation).reshape(1 + self.n_samples, n, -1)
+        values = flat_rows((activation,)).reshape(1 + self.n_samples, n, -1)
         clean, noisy = values[:1], values[1:]
         response = (noisy - clean).abs()
         if self.scale == "noise":
@@ -152,61 +157,31 @@ class ActivationSensitivity(Regularizer):
             size = clean.detach().abs()
             size = size + size.mean(2, keepdim=True)
             response = response / torch.where(size > 0, size, 1)
-        return (response if self.power == 1 else response.square()).mean((0, 2))
+        return response.pow(self.power).mean((0, 2))
 
     def _draw(self, like: Tensor) -> Tensor:
-        like = like.detach()
+        if self.noise == "gaussian":
+            return torch.randn_like(like) * self.radius
         if self.noise == "uniform":
             return (2 * torch.rand_like(like) - 1) * self.radius
-        draw = torch.randn_like(like)
-        if self.noise == "sign":
-            draw = torch.where(draw >= 0, 1.0, -1.0).to(draw.dtype)
-        return draw * self.radius
-
-    @contextmanager
-    def _recording(self) -> Iterator[list[tuple[nn.Module, Tensor]]]:
-        seen: list[tuple[nn.Module, Tensor]] = []
-
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, (tuple, list)) else output
-            if isinstance(first, Tensor):
-                seen.append((module, first.clone()))  # the model may go on in place
-
-        with ExitStack() as stack:
-            for module in self._chosen:
-                stack.callback(module.register_forward_hook(record).remove)
-            yield seen
+        return rademacher((like,))[0] * self.radius
 
 
-def _chosen_layers(layers: Any, roots: Sequence[nn.Module]) -> tuple[Any, tuple[nn.Module, ...]]:
+def _chosen_layers(layers: Any, roots: Sequence[nn.Module]) -> tuple[Any, list[nn.Module]]:
     """What to show as ``layers``, by name where the model has one, and the modules themselves."""
-    shown: Any = layers
     names = {module: name for root in roots for name, module in root.named_modules()}
-    if isinstance(layers, str):
-        one_of("layers", layers, ("weights",))
-        chosen = [m for m in names if isinstance(m, _WEIGHTS)]
-    else:
-        modules = {name: module for module, name in names.items()}
-        each = layers if isinstance(layers, (list, tuple)) else (layers,)
-        chosen = [modules.get(layer, layer) if isinstance(layer, str) else layer for layer in each]
-        for layer in chosen:
-            if not isinstance(layer, nn.Module):
-                raise (ValueError if isinstance(layer, str) else TypeError)(
-                    expected_found(
-                        "`layers`",
-                        "'weights', or modules of the model or their names",
-                        repr(layer),
-                        "See model.named_modules().",
-                    )
+    if layers == "weights":
+        return layers, [module for module in names if isinstance(module, _WEIGHTS)]
+    modules = {name: module for module, name in names.items()}
+    chosen = [modules.get(layer, layer) if isinstance(layer, str) else layer for layer in layers]
+    for layer in chosen:
+        if not isinstance(layer, nn.Module):
+            raise ValueError(
+                expected_found(
+                    "`layers`",
+                    "'weights', or a list of modules of the model or their names",
+                    repr(layer),
+                    "See model.named_modules().",
                 )
-        shown = [names.get(module, module) for module in chosen]
-    if not chosen:
-        raise ValueError(
-            expected_found(
-                "`layers`",
-                "at least one module, or linear or convolutional layers in the model",
-                "none",
-                "Pass layers=[...], the modules whose outputs count.",
             )
-        )
-    return shown, tuple(dict.fromkeys(chosen))
+    return [names.get(module, module) for module in chosen], list(dict.fromkeys(chosen))

@@ -72,22 +72,18 @@ class smooth_activations(nn.Module):  # noqa: N801  # used like a function, as t
         return f"beta={self.beta!r}"
 
 
-def weight_decay_groups(
-    model: nn.Module, weight_decay: float, *, embeddings: bool = False
-) -> list[dict[str, Any]]:
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     r"""Optimizer parameter groups in which only weight matrices and kernels decay.
 
-    Smaller weights bound the curvature (:func:`manipulability_bound`; Dombrowski et al. 2022),
-    :math:`\lVert\nabla^2 f\rVert \le \frac\beta4 \sum_l \prod_{k \le l} \lVert W_k\rVert^2
-    \prod_{k > l} \lVert W_k\rVert`. Biases and normalisation layers do not occur in it, and decay
-    harms them: parameters of norm layers, biases and all others with fewer than two dimensions are
-    left alone. So are embedding tables, whose rows are inputs of the network rather than weights of
-    it, unless a layer that decays shares them. Frozen parameters are left out.
+    Smaller weights bound the curvature (:func:`manipulability_bound`; Dombrowski et al. 2022).
+    Biases and normalisation layers do not occur in that bound, and decay harms them: parameters of
+    norm layers, biases and all others with fewer than two dimensions are left alone. So are
+    embedding tables, whose rows are inputs of the network rather than weights of it, unless a layer
+    that decays shares them. Frozen parameters are left out.
 
     Args:
         model: The model.
         weight_decay: The optimizer's ``weight_decay`` for the first group.
-        embeddings: Whether embedding tables decay, too.
 
     Returns:
         Two groups, decaying and not; either is left out if it is empty. Take an optimizer with
@@ -95,7 +91,7 @@ def weight_decay_groups(
 
     Raises:
         TypeError: If ``model`` is not a module.
-        ValueError: If ``weight_decay`` is negative, or no parameter can be trained.
+        ValueError: If ``weight_decay`` is negative.
 
     Example:
         >>> import torch
@@ -109,7 +105,7 @@ def weight_decay_groups(
     _check_module(model, "Pass the model itself.")
     weight_decay = nonnegative("weight_decay", weight_decay)
     # Other normalisation has one parameter for each channel, hence no matrix.
-    spared = (nn.LayerNorm, nn.RMSNorm, *(() if embeddings else (nn.Embedding, nn.EmbeddingBag)))
+    spared = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
     decays: dict[nn.Parameter, bool] = {}  # each once, in order, however many modules share it
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -117,15 +113,9 @@ def weight_decay_groups(
                 weight = parameter.dim() > 1 and "bias" not in name
                 found = weight and not isinstance(module, spared)
                 decays[parameter] = decays.get(parameter, False) or found
-    if not decays:
-        raise ValueError(
-            expected_found(
-                "`model`", "parameters to train", "none that requires a gradient", "Unfreeze some."
-            )
-        )
     groups = [
-        {"params": [p for p in decays if decays[p]], "weight_decay": weight_decay},
-        {"params": [p for p in decays if not decays[p]], "weight_decay": 0.0},
+        {"params": [p for p in decays if decays[p] is decaying], "weight_decay": weight}
+        for decaying, weight in ((True, weight_decay), (False, 0.0))
     ]
     return [group for group in groups if group["params"]]
 

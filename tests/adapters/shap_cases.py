@@ -46,22 +46,24 @@ def outputs_of(name: str) -> list[int]:
     return [1] if name == "AdditiveExplainer" else [1, 3]
 
 
-def predictor(model: nn.Module) -> Callable[[Any], np.ndarray]:
+def predictor(model: nn.Module, *, axis: bool = False) -> Callable[[Any], np.ndarray]:
     """The NumPy function that users of SHAP write around their torch model."""
-    dtype = next(model.parameters()).dtype
+    dtype = getattr(model, "takes", next(model.parameters()).dtype)
 
     def predict(x: Any) -> np.ndarray:
         with torch.no_grad():
-            outputs = model(torch.tensor(np.asarray(x), dtype=dtype)).numpy()
-        return outputs[:, 0] if outputs.shape[1:] == (1,) else outputs
+            outputs = model(torch.tensor(np.asarray(x, dtype=float), dtype=dtype)).numpy()
+        return outputs[:, 0] if outputs.shape[1:] == (1,) and not axis else outputs
 
     return predict
 
 
-def stock(name: str, model: nn.Module, background: np.ndarray | None = None) -> Any:
-    """SHAP's own explainer of a model."""
+def stock(
+    name: str, model: nn.Module, background: Any = None, *, axis: bool = False, **options: Any
+) -> Any:
+    """SHAP's own explainer of a model, whose function may keep an ``axis`` of one output."""
     background = table(7, 0) if background is None else background
-    predict, cls = predictor(model), getattr(shap, name)
+    predict, cls = predictor(model, axis=axis), getattr(shap, name)
     if name in ("GradientExplainer", "DeepExplainer"):
         like = next(model.parameters())
         return cls(model, torch.as_tensor(background).to(like))
@@ -69,15 +71,14 @@ def stock(name: str, model: nn.Module, background: np.ndarray | None = None) -> 
         weight, bias = model.weight.detach().numpy(), model.bias.detach().numpy()
         pair = (weight[0], bias[0]) if len(bias) == 1 else (weight, bias)
         return cls(pair, background)
-    if name == "PartitionExplainer":
-        return cls(predict, shap.maskers.Partition(background))
-    if name == "CoalitionExplainer":
+    if name in ("PartitionExplainer", "CoalitionExplainer"):
         masker = shap.maskers.Partition(background)
         masker.feature_names = NAMES
-        return cls(predict, masker, partition_tree=TREE)
+        tree = {"partition_tree": TREE} if name == "CoalitionExplainer" else {}
+        return cls(predict, masker, **tree, **options)
     if name == "AdditiveExplainer":
         return cls(predict, shap.maskers.Independent(background))
-    return cls(predict, background)
+    return cls(predict, background, **options)
 
 
 def holds_torch(name: str) -> bool:

@@ -13,11 +13,11 @@ import shap
 import torch
 from torch import Tensor, nn
 
-from captum_priors import NotDifferentiableError, differentiable
+from captum_priors import differentiable
 from captum_priors.adapters.shap import coalitions, masked, model
-from captum_priors.testing import check_differentiable
 from tests.adapters.shap_cases import (
     FEATURES,
+    NAMES,
     adapted,
     mlp,
     model_for,
@@ -65,17 +65,8 @@ def test_sampling_with_a_feature_that_hardly_counts(weak: float, seed: int) -> N
 def test_an_axis_of_one_output(name: str) -> None:
     plt.switch_backend("Agg")
     net = mlp(1).eval()
-
-    def predict(x: Any) -> np.ndarray:
-        with torch.no_grad():
-            return net(torch.tensor(np.asarray(x))).numpy()
-
-    explainer = getattr(shap, name)(
-        predict,
-        *_arguments(name, table(7, 0)),
-        **({"partition_tree": _TREE} if name[0] == "C" else {}),
-    )
-    adapter, x = differentiable(explainer, model=net), table(3, 1)
+    explainer, x = stock(name, net, axis=True), table(3, 1)
+    adapter = differentiable(explainer, model=net)
     found = seeded(lambda: adapter(x))
     assert np.abs(found.values - found.tensor.detach().numpy()).max() < 1e-12
     total = found.tensor.reshape(3, -1).sum(1) + found.tensor_base.reshape(3)
@@ -90,17 +81,6 @@ def test_an_axis_of_one_output(name: str) -> None:
         adapter.attribute(torch.as_tensor(x), target=1)
 
 
-_TREE = {"first": ["a", "b"], "rest": {"pair": ["c", "d"], "last": ["e"]}}
-
-
-def _arguments(name: str, background: Any) -> tuple[Any, ...]:
-    if name not in ("PartitionExplainer", "CoalitionExplainer"):
-        return (background,)
-    masker = shap.maskers.Partition(background)
-    masker.feature_names = list("abcde")
-    return (masker,)
-
-
 # ---- Tables of integers, booleans and both -------------------------------------------------
 
 
@@ -108,21 +88,23 @@ def whole(n: int, seed: int) -> np.ndarray:
     return np.random.RandomState(seed).randint(0, 2, (n, FEATURES))
 
 
+def frame(a: np.ndarray, **dtypes: type) -> pd.DataFrame:
+    return pd.DataFrame(a, columns=NAMES).astype(dict(zip(NAMES, dtypes.values(), strict=False)))
+
+
 KINDS = {
     "integers": lambda a: a,
     "unsigned": lambda a: a.astype(np.uint8),
-    "a frame of integers": lambda a: pd.DataFrame(a, columns=list("abcde")),
-    "a frame of integers and floats": lambda a: pd.DataFrame(a, columns=list("abcde")).astype(
-        {"a": float}
-    ),
-    "a frame of booleans and floats": lambda a: pd.DataFrame(a, columns=list("abcde")).astype(
-        {"a": float, "b": bool}
-    ),
+    "a frame of integers": frame,
+    "a frame of integers and floats": lambda a: frame(a, first=float),
+    "a frame of booleans and floats": lambda a: frame(a, first=float, second=bool),
 }
 
 
 class Tokens(nn.Module):
     """Takes whole numbers alone."""
+
+    takes = torch.int64
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,29 +120,19 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize("make", [lambda: mlp(2), Tokens])
 def test_one_rule_for_dtypes(name: str, kind: str, make: Any) -> None:
     """The model's: as with a table of floats, whatever the table holds."""
-    net = make().eval()
-    dtype = torch.int64 if isinstance(net, Tokens) else torch.float64
-
-    def predict(x: Any) -> np.ndarray:
-        with torch.no_grad():
-            return net(torch.tensor(np.asarray(x, dtype=float), dtype=dtype)).numpy()
-
-    options = {"partition_tree": _TREE} if name == "CoalitionExplainer" else {}
-    cls, found = getattr(shap, name), []
+    net, found = make().eval(), []
     for convert in (KINDS[kind], lambda a: a.astype(float)):
-        background, x = convert(whole(7, 0)), convert(whole(3, 1))
         try:
-            explainer = cls(predict, *_arguments(name, background), **options)
+            explainer = stock(name, net, convert(whole(7, 0)))
         except TypeError:  # nor does SHAP cluster mixed columns
             assert name in ("PartitionExplainer", "CoalitionExplainer")
             return
-        adapter = differentiable(explainer, model=net)
+        adapter, x = differentiable(explainer, model=net), convert(whole(3, 1))
         found.append(seeded(lambda adapter=adapter, x=x: adapter(x).tensor))
     assert torch.allclose(found[0], found[1], rtol=0, atol=1e-9)
     gradients = parameter_gradients(found[0], list(net.parameters()))
     assert any(float(g.abs().max()) > 0 for g in gradients)
-    tensor = torch.as_tensor(whole(3, 1))
-    by_captum = seeded(lambda: adapter.attribute(tensor, target=1))
+    by_captum = seeded(lambda: adapter.attribute(torch.as_tensor(whole(3, 1)), target=1))
     assert by_captum.is_floating_point()
 
 
@@ -177,11 +149,7 @@ def test_one_rule_for_dtypes_of_closed_forms(name: str, kind: str) -> None:
 def test_rows_whose_fractions_shap_cuts_off(name: str) -> None:
     """SHAP's copies of an integer background take whole numbers alone."""
     net, x = mlp(2), table(2, 1)
-    options = {"partition_tree": _TREE} if name == "CoalitionExplainer" else {}
-    explainers = [
-        getattr(shap, name)(predictor(net), *_arguments(name, b), **options)
-        for b in (whole(7, 0), whole(7, 0).astype(float))
-    ]
+    explainers = [stock(name, net, b) for b in (whole(7, 0), whole(7, 0).astype(float))]
     adapters = [differentiable(e, model=net) for e in explainers]
     with pytest.warns(UserWarning, match="cuts off their fractions"):
         found = seeded(lambda: adapters[0](x))
@@ -205,39 +173,19 @@ def test_nothing_stays_on_a_layer(cls: Any) -> None:
         net(x)
 
 
-@pytest.mark.parametrize("cls", [shap.GradientExplainer, shap.DeepExplainer])
-def test_token_ids_at_a_layer(cls: Any) -> None:
-    """With one reference row, both add up to the difference that the model makes."""
+def test_token_ids_at_a_layer() -> None:
+    """With one reference row, values add up to the difference that the model makes."""
     net = Tokens()
     background, x = torch.as_tensor(whole(1, 0)) + 1, torch.as_tensor(whole(3, 1))
-    adapter = differentiable(cls((net, net.flatten), background))
-    found = adapter(x, **({"nsamples": 400, "rseed": 0} if cls is shap.GradientExplainer else {}))
+    found = differentiable(shap.DeepExplainer((net, net.flatten), background))(x)
     assert found.tensor.shape == (3, FEATURES, 2, 2)
     missing = found.tensor.sum((1, 2)) - (net(x) - net(background))
-    # A mean over 400 uniform draws of bounded slopes; the other is exact.
-    tolerance = 0.05 if cls is shap.GradientExplainer else 1e-10
-    assert float(missing.detach().abs().max()) < tolerance
+    assert float(missing.detach().abs().max()) < 1e-10
     gradients = parameter_gradients(found.tensor, list(net.parameters()))
     assert float(gradients[0].abs().max()) > 0
-
-
-def test_gradients_at_token_ids_are_those_of_the_values() -> None:
-    net = Tokens()
-    background, x = torch.as_tensor(whole(4, 0)) + 1, torch.as_tensor(whole(3, 1))
-    adapter = differentiable(shap.GradientExplainer((net, net.flatten), background))
-
-    class AsCaptum:
-        model = net
-
-        def attribute(self, inputs: Tensor) -> Tensor:
-            return adapter(x, nsamples=7, rseed=0).tensor[..., 1]
-
-    check_differentiable(AsCaptum(), torch.zeros(1))
-    at_inputs = differentiable(shap.GradientExplainer(net, background))
-    with pytest.raises(TypeError, match="LayerExpectedGradients"):
-        at_inputs.attribute(x, target=1)
-    with pytest.raises(NotDifferentiableError, match="LayerExpectedGradients"):
-        at_inputs(x)
+    for held in (net, (net, net.flatten)):  # ids have nothing in between, which SHAP asks for
+        with pytest.raises(TypeError, match="LayerExpectedGradients"):
+            differentiable(shap.GradientExplainer(held, background))(x)
 
 
 # ---- W is read in any number of pieces -----------------------------------------------------
@@ -247,11 +195,12 @@ def test_gradients_at_token_ids_are_those_of_the_values() -> None:
 @pytest.mark.parametrize("logit", [False, True])
 def test_pieces_are_as_the_whole(name: str, logit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(mlp(2), nn.Sigmoid())
-    options: dict[str, Any] = {"partition_tree": _TREE} if name == "CoalitionExplainer" else {}
+    options: dict[str, Any] = {}
     if logit:
-        options["link"] = "logit" if name == "KernelExplainer" else shap.links.logit
-        options.update({} if name == "KernelExplainer" else {"linearize_link": False})
-    explainer = getattr(shap, name)(predictor(net), *_arguments(name, table(7, 0)), **options)
+        kernel = name == "KernelExplainer"
+        options = {"link": "logit"} if kernel else {"link": shap.links.logit}
+        options.update({} if kernel else {"linearize_link": False})
+    explainer = stock(name, net, **options)
     found = []
     for rows, columns in ((1 << 13, masked._NUMBERS), (20, 100)):
         monkeypatch.setattr(masked, "_NUMBERS", columns)
@@ -274,12 +223,10 @@ def test_pieces_are_as_the_whole(name: str, logit: bool, monkeypatch: pytest.Mon
 def test_what_repeats_is_read_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One run of SHAP for each row, and for the first those that W takes."""
     net, runs = mlp(2), list[int]()
-    options: dict[str, Any] = {"partition_tree": _TREE} if name == "CoalitionExplainer" else {}
-    masker = shap.maskers.Partition(table(7, 0))
-    masker.feature_names = list("abcde")
     cls = getattr(shap, name)
     explain_row = cls.explain_row
-    adapter = differentiable(cls(predictor(net), masker, **options), model=net)
+    clustered = shap.maskers.Partition(table(7, 0)) if name == "ExactExplainer" else None
+    adapter = adapted(name, stock(name, net, clustered), net)
     monkeypatch.setattr(
         cls, "explain_row", lambda *a, **k: [runs.append(1), explain_row(*a, **k)][1]
     )

@@ -93,17 +93,6 @@ def test_frames_means_and_constant_features() -> None:
     same(shap.KernelExplainer(predictor(model), shap.kmeans(background, 3)), model, X)
 
 
-def test_imputed_features() -> None:
-    model = nn.Linear(5, 1)
-    background = table(40, 0)
-    background[:, 4] = background[:, 0]  # SHAP groups what is redundant
-    coefficients = (model.weight.detach().numpy()[0].copy(), float(model.bias.detach()))
-    explainer = shap.LinearExplainer(coefficients, shap.maskers.Impute(background), nsamples=20)
-    same(explainer, model, table(3, 1))
-    adapter = differentiable(explainer, model=model)
-    check_differentiable(adapter, torch.as_tensor(table(3, 1)), parameters=model.named_parameters())
-
-
 class Scaled(nn.Module):
     """A model whose first parameter is a single number."""
 
@@ -263,6 +252,19 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="on the background"):
         adapted("LinearExplainer", stock("LinearExplainer", nn.Linear(5, 1)), model)
 
+    imputed = shap.maskers.Impute(table(9, 0))
+    background = torch.as_tensor(table(7, 0))
+    for made, said in (
+        (shap.LinearExplainer((np.ones(5), 0.0), imputed, nsamples=2), "Independent masker"),
+        (shap.GradientExplainer(model, background, local_smoothing=0.3), "stdevs"),
+    ):
+        with pytest.raises(NotDifferentiableError, match=said):
+            differentiable(made, model=model)
+    with pytest.raises(NotDifferentiableError, match="LayerExpectedGradients"):
+        differentiable(
+            shap.GradientExplainer((model, model[2]), background), differentiation="recompute"
+        )
+
     class Mine(shap.ExactExplainer):
         pass
 
@@ -336,6 +338,8 @@ def test_networks_of_images(cls: Any) -> None:
     expected = seeded(lambda: interim.shap_values(x.clone()))
     found = seeded(lambda: differentiable(interim)(x).tensor)
     assert np.abs(found.detach().numpy() - expected).max() < 1e-10
+    by_captum = seeded(lambda: differentiable(interim).attribute(x, target=1))
+    assert torch.allclose(by_captum, found[..., 1])
 
 
 def test_overlapping_windows_add_up() -> None:
@@ -376,17 +380,6 @@ def test_several_inputs(cls: Any) -> None:
         assert torch.allclose(value, l2(tuple(c.to(inputs[0]) for c in chosen)).mean())
     gradients = parameter_gradients(value, list(model.parameters()))
     assert all(float(g.abs().max()) > 0 for g in gradients[:-1])  # all but the last bias
-
-
-def test_smoothing() -> None:
-    model, background = mlp(3), torch.as_tensor(table(7, 0))
-    x = torch.as_tensor(table(2, 1))
-    explainer = shap.GradientExplainer(model, background, local_smoothing=0.3)
-    found = []
-    for each in (explainer, differentiable(explainer)):
-        torch.manual_seed(4)
-        found.append(each.shap_values(x.clone(), nsamples=10, rseed=1))
-    assert np.abs(found[0] - found[1]).max() < 1e-12
 
 
 def test_ways_agree_on_a_smooth_model() -> None:

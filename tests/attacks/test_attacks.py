@@ -419,28 +419,18 @@ def test_output_weight_keeps_the_probabilities() -> None:
     assert changes[1] < changes[0] / 2
 
 
-def close(outputs: Tensor, clean: Tensor) -> Tensor:
-    return (outputs - clean).abs().amax(1) < 0.02
-
-
-def same_sign(outputs: Tensor, clean: Tensor) -> Tensor:
-    return ((outputs > 0) == (clean > 0)).flatten()
-
-
 @every_attack
-@pytest.mark.parametrize(("n", "keep", "kept"), [(3, close, close), (1, True, same_sign)])
-def test_predictions_are_kept_in_the_sense_asked_for(
-    make: Make, n: int, keep: Any, kept: Any
-) -> None:
+@pytest.mark.parametrize("n", [1, 3])
+def test_classes_and_signs_of_one_logit_are_kept(make: Make, n: int) -> None:
     model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, n)), torch.randn(20, 4)
     options = {} if make is noise else {"output_weight": 0.0}
+    model[2].bias.data -= model(x).detach().median(0).values  # some of the logits are near zero
     clean = model(x).detach()
-    model[2].bias.data -= clean.median()  # some of the logits are near zero
-    clean -= clean.median()
-    for keeping in (False, keep):
+    for keeping in (False, True):
         attack = make(Saliency(model), radius=2.0, seed=0, keep_prediction=keeping, **options)
-        found = kept(model(attack.perturb(x, target=n - 1)), clean)
-        assert bool(found.all()) == bool(keeping)
+        now = model(attack.perturb(x, target=n - 1))
+        kept = now.argmax(1) == clean.argmax(1) if n > 1 else (now > 0) == (clean > 0)
+        assert bool(kept.all()) == keeping
 
 
 def test_explains_the_predicted_class_by_default() -> None:
@@ -569,7 +559,6 @@ BAD: dict[type[Exception], list[tuple[str, Make, dict[str, Any]]]] = {
         ("`radius`: expected a positive", top_k, {"radius": 0}),
         ("`radius`: expected one value, or 1", noise, {"radius": (1, 2)}),
         ("`norm`: expected one of 'Linf', 'L2'", noise, {"norm": "L1"}),
-        ("`seed`: expected an integer", noise, {"seed": -1}),
         ("`n_tries`: expected an integer", noise, {"n_tries": 0}),
         ("`distribution`: expected one of", noise, {"distribution": "ball"}),
         ("`step_num`: expected an integer", distance, {"step_num": 0}),
@@ -578,7 +567,6 @@ BAD: dict[type[Exception], list[tuple[str, Make, dict[str, Any]]]] = {
         ("`step_size`: expected one value, or 1", distance, {"step_size": (1, 1)}),
         ("`output_weight`: expected a finite", distance, {"output_weight": -1}),
         ("`dim`: expected different axes among 1 to 1", top_k, {"dim": 2}),
-        ("`betas`: expected a pair", distance, {"betas": 3}),
         (r"`betas\[1\]`: expected a positive", distance, {"betas": (1, -1)}),
         ("`k`: expected an integer", TopKAttack, {"k": 0}),
         ("`k`: expected fewer than the 4 features, found 4", TopKAttack, {"k": 4}),
@@ -588,16 +576,13 @@ BAD: dict[type[Exception], list[tuple[str, Make, dict[str, Any]]]] = {
         ("`target_map`: expected one value, or 1", manipulation, {"target_map": (X, X)}),
         ("`inputs`: expected values between `lower_bound`", noise, {"upper_bound": 0.5}),
         ("bounds: expected numbers, or tensors", noise, {"lower_bound": -X[0, :3]}),
-        (r"`keep_prediction`: .* shape \(2,\), found bool", noise, {"keep_prediction": wrong}),
     ],
     TypeError: [
         ("`explainer`: expected an object with", top_k, {"explainer": 3}),
         ("found the class Saliency", top_k, {"explainer": Saliency}),
         ("`steps`: expected an option of .*", top_k, {"steps": 3}),
-        ("`distance`: expected a function", DistanceAttack, {"distance": "mse"}),
         ("`forward_func`: expected the model whose prediction", noise, {"explainer": None}),
         ("`forward_func`: expected the model whose pre", manipulation, {"explainer": Free()}),
-        ("`keep_prediction`: expected True, False or", noise, {"keep_prediction": "class"}),
         ("abstract", AttributionAttack, {}),
     ],
 }

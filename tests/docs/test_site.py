@@ -44,7 +44,7 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
     assert broken_links(tmp_path / "empty") != []
 
 
-@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_relative_links_lead_to_files(page: str) -> None:
     path = ROOT / page
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -57,3 +57,45 @@ def test_relative_links_lead_to_files(page: str) -> None:
 def test_citation_has_the_version() -> None:
     text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(r"^version: (.*)$", text, re.MULTILINE)[1] == captum_priors.__version__
+
+
+HEADINGS = [
+    (page.name, heading)
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(
+    ("query", "page"),
+    [
+        ("choose weight", "weight.md"),
+        ("batchnorm", "gotchas.md"),
+        ("annotation", "recipes.md"),
+        ("memory", "troubleshooting.md"),
+        ("hugging face", "training.md"),
+        ("ddp", "training.md"),
+        ("accuracy fell", "troubleshooting.md"),
+        ("time series", "recipes.md"),
+        ("captum", "coming-from.md"),
+        ("install", "installation.md"),
+    ],
+)
+def test_what_people_search_for_is_in_a_heading(query: str, page: str) -> None:
+    """The site's search ranks words of headings above those of the text."""
+    found = {name for name, heading in HEADINGS if all(w in heading.lower() for w in query.split())}
+    assert page in found
+
+
+def test_extras_on_the_page_are_those_of_the_package() -> None:
+    page = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    options = project.partition("[project.optional-dependencies]")[2].partition("\n[tool")[0]
+    extras = set(re.findall(r"^(\w+) = \[", options, re.MULTILINE))
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == extras - {"dev", "docs"}
+
+
+def test_every_page_is_reached_from_the_first() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages <= set(index.split())

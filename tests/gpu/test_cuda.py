@@ -162,5 +162,5 @@ def test_priors_train_and_leave_the_generators_alone(way: str) -> None:
 
 def test_baselines_elsewhere_are_an_error() -> None:
     model = nn.Linear(3, 1).cuda()
-    with pytest.raises(ValueError, match="device cuda:0 as for the inputs, found cpu"):
+    with pytest.raises(TypeError, match=r"on cuda:0 as in the inputs, found .* on cpu"):
         ExpectedGradients(model).attribute(torch.randn(2, 3, device="cuda"), torch.randn(4, 3))

@@ -144,12 +144,6 @@ for _way in WAYS:
     case(_way, name=_way, refused="fsdp.unsharded(model): loss.backward()")(fsdp_without_the_block)
 
 
-@case(refused="a module that torch.distributed.fsdp.fully_shard has sharded, found Net")
-def fsdp_not_sharded() -> Any:
-    with unsharded(net()):
-        pass
-
-
 @case(refused="FullyShardedDataParallel")
 def fsdp1() -> Any:
     model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))

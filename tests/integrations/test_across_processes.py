@@ -43,9 +43,6 @@ def test_composes_and_keeps_the_state() -> None:
 def test_refused() -> None:
     with pytest.raises(TypeError, match="expected a prior, found function"):
         AcrossProcesses(l1)
-    text = "expected a DistributedDataParallel, a process group, None or 'self', found 'all'"
-    with pytest.raises(ValueError, match=text):
-        AcrossProcesses(prior_of(l1), "all")
     with pytest.raises(TypeError, match="`inputs`"):
         AcrossProcesses(prior_of(l1)).share([1.0])
     wrapped = AttributionPrior(Saliency(nn.DataParallel(nn.Linear(4, 3))), l1)

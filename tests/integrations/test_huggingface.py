@@ -235,7 +235,7 @@ def test_checkpoint_without_a_prior_starts_it_anew(
     trainer = PriorTrainer(bert(), options(2), train_dataset=data(), prior=make_prior)
     with caplog.at_level("WARNING", "captum_priors"):
         trainer.train(resume_from_checkpoint=True)
-    assert re.search(r"There is no .*prior_state\.pt: the prior starts anew", caplog.text)
+    assert re.search(r"There is no .*prior_state_0\.pt: the prior starts anew", caplog.text)
     assert int(trainer.prior.prior.terms[1].counter) == 1
 
 
@@ -243,8 +243,6 @@ def test_prior_on_another_model_is_refused(tmp_path: Path) -> None:
     text = r"expected an explainer of the model that is trained, found one of .* prior=lambda model"
     with pytest.raises(ValueError, match=text):
         PriorTrainer(bert(), arguments(tmp_path), prior=make_prior(bert()))
-    with pytest.raises(TypeError, match=r"`prior`: expected a prior, found str"):
-        PriorTrainer(bert(), arguments(tmp_path), prior="l1")
 
 
 def test_model_init_makes_the_prior_anew(tmp_path: Path) -> None:
@@ -286,8 +284,3 @@ def test_annotations_are_popped_from_the_batch(tmp_path: Path) -> None:
         },
     ).train()
     assert seen[0].shape == (2, LENGTH)
-
-
-def test_other_batches_need_their_own_arguments() -> None:
-    with pytest.raises(KeyError, match=r"batch: expected input_ids or pixel_values, and labels"):
-        classification_arguments({"input_values": torch.ones(2)})

@@ -248,20 +248,6 @@ def test_step_that_goes_without_the_prior_is_refused(kind: Any) -> None:
         trainer(accumulate_grad_batches=1).fit(kind(), loader(), loader(8))
 
 
-def test_mistakes() -> None:
+def test_order_of_bases() -> None:
     with pytest.raises(TypeError, match=r"bases of Late: expected PriorMixin before .* Change"):
         type("Late", (Classifier, PriorMixin), {})
-    module = Regularized()
-    text = (
-        r"batch: expected a pair of inputs and targets, found list of 3 entries\. Define prior_arg"
-    )
-    with pytest.raises(TypeError, match=text):
-        module.prior_loss([1, 2, 3])
-    module.prior = nn.ReLU()
-    with pytest.raises(TypeError, match=r"`prior`: expected a prior, found ReLU"):
-        module.prior_loss(next(iter(loader())))
-    module = Regularized()
-    module.prior_arguments = lambda batch: batch[0]  # type: ignore[method-assign]  # on purpose
-    text = r"`prior_arguments`: expected a dict of .* with 'inputs' in it, found Tensor\. Return"
-    with pytest.raises(TypeError, match=text):
-        module.prior_loss(next(iter(loader())))

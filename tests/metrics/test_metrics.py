@@ -239,9 +239,6 @@ BAD: dict[str, Callable[[], Any]] = {
     r"`annotation`: expected zeros and ones, found annotation\[2\] = 0.5\. Thresh": lambda: (
         wrong_reason_rate(ONES, shared(torch.tensor([0, 1, 0.5])))
     ),
-    r"`annotation`: expected one for each of the 1 tensors .*, found 2": lambda: wrong_reason_rate(
-        ONES, (ONES, ONES)
-    ),
     r"`radius`: expected a positive": lambda: local_lipschitz(
         InputXGradient(nn.Linear(3, 1)), ONES, radius=0
     ),
@@ -254,10 +251,11 @@ def test_bad_input_gives_one_clear_error(text: str) -> None:
         BAD[text]()
 
 
-def test_pairs_need_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_needs_the_extra_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    for metric in (*PAIRS, pearson):
+    for metric in (top_3, spearman, pearson, mse):
         assert metric(ONES, ONES).shape == (2,)
-    with pytest.raises(ImportError, match=r"'scipy'.*pip install 'captum_priors\[metrics\]'"):
-        ReportScore.of(torch.ones(3), 0.95)
+    for ask in (lambda: kendall(ONES, ONES), lambda: ReportScore.of(torch.ones(3), 0.95)):
+        with pytest.raises(ImportError, match=r"'scipy'.*pip install 'captum_priors\[metrics\]'"):
+            ask()

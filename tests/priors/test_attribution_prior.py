@@ -12,9 +12,12 @@ from captum_priors import (
     AttributionPrior,
     ExpectedGradients,
     NotDifferentiableError,
+    StabilityPrior,
     differentiable,
 )
+from captum_priors.distances import mse
 from captum_priors.penalties import gini, l1, l2, outside
+from captum_priors.priors import RightForTheRightReasons
 from tests.asserts import assert_same_numbers, relative_error
 from tests.cases import DIFFERENTIATIONS, EXACT, Case, cnn, mlp, relu_mlp, rows, tuple_inputs
 
@@ -195,8 +198,31 @@ def test_attribution_pass_holds_the_model_still() -> None:
     x = torch.randn(5, 4)
     model(x)  # moves the statistics away from their initial values
     gradient = _input_gradient(model.eval(), x, 1)
-    value = AttributionPrior(Saliency(model.train()), l2)(x, target=1)
+    value = AttributionPrior(Saliency(model.train()), l2, batch_norm="running")(x, target=1)
     assert_same_numbers(value, gradient.square().sum(1).mean(), ROUNDING)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m, **options: AttributionPrior(Saliency(m), l2, **options),
+        lambda m, **options: StabilityPrior(Saliency(m), mse, lambda x: x + 0.1, **options),
+        RightForTheRightReasons,
+    ],
+)
+def test_running_statistics_are_explained_where_asked_for(make: Callable[..., Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=0.5), nn.Tanh())
+    x = torch.randn(9, 4)
+    for _ in range(9):
+        model(x)  # close to those of the batch, whose variance is another by n / (n - 1)
+    call: dict[str, Any] = {"target": 1}
+    if make is RightForTheRightReasons:
+        call["annotation"] = torch.zeros(9, 4)
+    on_running, on_batch = make(model, batch_norm="running"), make(model)
+    expected = on_running.eval()(x, **call)
+    assert "batch_norm='running'" in repr(on_running)
+    assert_same_numbers(on_running.train()(x, **call), expected, ROUNDING)
+    assert abs(on_batch(x, **call).item() / expected.item() - 1) > 1e-3
 
 
 @pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
@@ -268,7 +294,7 @@ def _make(**options: Any) -> Any:
 
 
 def _three(attributions: Tensor) -> Tensor:
-    return attributions.new_ones(3)
+    return attributions.flatten()[:3]
 
 
 BAD_PRIORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [

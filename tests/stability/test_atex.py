@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from captum.attr import DeepLift, IntegratedGradients, NoiseTunnel, Occlusion, Saliency
 from torch import Tensor, nn
 
-from captum_priors import ExpectedGradients
+from captum_priors import ExpectedGradients, NotDifferentiableError
 from captum_priors.stability import ATEX
 from tests import oracles
 from tests.asserts import leaves_no_trace, relative_error
@@ -157,7 +157,7 @@ def test_explainer_of_a_layer_and_teacher_of_other_classes_are_refused(x: Tensor
     with pytest.raises(ValueError, match="of the inputs rather than of a layer"):
         ATEX(colour_net(), Fixed(torch.randn(4, 5)))(x, target=0)
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(18, 4))
-    with pytest.raises(ValueError, match="3 classes as the student's, found 4"):
+    with pytest.raises(RuntimeError, match="must match the existing size"):
         ATEX(colour_net(), teacher=teacher)(x, target=0)
 
 
@@ -211,12 +211,27 @@ def test_teacher_follows_the_student(x: Tensor) -> None:
     assert atex.teacher[1].weight.dtype == torch.float32
 
 
-def test_model_that_cannot_be_copied_needs_a_teacher() -> None:
-    model = colour_net()
-    model.kept = model[1].weight * 2  # a tensor with a graph
-    for cannot in (model, lambda x: x):
-        with pytest.raises(ValueError, match="Pass teacher="):
-            ATEX(cannot)
+def test_function_needs_a_teacher() -> None:
+    with pytest.raises(ValueError, match="Pass teacher="):
+        ATEX(lambda x: x)
+
+
+class Centred(nn.Module):
+    """Examples influence each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = colour_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x - x.mean(0))
+
+
+def test_student_that_couples_examples_is_refused_beside_a_teacher_that_does_not(x: Tensor) -> None:
+    teacher = colour_net()
+    atex = ATEX(Centred(), Saliency(teacher), teacher=teacher)
+    with pytest.raises(NotDifferentiableError, match="do not influence each other"):
+        atex(x, target=0)
 
 
 @pytest.mark.slow

@@ -72,18 +72,12 @@ def tanh_mlp(beta: float) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(6, 3)).eval()
 
 
-class Cnn(nn.Module):
-    def __init__(self, beta: float) -> None:
-        super().__init__()
-        self.beta = beta
-        self.conv1 = nn.Conv2d(1, 3, 3, padding=1)
-        self.conv2 = nn.Conv2d(3, 4, 2, stride=2, groups=1)
-        self.pool, self.head = nn.AvgPool2d(2), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.softplus(self.conv1(x), beta=self.beta)
-        x = self.pool(F.softplus(self.conv2(x), self.beta))
-        return self.head(x.view(x.size(0), -1))
+def cnn(beta: float) -> nn.Module:
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Softplus(beta)),
+        nn.Sequential(nn.Conv2d(3, 4, 2, stride=2, groups=1), nn.Softplus(beta)),
+        *(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4, 3)),
+    )
 
 
 def smoothed_relu(beta: float) -> nn.Module:
@@ -91,11 +85,12 @@ def smoothed_relu(beta: float) -> nn.Module:
     return smooth_activations(model, beta)
 
 
-NETWORKS = [mlp, one_hidden, tanh_mlp, Cnn, smoothed_relu]
+NETWORKS = [mlp, one_hidden, tanh_mlp, cnn, smoothed_relu]
 
 
 def batch(model: nn.Module) -> tuple[Tensor, Tensor]:
-    shape = (1, 4, 4) if isinstance(model, Cnn) else (4,)
+    images = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    shape = (1, 4, 4) if images else (4,)
     return torch.randn(6, *shape), torch.tensor([0, 1, 0, 1, 1, 0])
 
 
@@ -210,8 +205,11 @@ def batch_norm(variance: float) -> nn.Module:
         (nn.AvgPool2d(2), (1, 6, 6)),
         (nn.AvgPool2d(3, 1), (1, 6, 6)),
         (nn.AvgPool2d(2, 3), (1, 6, 6)),
+        (nn.AvgPool1d(2, ceil_mode=True), (1, 5)),
+        (nn.AvgPool2d(3, padding=1, divisor_override=4), (1, 5, 5)),
         (nn.AdaptiveAvgPool2d(1), (2, 3, 3)),
         (batch_norm(4.0), (2,)),
+        (nn.AdaptiveAvgPool1d(2), (2, 5)),
     ],
     ids=str,
 )
@@ -273,7 +271,7 @@ def test_train_mode_is_left_alone() -> None:
 def test_kinks_are_refused_by_both_forms() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     x = torch.randn(6, 4)
-    with pytest.raises(NotDifferentiableError, match="ReLU, whose gradient jumps"):
+    with pytest.raises(NotDifferentiableError, match="found ReLU"):
         manipulability_bound(model, x, x + 3, 1)
     with pytest.raises(NotDifferentiableError, match="moves by no more than the sampled Hessians"):
         manipulability_bound(model, x, x + 3, 1, form="path")
@@ -294,37 +292,22 @@ class Skip(nn.Module):
         return self.b(x + F.softplus(self.a(x)))
 
 
-class Twice(Skip):
+class Branches(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        self.a(x)
-        return self.b(F.softplus(x))
-
-
-class Early(Skip):
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.a(x)
-        F.softplus(hidden)
-        return hidden
-
-
-class Branches(Skip):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(x) if x.sum() > 0 else self.b(-x)
+        return super().forward(x.abs())
 
 
 @pytest.mark.parametrize(
     "model",
     [
         Skip(),
-        Twice(),
-        Branches(),
+        Branches(nn.Linear(4, 3)),
         nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)),
         nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)),
         nn.Sequential(nn.Unflatten(1, (1, 4)), nn.ConvTranspose1d(1, 2, 2)),
         nn.Sequential(
             nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3, padding=1, padding_mode="reflect")
         ),
-        nn.Sequential(nn.Unflatten(1, (1, 4)), nn.AvgPool1d(2, ceil_mode=True)),
         nn.BatchNorm1d(4, track_running_stats=False),
         nn.Sequential(nn.Linear(4, 3), nn.Softplus(threshold=1)),
         lambda x: x,
@@ -335,28 +318,6 @@ def test_what_is_no_chain_is_refused(model: Any) -> None:
     x = torch.randn(6, 4, dtype=torch.float32)
     with pytest.raises(NotDifferentiableError, match="Use form='path'"):
         manipulability_bound(model, x, x + 1, 0)
-
-
-def test_unused_layers_are_no_part_of_the_chain() -> None:
-    """Dead code would otherwise stretch the bound, or lower it where it shrinks."""
-    for model in (Twice(), Early()):
-        with pytest.raises(NotDifferentiableError, match="on something else"):
-            curvature(model)
-
-
-class Dropping(Skip):
-    def __init__(self, *training: Any) -> None:
-        super().__init__()
-        self.training_of_dropout = training
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.softplus(F.dropout(self.a(x), 0.5, *self.training_of_dropout))
-
-
-def test_dropout_that_is_always_active_is_refused() -> None:
-    assert curvature(Dropping(False)) > 0
-    with pytest.raises(NotDifferentiableError, match="dropout"):
-        curvature(Dropping())
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
@@ -405,11 +366,9 @@ def test_path_form_of_layer_norm_needs_no_third_derivative() -> None:
         {"form": "sum"},
         {"norm": "nuclear"},
         {"n_steps": 1},
-        {"n_samples": 3},
-        {"n_samples": 3, "form": "path"},
+        {"n_samples": 0, "form": "path"},
         {"target": [0, 1]},
         {"target": 3},
-        {"additional_forward_args": 3.0},
         {"perturbed": torch.zeros(6, 5)},
     ],
 )

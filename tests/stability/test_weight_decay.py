@@ -40,11 +40,6 @@ def test_only_weight_matrices_and_kernels_decay() -> None:
     assert sum(len(g["params"]) for g in groups) == len(trained)  # each once
 
 
-def test_embeddings_on_demand() -> None:
-    model = Model()
-    assert "embedding.weight" in names(model, weight_decay_groups(model, 0.1, embeddings=True), 0.1)
-
-
 def test_shared_parameters_come_once_and_decay_as_a_matrix() -> None:
     model = Model()
     model.head.weight = model.embedding.weight
@@ -77,5 +72,3 @@ def test_bad_arguments_are_refused() -> None:
         weight_decay_groups([nn.Parameter(torch.ones(2))], 0.1)
     with pytest.raises(ValueError, match="at least 0"):
         weight_decay_groups(nn.Linear(2, 2), -0.1)
-    with pytest.raises(ValueError, match="parameters to train"):
-        weight_decay_groups(nn.ReLU(), 0.1)

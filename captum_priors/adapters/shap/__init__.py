@@ -13,7 +13,7 @@ from captum_priors._types import Differentiation
 from captum_priors.adapters.shap.adapter import ShapAdapter
 from captum_priors.adapters.shap.deep import DeepAdapter
 from captum_priors.adapters.shap.gradient import GradientAdapter
-from captum_priors.adapters.shap.kernel import KernelAdapter
+from captum_priors.adapters.shap.kernel import KernelAdapter, SamplingAdapter
 from captum_priors.adapters.shap.linear import AdditiveAdapter, LinearAdapter
 from captum_priors.adapters.shap.masked import (
     ExactAdapter,
@@ -22,7 +22,6 @@ from captum_priors.adapters.shap.masked import (
     WinterAdapter,
 )
 from captum_priors.adapters.shap.model import imported
-from captum_priors.adapters.shap.sampling import SamplingAdapter
 
 __all__ = ["ROWS", "ShapAdapter", "adapter_of", "is_shap"]
 
@@ -40,15 +39,9 @@ ROWS: dict[str, type[ShapAdapter]] = {
 }
 
 _TREES = "walks the splits of trees, and there is no torch model behind it"
-_FOREST = "fits a forest to the answers, which has no derivative"
 _REFUSED = {
     "TreeExplainer": _TREES,
     "GPUTreeExplainer": _TREES,
-    "TreeGain": "returns numbers that a tree stores",
-    "Coefficient": "returns numbers that a linear model stores",
-    "Maple": _FOREST,
-    "TreeMaple": _FOREST,
-    "Random": "returns random numbers that do not depend on the model",
     "LimeTabular": "selects features on arrays; captum.attr.Lime is adapted",
     "Explainer": "only chooses one of the others; pass what shap.Explainer(...) makes",
 }
@@ -81,7 +74,7 @@ def _class_for(stock: Any) -> type:
     adapter: Any = _row_of(stock)
 
     def init(self: Any, *args: Any, **options: Any) -> None:
-        adapter.__init__(self, stock(*args, **options))
+        adapter.__init__(self, stock(*args, **options), None, "double_backprop")
 
     return type(f"Differentiable{stock.__name__}", (adapter,), {"__init__": init})
 

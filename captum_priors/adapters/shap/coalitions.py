@@ -1,10 +1,12 @@
 r"""Values of coalitions, with their graph, and the masker that hands their numbers to SHAP.
 
 .. math:: v(S) = \operatorname{link}\Big(\frac1R \sum_r f(x_S, b^{(r)}_{\bar S})\Big)
+
+Private: ``_convert_delta_mask_to_full`` of shap.utils._masked_model, which expands SHAP's encoding
+of masks by the features that each flips (0.51.0).
 """
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,6 @@ from captum_priors.adapters.shap.model import (
     identity,
     imported,
     linearising_weights,
-    numbers,
     rows_at_once,
     torch_link,
 )
@@ -26,76 +27,53 @@ from captum_priors.adapters.shap.model import (
 class Coalitions:
     """The game of one row: its coalitions, each once, in the order in which SHAP asks for them.
 
-    Memory: the model's graph on all masked rows.
-
-    Args:
-        model: The torch model.
-        masker: SHAP's masker.
-        row: The arguments of one row; tensors keep their graph where the masker is a table.
-        explainer: SHAP's explainer, whose link is applied.
+    The model's graph is held on all masked rows, and a row that is a tensor keeps its own where
+    the masker is a table.
     """
 
-    def __init__(self, model: TorchModel, masker: Any, row: Sequence[Any], explainer: Any) -> None:
-        self.masker, self._model, self._row = masker, model, row
+    def __init__(self, model: TorchModel, masker: Any, row: Any, explainer: Any) -> None:
+        self.masker, self._model = masker, model
+        self._table = [*map(model.convert, (row, masker.data))] if is_table(masker) else []
         self._link = torch_link(explainer.link)
         self._linearized = explainer.linearize_link and self._link is not identity
         self._weights: Tensor | None = None
         self._places: dict[bytes, int] = {}
         self._new: list[np.ndarray] = []
-        self._masks: list[np.ndarray] = []
-        self._values: list[Tensor] = []
-        self._table: list[Tensor] = []
+        self.values: list[Tensor] = []  # in parts, ``(coalitions,)`` or with outputs behind
         self._answers: list[np.ndarray] = []
-        self.arrays = [as_array(a) if isinstance(a, Tensor) else a for a in row]
+        self.array = as_array(row) if isinstance(row, Tensor) else row
         shape = getattr(masker, "shape", None)
-        shape = shape(*self.arrays) if callable(shape) else shape
-        n_features = sum(np.prod(a.shape) for a in self.arrays) if shape is None else shape[1]
-        self.n_features = int(n_features)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def key(self) -> bytes:
-        """Return what tells these coalitions and their order from others."""
-        return b"".join(self._places)
-
-    def masks(self) -> np.ndarray:
-        """Return the coalitions, one row each."""
-        return np.concatenate(self._masks)
-
-    def values(self) -> Tensor:
-        """Return the values of all coalitions, ``(coalitions,)`` or with outputs behind."""
-        return torch.cat(self._values)
+        shape = shape(self.array) if callable(shape) else shape
+        self.state = np.random.get_state()  # noqa: NPY002  # of the generator that SHAP draws from
+        self.n_features = int(np.prod(self.array.shape) if shape is None else shape[1])
+        self.masks = np.zeros((0, self.n_features), dtype=bool)  # in the order of their numbers
 
     def number(self, masks: np.ndarray) -> np.ndarray:
         """Number coalitions, given as rows of a boolean matrix."""
-        width, places, new = (masks.shape[1] + 7) // 8, [], []
-        packed = np.packbits(masks, axis=1).tobytes()
-        for i in range(len(masks)):
-            mask = packed[i * width : (i + 1) * width]
-            if mask not in self._places:
-                new.append(i)
-            places.append(self._places.setdefault(mask, len(self._places)))
-        if new:
-            self._new.append(masks[new])
+        places = []
+        for mask, packed in zip(masks, map(bytes, np.packbits(masks, axis=1)), strict=True):
+            if packed not in self._places:
+                self._new.append(mask)
+            places.append(self._places.setdefault(packed, len(self._places)))
         return np.array(places)
 
     def answers(self, asked: np.ndarray) -> np.ndarray:
         """Return values without a graph; what is new is evaluated together."""
         if self._new:
-            self._masks.append(np.concatenate(self._new))
+            new = np.stack(self._new)
             self._new.clear()
-            self._values.append(self._evaluate(self._masks[-1]))
-            self._answers = [np.concatenate([*self._answers, as_array(self._values[-1])])]
+            self.masks = np.concatenate([self.masks, new])
+            self.values.append(self._evaluate(new))
+            self._answers = [np.concatenate([*self._answers, as_array(self.values[-1])])]
         found: np.ndarray = self._answers[0][asked]
         return found
 
     def _evaluate(self, masks: np.ndarray) -> Tensor:
-        if is_table(self.masker):
+        if self._table:
             return self._of_table(masks)
         each: list[tuple[Any, ...]] = []
         for mask in masks:
-            masked = self.masker(mask, *self.arrays)
+            masked = self.masker(mask, self.array)
             masked = masked if isinstance(masked, tuple) else (masked,)
             immutable = getattr(self.masker, "immutable_outputs", False)
             each.append(masked if immutable else copy.deepcopy(masked))
@@ -106,9 +84,6 @@ class Coalitions:
 
     def _of_table(self, masks: np.ndarray) -> Tensor:
         """Mask a background table in torch: the inputs keep their graph, and no row is copied."""
-        if not self._table:
-            row = self._row[0] if isinstance(self._row[0], Tensor) else numbers(self._row[0])
-            self._table = [self._model.convert(a) for a in (row, numbers(self.masker.data))]
         row, background = self._table
         keep = torch.as_tensor(masks, device=background.device)
         values = []
@@ -129,9 +104,7 @@ class Coalitions:
 class MaskerStandIn:
     """Answers each mask with one row that holds the number of its coalition.
 
-    Args:
-        game: The coalitions.
-        varies: Whether SHAP is to see which features vary, and leaves the others out.
+    SHAP leaves out features that do not vary, where it is to see which (``varies``).
     """
 
     supports_delta_masking = True
@@ -141,47 +114,23 @@ class MaskerStandIn:
     def __init__(self, game: Coalitions, *, varies: bool) -> None:
         self._game = game
         self.shape = (1, game.n_features)  # of background rows SHAP is to see one
-        if varies and callable(getattr(game.masker, "invariants", None)):
-            self.invariants = self._invariants
+        invariants = getattr(game.masker, "invariants", None)
+        if varies and callable(invariants):
+            self.invariants = lambda row: np.all(invariants(row), axis=0, keepdims=True)
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("clustering", "feature_names", "data", "partition", "mask_shapes"):
             raise AttributeError(name)
         return getattr(self._game.masker, name)
 
-    def _invariants(self, *row: Any) -> np.ndarray:
-        masker = self._game.masker
-        if is_table(masker):
-            same = np.isclose(numbers(row[0]), numbers(masker.data))
-        else:
-            same = masker.invariants(*row)
-        found: np.ndarray = np.all(same, axis=0, keepdims=True)
-        return found
-
-    def __call__(self, mask: np.ndarray, *row: Any) -> tuple[Any, ...]:
+    def __call__(self, mask: np.ndarray, row: Any) -> tuple[Any, ...]:
         """Mask one row, or (given which features to flip) several."""
-        if np.issubdtype(mask.dtype, np.integer):
-            asked = self._game.number(full_masks(mask, self._game.n_features))
-            return (asked,), np.ones((len(asked), 1), dtype=bool)
-        return (self._game.number(mask.reshape(1, -1).astype(bool)),)
-
-
-def full_masks(deltas: np.ndarray, n_features: int) -> np.ndarray:
-    """Expand SHAP's delta encoding: which features each mask flips, negative ones to be continued.
-
-    Example:
-        >>> import numpy as np
-        >>> from captum_priors.adapters.shap.coalitions import full_masks
-        >>> noop = 2147483647
-        >>> full_masks(np.array([noop, 1, -2, 0]), 2).astype(int).tolist()
-        [[0, 0], [0, 1], [1, 0]]
-    """
-    last = deltas >= 0
-    feature = np.minimum(np.where(last, deltas, -deltas - 1), n_features)  # no-ops behind
-    flips = np.zeros((int(last.sum()), n_features + 1), dtype=np.uint8)
-    np.add.at(flips, (np.cumsum(last) - last, feature), 1)
-    masks: np.ndarray = np.bitwise_xor.accumulate(flips & 1, axis=0)[:, :-1].astype(bool)
-    return masks
+        if not np.issubdtype(mask.dtype, np.integer):
+            return (self._game.number(mask.reshape(1, -1).astype(bool)),)
+        masks = np.zeros((int((mask >= 0).sum()), self._game.n_features), dtype=bool)
+        imported("shap.utils._masked_model")._convert_delta_mask_to_full(mask, masks)
+        asked = self._game.number(masks)
+        return (asked,), np.ones((len(asked), 1), dtype=bool)
 
 
 def is_table(masker: Any) -> bool:

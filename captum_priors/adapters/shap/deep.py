@@ -1,8 +1,9 @@
 r"""DeepExplainer: DeepLIFT's rescale rule against every background row.
 
-A first pass keeps input :math:`x` and output :math:`y` of every nonlinear module, for the example
-and for the background row :math:`b`. A second pass, on the background row, replaces each of these
-modules by a function of the same value whose derivative is the multiplier
+The model runs once on three copies of each pair of an example and a background row: the example,
+the row, and the row again. In the third, every nonlinear module becomes a function of the same
+value whose derivative is the multiplier, of the inputs :math:`x` and outputs :math:`y` in the first
+two,
 
 .. math:: m = (y - y_b) / (x - x_b),
 
@@ -15,7 +16,7 @@ Private: ``op_handler`` of shap.explainers._deep.deep_pytorch, its rule for each
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,77 +24,72 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_priors._errors import expected_found
-from captum_priors._rows import take
+from captum_priors._rows import Rows
 from captum_priors._types import Target
-from captum_priors.adapters.shap.adapter import output_index
-from captum_priors.adapters.shap.gradient import ModuleAdapter, Tensors, captured, detached
+from captum_priors.adapters.shap.adapter import Options, Tensors
+from captum_priors.adapters.shap.gradient import ModuleAdapter, detached, differentiable_by
 from captum_priors.adapters.shap.model import imported
-from captum_priors.engine import with_second_derivative
+from captum_priors.engine import check_rows, with_second_derivative
 
 # As SHAP: differences of inputs below which its quotient is not taken, and its tolerance of sums.
 _SAME, _SAME_POOLED, _ADDITIVE = 1e-6, 1e-7, 1e-2
 # Pairs of an example and a background row that go through the model at once.
 _PAIRS = 2048
 
-_POOLS: dict[str, tuple[Callable[..., Any], int]] = {
-    "MaxPool1d": (F.max_pool1d, 1),
-    "MaxPool2d": (F.max_pool2d, 2),
-    "MaxPool3d": (F.max_pool3d, 3),
+_POOLS: dict[str, Callable[..., Any]] = {
+    "MaxPool1d": F.max_pool1d,
+    "MaxPool2d": F.max_pool2d,
+    "MaxPool3d": F.max_pool3d,
 }
-Record = tuple[Tensor, Tensor]
 
 
 class DeepAdapter(ModuleAdapter):
-    """Two forward passes and a gradient; no hook and no attribute is left on the model."""
+    """One forward pass and a gradient."""
 
     mechanism = "rescale rule as derivative of stand-in activations"
     draws = ()
     options = ("check_additivity",)
 
-    def _phi(
-        self, inputs: Tensors, targets: Sequence[Target], options: dict[str, Any]
-    ) -> list[Tensors]:
-        n, parts, backgrounds = len(inputs[0]), [], self._backgrounds()
-        for examples in torch.arange(n).split(max(1, _PAIRS // len(backgrounds[0]))):
-            some = slice(int(examples[0]), int(examples[-1]) + 1)
-            chosen = [take(target, some, n) for target in targets]
-            x, checks = tuple(a[some] for a in inputs), options.get("check_additivity", True)
-            parts.append(self._part(x, backgrounds, chosen, checks))
-        each = zip(*parts, strict=True)  # the parts of each target
-        return [tuple(map(torch.cat, zip(*found, strict=True))) for found in each]
+    def _phi(self, inputs: Tensors, targets: Sequence[Target], options: Options) -> list[Tensors]:
+        n, found, backgrounds = len(inputs[0]), [], self._backgrounds()
+        width = max(1, _PAIRS // len(backgrounds[0]))
+        for target in targets:
+            field, parts = Rows(self.model, target, (), n), []
+            for some in (slice(i, min(i + width, n)) for i in range(0, n, width)):
+                x, checks = tuple(a[some] for a in inputs), options.get("check_additivity", True)
+                parts.append(self._part(field.of(some), x, backgrounds, checks))
+            found.append(tuple(map(torch.cat, zip(*parts, strict=True))))
+        return found
 
-    def _part(
-        self, inputs: Tensors, backgrounds: Tensors, targets: Sequence[Target], checks: bool
-    ) -> list[Tensors]:
-        """Attributions of some examples, for each target."""
-        pairs = (len(inputs[0]), len(backgrounds[0]))
-        xs = [x.repeat_interleave(pairs[1], 0) for x in inputs]
-        bs = [b.repeat(pairs[0], *[1] * (b.dim() - 1)) for b in backgrounds]
-        record, found = _Record(self.model), []
-        with torch.enable_grad(), captured(self.layer) as reached:
-            with record.first_pass():
-                both = self.model(*map(torch.cat, zip(xs, bs, strict=True)))
-            explained = tuple(b.detach().requires_grad_(b.is_floating_point()) for b in bs)
-            with record.second_pass():
-                outputs = self.model(*explained)
-            deltas = [x - b for x, b in zip(xs, bs, strict=True)]
-            if self.layer is not None:
-                explained, deltas = reached[-1], [_difference(a) for a in reached[0]]
-            at_x, at_b, outputs = (o.reshape(*pairs, -1) for o in (*both.chunk(2), outputs))
-            for target in targets:
-                index = output_index(target, pairs[0], outputs.shape[-1]).to(outputs.device)
-                values, x, b = (
-                    o[torch.arange(len(o)), :, index].double() for o in (outputs, at_x, at_b)
-                )
-                gradients = with_second_derivative(values.sum(), explained, allow_unused=True)
-                phi = tuple(
-                    (d * (0 if g is None else g)).double().unflatten(0, pairs).mean(1)
-                    for g, d in zip(gradients, deltas, strict=True)
-                )
-                if checks:
-                    _check_sum(x[:, 0] - b.mean(1) - sum(p.flatten(1).sum(1) for p in phi))
-                found.append(phi)
-        return found if torch.is_grad_enabled() else list(map(detached, found))
+    def _part(self, field: Rows, inputs: Tensors, backgrounds: Tensors, checks: bool) -> Tensors:
+        """Attributions of some examples."""
+        pairs = (len(backgrounds[0]), field.n)
+        thirds: list[Tensors] = []  # of each explained tensor: examples, backgrounds, these again
+        for a, rows in zip(inputs, backgrounds, strict=True):
+            x, b = a.repeat(pairs[0], *[1] * (a.dim() - 1)), rows.repeat_interleave(pairs[1], 0)
+            thirds.append((x, b, b.detach().requires_grad_(b.is_floating_point())))
+
+        def at_layer(_: nn.Module, args: Tensors) -> Tensors:
+            parts = [a.chunk(3) for a in args]
+            thirds[:] = [(x, b, differentiable_by(again)) for x, b, again in parts]
+            return tuple(map(torch.cat, thirds))
+
+        layer = (
+            nullcontext() if self.layer is None else self.layer.register_forward_pre_hook(at_layer)
+        )
+        with torch.enable_grad(), layer, _rescaled_modules(self.model):
+            outputs = field(tuple(map(torch.cat, thirds)))
+            check_rows(outputs, 3 * pairs[0] * pairs[1])
+            y, y_b, again = outputs.double().reshape(3, *pairs)
+            explained = [third[2] for third in thirds]
+            gradients = with_second_derivative(again.sum(), explained, allow_unused=True)
+            phi = tuple(
+                ((x - b) * (0 if g is None else g)).double().unflatten(0, pairs).mean(0)
+                for g, (x, b, _) in zip(gradients, thirds, strict=True)
+            )
+        if checks:
+            _check_sum(y[0] - y_b.mean(0) - sum(p.flatten(1).sum(1) for p in phi))
+        return detached(phi)
 
 
 def _check_sum(missing: Tensor) -> None:
@@ -105,72 +101,39 @@ def _check_sum(missing: Tensor) -> None:
                 "DeepExplainer",
                 "explanations that sum up to the model's output",
                 f"a difference of {worst:.3g} where SHAP tolerates {_ADDITIVE}",
-                "An operator of the model is not one of DeepExplainer's modules (a functional "
-                "activation, say). Pass check_additivity=False to accept it.",
+                "Give functional activations modules; or accept it with check_additivity=False.",
             )
         )
 
 
-class _Record:
-    """Inputs and outputs of the nonlinear modules, call by call."""
+@contextmanager
+def _rescaled_modules(model: nn.Module) -> Iterator[None]:
+    """Give each nonlinear module, on the last third of its rows, the rule's derivative."""
+    handlers = imported("shap.explainers._deep.deep_pytorch").op_handler
+    kinds = [name for name, h in handlers.items() if h.__name__ in ("nonlinear_1d", "maxpool")]
+    running: list[Tensors] = []
 
-    def __init__(self, module: nn.Module) -> None:
-        handlers = imported("shap.explainers._deep.deep_pytorch").op_handler
-        kinds = [name for name, h in handlers.items() if h.__name__ in ("nonlinear_1d", "maxpool")]
-        self._leaves = [m for m in module.modules() if type(m).__name__ in kinds]
-        self._seen: dict[nn.Module, list[Record]] = {leaf: [] for leaf in self._leaves}
+    def before(leaf: nn.Module, args: Tensors) -> Tensors:
+        x, b, again = args[0].chunk(3)
+        running.append((x, b, again))
+        own = ((x - b).detach().abs() < _SAME) & (type(leaf).__name__ not in _POOLS)
+        return (torch.cat([x, b, torch.where(own, again, again.detach())]), *args[1:])
 
-    @contextmanager
-    def _hooks(self, before: Any, after: Any) -> Iterator[None]:
-        handles = [leaf.register_forward_pre_hook(before) for leaf in self._leaves]
-        handles += [leaf.register_forward_hook(after) for leaf in self._leaves]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def after(leaf: nn.Module, args: Any, output: Tensor) -> Tensor:
+        (x, b, again), (y, y_b, same) = running.pop(), output.chunk(3)
+        change = again - again.detach()
+        if type(leaf).__name__ in _POOLS:
+            change = _pooled(leaf, (x, b), (y, y_b), change)
+        else:
+            change = (y - y_b) * _over(change, x - b, _SAME)
+        return torch.cat([y, y_b, same + change])
 
-    def first_pass(self) -> Any:
-        """Record the modules on examples and background rows, one half each."""
-        inputs: list[Tensor] = []
-
-        def before(leaf: nn.Module, args: Tensors) -> Tensors:
-            inputs.append(args[0])
-            return (args[0].clone(), *args[1:])  # some work in place
-
-        def after(leaf: nn.Module, args: Any, output: Tensor) -> None:
-            self._seen[leaf].append((inputs.pop(), output.clone()))
-
-        return self._hooks(before, after)
-
-    def second_pass(self) -> Any:
-        """Give each module the derivative that the rescale rule asks for."""
-        calls = {leaf: iter(seen) for leaf, seen in self._seen.items()}
-        running: list[tuple[Tensor, Record]] = []
-
-        def before(leaf: nn.Module, args: Tensors) -> Tensors:
-            x, record = args[0], next(calls[leaf])
-            running.append((x, record))
-            own = _difference(record[0]).detach().abs() < _SAME
-            own = own & (type(leaf).__name__ not in _POOLS)
-            return (torch.where(own, x, x.detach()), *args[1:])
-
-        def after(leaf: nn.Module, args: Any, output: Tensor) -> Tensor:
-            x, record = running.pop()
-            change = _pooled if type(leaf).__name__ in _POOLS else _rescaled
-            return output + change(leaf, record, x - x.detach())
-
-        return self._hooks(before, after)
-
-
-def _difference(both: Tensor) -> Tensor:
-    x, b = both.chunk(2)
-    return x - b
-
-
-def _rescaled(leaf: nn.Module, record: Record, change: Tensor) -> Tensor:
-    dx, dy = map(_difference, record)
-    return dy * _over(change, dx, _SAME)
+    with ExitStack() as hooks:
+        for leaf in model.modules():
+            if type(leaf).__name__ in kinds:
+                hooks.enter_context(leaf.register_forward_pre_hook(before))
+                hooks.enter_context(leaf.register_forward_hook(after))
+        yield
 
 
 def _over(change: Tensor, dx: Tensor, threshold: float) -> Tensor:
@@ -182,13 +145,12 @@ def _over(change: Tensor, dx: Tensor, threshold: float) -> Tensor:
     return torch.where(same, 0, change / torch.where(same, 1, dx))
 
 
-def _pooled(leaf: Any, record: Record, change: Tensor) -> Tensor:
+def _pooled(leaf: Any, inputs: Tensors, outputs: Tensors, change: Tensor) -> Tensor:
     """Send an output's difference to where the maxima lie, on either side of the larger one."""
-    pool, n = _POOLS[type(leaf).__name__]
+    pool, n, (y, y_b) = _POOLS[type(leaf).__name__], change.dim() - 2, outputs
     window = (leaf.kernel_size, leaf.stride, leaf.padding, leaf.dilation, leaf.ceil_mode)
-    places = pool(record[0].detach(), *window, return_indices=True)[1].chunk(2)
-    relative = _over(change, _difference(record[0]), _SAME_POOLED).flatten(-n)
-    y, yb = record[1].chunk(2)
-    larger = torch.maximum(y, yb)
+    places = pool(torch.cat(inputs).detach(), *window, return_indices=True)[1].chunk(2)
+    relative = _over(change, inputs[0] - inputs[1], _SAME_POOLED).flatten(-n)
+    larger = torch.maximum(y, y_b)
     at, at_b = (relative.gather(-1, p.flatten(-n)).reshape(y.shape) for p in places)
-    return (larger - yb) * at + (y - larger) * at_b
+    return (larger - y_b) * at + (y - larger) * at_b

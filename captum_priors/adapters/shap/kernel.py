@@ -1,12 +1,14 @@
-r"""KernelExplainer: the weighted least squares of SHAP's own run, solved again on tensors.
+r"""KernelExplainer and SamplingExplainer: SHAP's own run, its last steps again on tensors.
 
-With masks :math:`z_s`, weights :math:`\pi_s` and :math:`\Delta = \operatorname{link} f(x) -
-\operatorname{link} E f`, SHAP minimises :math:`\sum_s \pi_s (\operatorname{link}\, v_s -
-\operatorname{link} E f - z_s\phi)^2` under :math:`\sum_i\phi_i = \Delta`: linear in the values of
-the coalitions. The features that its lasso selected are held fixed, and the others stay zero.
+Kernel, a least squares: with masks :math:`z_s`, weights :math:`\pi_s` and :math:`\Delta =
+\operatorname{link} f(x) - \operatorname{link} E f`, SHAP minimises :math:`\sum_s \pi_s
+(\operatorname{link}\, v_s - \operatorname{link} E f - z_s\phi)^2` under :math:`\sum_i\phi_i =
+\Delta`: linear in the values of the coalitions. The features that its lasso selected are held
+fixed, and the others stay zero.
 
 Private: what SHAP's run leaves on its explainer, ``varyingInds``, ``M``, ``nsamplesAdded``,
-``maskMatrix``, ``kernelWeights``, ``nsamples``, ``max_samples``, ``l1_reg`` and ``fnull`` (0.51.0).
+``maskMatrix``, ``kernelWeights``, ``nsamples``, ``max_samples``, ``l1_reg`` and ``fnull``; and
+SamplingExplainer's ``sampling_estimate`` and the arithmetic of its ``explain`` (0.51.0).
 """
 
 import copy
@@ -17,14 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_priors._types import Target
-from captum_priors.adapters.shap.adapter import ShapAdapter, explanation, select_output
-from captum_priors.adapters.shap.model import (
-    as_numbers,
-    numbers,
-    torch_link,
-    warn_of_truncation,
-)
+from captum_priors.adapters.shap.adapter import Options, ShapAdapter, explanation
+from captum_priors.adapters.shap.model import as_numbers, numbers, torch_link, warn_of_truncation
+
+_CLIP = 1e-15  # as SHAP does with probabilities, and the masked-model explainers do not
+_WEIGHT = 1e6  # as SHAP, of the one sample of ones in SamplingExplainer's ridge regression
 
 
 class KernelAdapter(ShapAdapter):
@@ -35,7 +34,7 @@ class KernelAdapter(ShapAdapter):
     options: ClassVar[tuple[str, ...]] = ("nsamples", "l1_reg", "silent", "gc_collect")
 
     def _start(self) -> None:
-        self._link = torch_link(self.explainer.link, clipped=True)
+        self._link = torch_link(self.explainer.link, clip=_CLIP)
 
     def _sample(self) -> Sequence[Any]:
         data = self.explainer.data
@@ -53,28 +52,10 @@ class KernelAdapter(ShapAdapter):
     def _base(self) -> Tensor:
         return self._link(self._null())
 
-    def _explain(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
-        (rows,) = args
-        found, base = self._rows(rows, options)
-        base = base if found[0].dim() > 1 else base.reshape(())  # Sampling drops one output's axis
-        values = found[0]
-        if np.ndim(rows) > 1:
-            values, base = torch.stack(found), base.expand(len(found), *base.shape)
-        names = getattr(self.explainer, "data_feature_names", None)
-        return explanation(values, base, rows, names)
-
-    def _values(
-        self, tensors: tuple[Tensor, ...], target: Target, options: dict[str, Any]
-    ) -> tuple[Tensor, ...]:
-        found, _ = self._rows(tensors[0], options)
-        return (select_output(torch.stack(found), tensors[0], target),)
-
-    def _rows(self, rows: Any, options: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
-        """Attributions of each row, and the base value."""
-        self._check_constant([rows])
-        background = self.explainer.data.data
+    def _explain(self, rows: Any, options: Options) -> Any:
+        self._check_constant(rows)
+        background, null = self.explainer.data.data, self._null()
         warn_of_truncation(rows, background)
-        null = self._null()
         found: list[Tensor] = []
 
         def explain(instance: Any, **given: Any) -> np.ndarray:
@@ -96,35 +77,40 @@ class KernelAdapter(ShapAdapter):
             found.append(values)
             return numbers(values)
 
-        self._worker("explain", explain).shap_values(as_numbers(rows), **options)
-        return found, self._link(null)
+        worker = copy.copy(self.explainer)
+        worker.explain = explain
+        worker.shap_values(as_numbers(rows), **options)
+        values, base = found[0], self._link(null)
+        base = base if values.dim() > 1 else base.reshape(())  # Sampling drops one output's axis
+        if np.ndim(rows) > 1:
+            values, base = torch.stack(found), base.expand(len(found), *base.shape)
+        return explanation(values, base, rows, getattr(self.explainer, "data_feature_names", None))
 
-    def _run(self, inner: Any, instance: Any, options: dict[str, Any]) -> np.ndarray:
-        found: np.ndarray = type(self.explainer).explain(inner, instance, **options)
-        return found
+    def _run(self, inner: Any, instance: Any, options: Options) -> Any:
+        return type(self.explainer).explain(inner, instance, **options)
 
     def _replay(self, inner: Any, null: Tensor, seen: list[Tensor], phi: np.ndarray) -> Tensor:
         """Attributions on tensors, ``(features, outputs)``; ``seen`` starts with f(x)."""
         change = self._link(seen[0][0]) - self._link(null)
         varying = torch.as_tensor(np.asarray(inner.varyingInds, dtype=np.int64)).to(change.device)
         found = change.new_zeros(len(phi), len(change)) + 0 * change  # with a graph in any case
-        if inner.M < 2:
-            return found.index_put((varying,), change.expand(inner.M, -1))
-        return found.index_put((varying,), self._solution(inner, null, seen, phi))
+        several = inner.M > 1
+        values = self._solution(inner, null, seen, phi) if several else change.expand(inner.M, -1)
+        return found.index_put((varying,), values)
 
     def _solution(self, inner: Any, null: Tensor, seen: list[Tensor], phi: np.ndarray) -> Tensor:
         """Attributions of the features that vary."""
         change = self._link(seen[0][0]) - self._link(null)
         outputs = seen[1].unflatten(0, (inner.nsamplesAdded, -1))
         values = torch.einsum("snd,n->sd", outputs, self._weights(outputs))
+        residuals = self._link(values) - self._link(null)
         selects = inner.l1_reg not in (False, 0, "auto") or (
             inner.l1_reg == "auto" and inner.nsamples / inner.max_samples < 0.2
         )
         stock, columns = phi.reshape(len(phi), -1)[inner.varyingInds], []
         for d in range(len(change)):
             kept = np.flatnonzero(stock[:, d]) if selects else np.arange(inner.M)
-            residual = self._link(values[:, d]) - self._link(null[d])
-            columns.append(_least_squares(inner, residual, change[d], kept))
+            columns.append(_least_squares(inner, residuals[:, d], change[d], kept))
         return torch.stack(columns, dim=1)
 
 
@@ -143,3 +129,74 @@ def _least_squares(inner: Any, residual: Tensor, change: Tensor, kept: np.ndarra
     rest = torch.as_tensor(solution).to(residual) @ (residual - last * change)
     phi = torch.cat([rest, (change - rest.sum()).reshape(1)])
     return residual.new_zeros(inner.M).index_put((torch.as_tensor(kept).to(phi.device),), phi)
+
+
+class SamplingAdapter(KernelAdapter):
+    r"""Keeps the differences that SHAP averages, and averages them again.
+
+    The last step spreads what the sum misses over the features by the variances of those
+    differences, :math:`\phi \mathrel{+}= e\,v/(1 + \sum v)`: not linear in the model's outputs.
+    """
+
+    mechanism = "SHAP's samples, correction on tensors"
+    held_fixed = "samples and their numbers"
+    options = ("nsamples", "min_samples_per_feature", "silent")
+    defaults = {"nsamples": 2000}  # noqa: RUF012  # declared by the base
+
+    def _run(self, inner: Any, instance: Any, options: Options) -> Any:
+        inner.rounds = []  # how many samples a feature got, and their variance
+
+        def estimate(*args: Any, nsamples: int = 10) -> Any:
+            found = type(self.explainer).sampling_estimate(inner, *args, nsamples=nsamples)
+            inner.rounds.append((int(nsamples), np.reshape(found[1], -1)))
+            return found
+
+        inner.sampling_estimate = estimate
+        inner.least = options.get("min_samples_per_feature", 100)
+        return super()._run(inner, instance, options)
+
+    def _solution(self, inner: Any, null: Tensor, seen: list[Tensor], phi: np.ndarray) -> Tensor:
+        moments = [_moments(answers) for answers in seen[1:]]
+        variances = torch.stack([variance for _, variance in moments[: inner.M]])
+        if not bool(variances.detach().any()):
+            variances = variances + 1
+        variances = variances / variances.sum(0)
+        more = iter(moments[inner.M :])
+        means, spread = [], []
+        for i, added in enumerate(_second_round(inner)):
+            n, (mean, _), variance = inner.rounds[i][0], moments[i], variances[i]
+            if added > 0:
+                mean_more, variance_more = next(more)
+                mean = (mean * n + mean_more * added) / (n + added)
+                variance = (variance * n + variance_more * added) / (n + added)
+            means.append(mean)
+            spread.append(variance / (n + added) ** 0.5)
+        values, spreads = torch.stack(means), torch.stack(spread)
+        missing = seen[0][0] - values.sum(0) - null
+        v = spreads / spreads.amax(0) * _WEIGHT
+        # SHAP's v - v S / (1 + S), without the cancellation
+        return values + missing * v / (1 + v.sum(0))
+
+
+def _moments(answers: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the differences that SHAP averages: on, and off in reverse order."""
+    on, off = answers.chunk(2)
+    differences = on - off.flip(0)
+    return differences.mean(0), differences.var(0, unbiased=False)
+
+
+def _second_round(inner: Any) -> list[int]:
+    """How many samples SHAP adds for each feature, from the variances of the first round.
+
+    In its rounding it can take two from a feature that got none: such a feature is not estimated
+    again, and its variance counts as that of two samples fewer.
+    """
+    n = max(0, inner.nsamples - inner.M * inner.least)
+    share = np.zeros((inner.P, inner.D))
+    share[inner.varyingInds] = [variance for _, variance in inner.rounds[: inner.M]]
+    share += share.sum() == 0
+    counts = ((share / share.sum(0))[inner.varyingInds].mean(1) * n).astype(int)
+    counts += counts % 2
+    for i in range(len(counts)):
+        counts[i] += 2 * np.sign(n - counts.sum())
+    return [int(count) for count in counts]

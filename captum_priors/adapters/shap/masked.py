@@ -5,10 +5,12 @@ SHAP's own code runs on two stand-ins: one for the masker, which answers a mask 
 its coalition, and one for the model, which answers the number :math:`k` with :math:`[v_k, 2^{-300}
 e_k]`. All that SHAP does with answers is linear, and the tiny part decides no branch, so the
 further outputs of :math:`\phi` are :math:`2^{-300} W`.
+
+Private: ``_curr_base_value``, a cache of Partition and Coalition (0.51.0).
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import comb
 from typing import Any, ClassVar
 
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_priors.adapters.shap.adapter import ShapAdapter, with_tensors
+from captum_priors.adapters.shap.adapter import Options, ShapAdapter, with_tensors
 from captum_priors.adapters.shap.coalitions import Coalitions, MaskerStandIn, is_table
 from captum_priors.adapters.shap.model import (
     as_array,
@@ -49,11 +51,14 @@ class MaskedAdapter(ShapAdapter):
         self.masker = self.explainer.masker
         if isinstance(self.masker, Tensor):  # SHAP takes arrays alone for tables
             self.masker = imported().maskers.Independent(as_array(self.masker))
+        if is_table(self.masker):
+            self.masker = copy.copy(self.masker)
+            self.masker.data = numbers(self.masker.data)
 
     def _sample(self) -> Sequence[Any] | None:
         if not is_table(self.masker):
             return None
-        rows = numbers(self.masker.data[:8])
+        rows = self.masker.data[:8]
         if getattr(self.masker, "output_dataframe", False):
             return [imported("pandas").DataFrame(rows, columns=self.masker.feature_names)]
         return [rows]
@@ -63,62 +68,55 @@ class MaskedAdapter(ShapAdapter):
             return None
         return torch_link(self.explainer.link)(self._torch(self.masker.data).mean(0))
 
-    def _explain(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
-        rows: list[tuple[Tensor, Tensor]] = []
+    def _explain(self, rows: Any, options: Options) -> Any:
+        found: list[tuple[Tensor, Tensor]] = []
         if is_table(self.masker):
-            warn_of_truncation(args[0], self.masker.data)
+            warn_of_truncation(rows, self.explainer.masker.data)
         else:
-            self._check_constant(args)
+            self._check_constant(rows)
 
-        def explain_row(*row: Any, **given: Any) -> dict[str, Any]:
-            kept = [
-                a[len(rows)] if isinstance(a, Tensor) and a.requires_grad else r
-                for a, r in zip(args, row, strict=False)
-            ]
-            result, values, base = self._row(kept, given)
-            rows.append((values, base))
+        def explain_row(row: Any, **given: Any) -> dict[str, Any]:
+            traced = isinstance(rows, Tensor) and rows.requires_grad
+            result, values, base = self._row(rows[len(found)] if traced else row, given)
+            found.append((values, base))
             return result
 
-        worker = self._worker("explain_row", explain_row)
-        worker.masker = self.masker
-        return _beside(worker(*map(as_numbers, args), **options), rows)
+        worker = copy.copy(self.explainer)
+        worker.explain_row, worker.masker = explain_row, self.masker
+        made = worker(as_numbers(rows), **options)
+        parts = [v.reshape(np.shape(e)) for (v, _), e in zip(found, made.values, strict=True)]
+        ragged = len({part.shape for part in parts}) > 1  # stay a list, as SHAP's values do
+        base = torch.stack([b for _, b in found]).reshape(np.shape(made.base_values))
+        return with_tensors(made, parts if ragged else torch.stack(parts), base)
 
-    def _row(
-        self, row: Sequence[Any], options: dict[str, Any]
-    ) -> tuple[dict[str, Any], Tensor, Tensor]:
+    def _row(self, row: Any, options: Options) -> tuple[dict[str, Any], Tensor, Tensor]:
         """Explain one row: SHAP's result, its values as a tensor and the base value."""
         game = Coalitions(self._torch, self.masker, row, self.explainer)
-        state = np.random.get_state()  # noqa: NPY002  # the generator that SHAP draws from
-
-        def run(columns: range) -> Found:
-            np.random.set_state(state)  # noqa: NPY002  # as above
-            return self._run(game, dict(options), columns)
-
-        result, weights = run(range(self._first_columns(game, options)))
-        outputs, values = result.get("output_indices"), game.values()
+        first = self._first_columns(game, options) if torch.is_grad_enabled() else 1
+        result, weights = self._run(game, options, range(first))
+        outputs, values = result.get("output_indices"), torch.cat(game.values)
         chosen = values if outputs is None else values[:, outputs]
         phi = torch.as_tensor(result["values"], device=chosen.device)
         if torch.is_grad_enabled():
-            matrix = self._matrix(game, options, weights, run).to(chosen.device)
+            matrix = self._matrix(game, options, weights).to(chosen.device)
             phi = torch.sparse.mm(matrix, chosen.reshape(len(chosen), -1)).reshape(phi.shape)
             result["values"] = numbers(phi)
         return result, phi, chosen[0]
 
-    def _first_columns(self, game: Coalitions, options: dict[str, Any]) -> int:
-        """Return how many columns of W to read at the first run."""
-        return 0
+    def _first_columns(self, game: Coalitions, options: Options) -> int:
+        """Return how many columns of W to read at the first run, at least one."""
+        return 1
 
-    def _run(self, game: Coalitions, options: dict[str, Any], columns: range) -> Found:
+    def _run(self, game: Coalitions, options: Options, columns: range) -> Found:
         """Run SHAP; return its result, and these columns of W, ``(values, columns)``."""
+        np.random.set_state(game.state)  # noqa: NPY002  # the same draws in every run
+        n = len(columns)
 
         def model(asked: np.ndarray) -> np.ndarray:
-            values = game.answers(asked)
-            if not columns:
-                return values
-            found = np.zeros((len(asked), values[0].size + len(columns)))
-            found[:, : values[0].size] = values.reshape(len(asked), -1)
+            values = game.answers(asked).reshape(len(asked), -1)
+            found = np.concatenate([values, np.zeros((len(asked), n))], axis=1)
             (rows,) = np.nonzero((asked >= columns.start) & (asked < columns.stop))
-            found[rows, asked[rows] - columns.start + values[0].size] = _TINY
+            found[rows, asked[rows] - columns.stop] = _TINY
             return found
 
         inner = copy.copy(self.explainer)
@@ -126,40 +124,31 @@ class MaskedAdapter(ShapAdapter):
         if hasattr(self.explainer.model, "output_names"):
             inner.model.output_names = self.explainer.model.output_names
         inner.link, inner.linearize_link = imported().links.identity, False
-        inner._curr_base_value = None  # private: Partition's and Coalition's cache (0.51.0)
-        result = type(self.explainer).explain_row(inner, *game.arrays, **options)
-        if not columns:
-            return result, np.zeros((np.size(result["values"]), 0))
-        further = np.asarray(result["values"])[..., -len(columns) :]
-        kept: Any = (..., slice(-len(columns))) if game.values().dim() > 1 else (..., 0)
+        inner._curr_base_value = None
+        result = type(self.explainer).explain_row(inner, game.array, **options)
+        weights = np.asarray(result["values"])[..., -n:].reshape(-1, n) / _TINY
+        own: Any = (..., slice(-n)) if game.values[0].dim() > 1 else (..., 0)
         for name in _LINEAR:
             if result.get(name) is not None:
-                result[name] = np.asarray(result[name])[kept][()]
-        return result, further.reshape(-1, len(columns)) / _TINY
+                result[name] = np.asarray(result[name])[own][()]
+        return result, weights
 
-    def _matrix(
-        self,
-        game: Coalitions,
-        options: dict[str, Any],
-        weights: np.ndarray,
-        run: Callable[[range], Found],
-    ) -> Tensor:
+    def _matrix(self, game: Coalitions, options: Options, weights: np.ndarray) -> Tensor:
         """Return W, ``(values, coalitions)``, in as many runs as its columns need."""
-        key, n = (repr(options.get("interactions")), game.key()), len(game)
+        key, n = (repr(options.get("interactions")), game.masks.tobytes()), len(game.masks)
         if self._known is not None and self._known[0] == key:
             return self._known[1]
-        blocks = self._closed_form(game, options) or ([weights[:, :n]] if weights.size else [])
-        start, width = (
-            sum(b.shape[1] for b in blocks),
-            _width(n, max(len(weights), game.n_features)),
-        )
-        blocks += [run(range(i, min(i + width, n)))[1] for i in range(start, n, width)]
+        blocks = self._closed_form(game, options) or [weights[:, :n]]
+        width = _width(n, max(len(weights), game.n_features))
+        for i in range(blocks[0].shape[1], n, width):
+            blocks.append(self._run(game, options, range(i, min(i + width, n)))[1])
         found = torch.cat([torch.as_tensor(b).to_sparse() for b in blocks], 1).coalesce()
         if self._repeats:
-            self._known = key, found, game.masks()
+            self._known = key, found, game.masks
         return found
 
-    def _closed_form(self, game: Coalitions, options: dict[str, Any]) -> list[np.ndarray]:
+    def _closed_form(self, game: Coalitions, options: Options) -> list[np.ndarray]:
+        """Return all of W, where a formula gives it."""
         return []
 
 
@@ -169,15 +158,11 @@ class PermutationAdapter(MaskedAdapter):
     held_fixed = "permutations"
     _varies = True
 
-    def _first_columns(self, game: Coalitions, options: dict[str, Any]) -> int:
+    def _first_columns(self, game: Coalitions, options: Options) -> int:
         n, most = game.n_features, options["max_evals"]
-        most = 20 * n if most == "auto" else int(most)
-        if not torch.is_grad_enabled():
-            return 0
-        if getattr(self.masker, "clustering", None) is not None:
-            # Orders along a tree come from Numba's generator: nobody could run them again.
-            return most + n + 1
-        return _width(most // (2 * n + 1) * 2 * n + 1, n)
+        most = (20 * n if most == "auto" else int(most)) + n + 1
+        # Orders along a tree come from Numba's generator: nobody could run them again.
+        return _width(most, n) if getattr(self.masker, "clustering", None) is None else most
 
     def shap_values(self, X: Any, npermutations: int = 10, **options: Any) -> Any:  # noqa: N803
         """Explain as SHAP, arrays alone."""
@@ -189,25 +174,24 @@ class PartitionAdapter(MaskedAdapter):
 
     held_fixed = "expanded part of the tree"
 
-    def _first_columns(self, game: Coalitions, options: dict[str, Any]) -> int:
-        most = 501 if options["max_evals"] == "auto" else options["max_evals"] + 1
-        return _width(most, 2 * game.n_features) if torch.is_grad_enabled() else 0
+    def _first_columns(self, game: Coalitions, options: Options) -> int:
+        most = options["max_evals"]
+        return _width(501 if most == "auto" else most + 1, 2 * game.n_features)
 
-    def _run(self, game: Coalitions, options: dict[str, Any], columns: range) -> Found:
+    def _run(self, game: Coalitions, options: Options, columns: range) -> Found:
         """Run SHAP, with further outputs that are not its to choose from."""
-        chosen, n = options["outputs"], len(columns)
-        if n and chosen is not None:
+        chosen = options["outputs"]
+        if chosen is not None:
             none_and_all = np.array([[False], [True]]).repeat(game.n_features, axis=1)
             full = game.answers(game.number(none_and_all))[1]
             if isinstance(chosen, imported().utils.OpChain):
                 chosen = chosen.apply(imported().Explanation(full)).values
-            options["outputs"] = np.concatenate([chosen, len(full) + np.arange(n)])
+            options = {**options, "outputs": [*chosen, *range(len(full), len(full) + len(columns))]}
         result, weights = super()._run(game, options, columns)
-        if n:
-            several = game.values().dim() > 1
-            result["output_indices"] = result["output_indices"][:-n] if several else None
-            tail = np.shape(result["expected_values"])
-            result["mask_shapes"] = [(*shape[:-1], *tail) for shape in result["mask_shapes"]]
+        several = game.values[0].dim() > 1
+        result["output_indices"] = result["output_indices"][: -len(columns)] if several else None
+        tail = np.shape(result["expected_values"])
+        result["mask_shapes"] = [(*shape[:-1], *tail) for shape in result["mask_shapes"]]
         return result, weights
 
 
@@ -216,11 +200,10 @@ class WinterAdapter(MaskedAdapter):
 
     _repeats = True
 
-    def _first_columns(self, game: Coalitions, options: dict[str, Any]) -> int:
+    def _run(self, game: Coalitions, options: Options, columns: range) -> Found:
         if self._known is not None:  # SHAP asks for them one by one
             game.answers(game.number(self._known[2]))
-        # With one output SHAP converts arrays of one element to numbers, which NumPy 2.4 refuses.
-        return 1
+        return super()._run(game, options, columns)
 
 
 class ExactAdapter(MaskedAdapter):
@@ -228,12 +211,12 @@ class ExactAdapter(MaskedAdapter):
 
     _varies = _repeats = True
 
-    def _closed_form(self, game: Coalitions, options: dict[str, Any]) -> list[np.ndarray]:
+    def _closed_form(self, game: Coalitions, options: Options) -> list[np.ndarray]:
         r"""Return :math:`\pm 1/(M\binom{M-1}{s})` for coalitions with and without a feature."""
         pairs = options["interactions"] is True or options["interactions"] == 2
         if pairs or getattr(self.masker, "clustering", None) is not None:
             return []
-        masks = game.masks()
+        masks = game.masks
         varying, size = masks.any(0), masks.sum(1)[:, None]
         n = int(varying.sum())
         share = np.array([*(1 / (n * comb(n - 1, s)) for s in range(n)), 0.0])
@@ -243,22 +226,3 @@ class ExactAdapter(MaskedAdapter):
 def _width(n_coalitions: int, n_rows: int) -> int:
     """Return how many columns of W fit beside as many rows as SHAP holds."""
     return max(1, min(n_coalitions, _NUMBERS // max(n_coalitions, n_rows)))
-
-
-def _beside(explanations: Any, rows: list[tuple[Tensor, Tensor]]) -> Any:
-    """Put the rows' tensors beside one Explanation, or each of one for each argument."""
-    each = explanations if isinstance(explanations, list) else [explanations]
-    places, found = [0] * len(rows), []
-    for explanation in each:
-        parts = []
-        for i, (values, _) in enumerate(rows):
-            shape = np.shape(explanation.values[i])
-            n = int(np.prod(shape)) // int(np.prod(values.shape[1:]))
-            parts.append(values[places[i] : places[i] + n].reshape(shape))
-            places[i] += n
-        base = torch.stack([b for _, b in rows])
-        if np.size(explanation.base_values) == base.numel():
-            base = base.reshape(np.shape(explanation.base_values))
-        ragged = len({p.shape for p in parts}) > 1  # stay a list, as SHAP's values do
-        found.append(with_tensors(explanation, parts if ragged else torch.stack(parts), base))
-    return found if isinstance(explanations, list) else found[0]

@@ -3,6 +3,7 @@
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,10 @@ from captum_priors._errors import NotDifferentiableError, expected_found
 from captum_priors.engine import AttributionPass, modules_of, run_modules
 
 _AGREE = 1e-4  # single precision on one side, rounding of the same sums on the other
-# As SHAP (0.51.0): KernelExplainer clips probabilities here, the masked-model explainers do not;
-# and the step of the forward difference that linearises the link.
-_CLIP, _STEP = 1e-15, 1e-4
+_STEP = 1e-4  # as SHAP (0.51.0), of the forward difference that linearises the link
 
 Link = Callable[[Tensor], Tensor]
+identity: Link = torch.positive  # which returns what it is given
 
 
 def imported(name: str = "shap") -> Any:
@@ -31,14 +31,8 @@ class TorchModel:
 
     The one rule for dtypes: whatever numbers a table holds, the model gets them in the dtype and on
     the device of its own parameters, or as integers where it takes whole numbers alone (an
-    embedding does). Strings and other objects are passed on.
-
-    Args:
-        stock: The function that SHAP holds.
-        given: What the user passed as ``model``.
-        sample: Arguments on which both are held against each other; without any, the first that
-            come along.
-        name: SHAP's class, for messages.
+    embedding does). Strings and other objects are passed on. What the user passed is compared with
+    SHAP's function on a sample, or at the first call.
     """
 
     def __init__(self, stock: Any, given: Any, sample: Sequence[Any] | None, name: str) -> None:
@@ -53,7 +47,7 @@ class TorchModel:
             )
         self._stock, self._settled, self._whole = stock, False, False
         self._shape: tuple[int, ...] | None = None
-        self._parameter = _first_float(modules_of(self.function))
+        self._like = _first_float(modules_of(self.function))
         if sample is not None:
             self.settle(sample)
 
@@ -77,7 +71,7 @@ class TorchModel:
                     return self.function(*map(self.convert, sample))
                 except (IndexError, RuntimeError, TypeError) as error:
                     first = first or error
-                    self._parameter = _first_float(seen) if seen else self._parameter
+                    self._like = _first_float(seen) if seen else self._like
         raise first or AssertionError
 
     def _agree(self, ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -101,21 +95,24 @@ class TorchModel:
 
     def convert(self, argument: Any) -> Any:
         """Make a tensor of numbers, as the model takes them; SHAP reuses its buffers."""
-        like = torch.empty(0) if self._parameter is None else self._parameter
         if not isinstance(argument, Tensor):
             array = as_array(as_numbers(argument))
             if array.dtype.kind not in "fiub":
                 return argument
             argument = torch.tensor(np.ascontiguousarray(array))
-        return argument.to(like.device, torch.int64 if self._whole else like.dtype)
+        return argument.to(self._like.device, torch.int64 if self._whole else self._like.dtype)
+
+    def once(self, *arguments: Any) -> Any:
+        """Evaluate on rows as they are, all at once."""
+        return self.function(*map(self.convert, arguments))
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Evaluate on rows, in parts that suit the device; in double precision."""
         given = tuple(map(self.convert, arguments))
-        if len(given) > 1 or not isinstance(given[0], Tensor):
-            return self._checked(given)
-        parts = given[0].split(rows_at_once(given[0].device))
-        return torch.cat([self._checked((part,)) for part in parts])
+        parts = [given]
+        if len(given) == 1 and isinstance(given[0], Tensor):
+            parts = [(part,) for part in given[0].split(rows_at_once(given[0].device))]
+        return torch.cat([self._checked(part) for part in parts])
 
     def _checked(self, arguments: tuple[Any, ...]) -> Tensor:
         output, n = self.function(*arguments), len(arguments[0])
@@ -126,31 +123,25 @@ class TorchModel:
         return output.double() if self._shape is None else output.double().reshape(n, *self._shape)
 
 
+def _first_float(modules: Sequence[nn.Module]) -> Tensor:
+    """Return a tensor of the dtype and device that a model takes."""
+    parameters = (p for module in modules for p in module.parameters())
+    return next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+
+
 def refused(what: str, expected: str, found: object, remedy: str) -> NotDifferentiableError:
     """Word why something cannot be differentiated."""
     return NotDifferentiableError(expected_found(what, expected, found, remedy))
 
 
 def rows_at_once(device: torch.device) -> int:
-    """Return how many rows go through the model at once.
-
-    On a CPU what stays in its cache from one layer of a small model to the next, elsewhere what
-    keeps the device busy.
-    """
+    """Return how many rows stay in a CPU's cache between layers, or keep another device busy."""
     return 1 << 13 if device.type == "cpu" else 1 << 16
 
 
-def _first_float(modules: Sequence[nn.Module]) -> Tensor | None:
-    parameters = (p for module in modules for p in module.parameters())
-    return next((p for p in parameters if p.is_floating_point()), None)
-
-
 def stock_function(held: Any) -> Any:
-    """Take off SHAP's wrappers of the model.
-
-    Private: ``inner_model`` of its Model, and ``f`` of KernelExplainer's (0.51.0).
-    """
-    for name in ("inner_model", "f"):
+    """Take off SHAP's wrappers of the model."""
+    for name in ("inner_model", "f"):  # private: of its Model, and of KernelExplainer's (0.51.0)
         if type(held).__module__.startswith("shap.") and hasattr(held, name):
             return stock_function(getattr(held, name))
     return held
@@ -164,14 +155,7 @@ def as_array(argument: Any) -> Any:
 
 
 def as_numbers(rows: Any) -> Any:
-    """Give SHAP an array in place of a tensor, and floats in place of booleans and mixed columns.
-
-    Example:
-        >>> import numpy as np
-        >>> from captum_priors.adapters.shap.model import as_numbers
-        >>> as_numbers(np.array([[True, 0.5]], dtype=object)).tolist()
-        [[1.0, 0.5]]
-    """
+    """Give SHAP arrays in place of tensors, and floats in place of booleans and mixed columns."""
     rows = as_array(rows) if isinstance(rows, Tensor) else rows
     if hasattr(rows, "toarray") or np.asarray(rows).dtype.kind not in "bO":
         return rows
@@ -192,19 +176,15 @@ def warn_of_truncation(rows: Any, background: Any) -> None:
     if as_array(background).dtype.kind in "iu" and (found != np.round(found)).any():
         warnings.warn(
             "SHAP writes rows into a copy of the background, which holds integers here, and cuts "
-            "off their fractions. This adapter explains the rows as they are, so that its values "
-            "differ from SHAP's. Make the background float to get the same from both.",
+            "off their fractions; this adapter does not. Make the background float to get the same "
+            "from both.",
             stacklevel=2,
         )
 
 
-def torch_link(link: Any, *, clipped: bool = False) -> Link:
+def torch_link(link: Any, *, clip: float | None = None) -> Link:
     """Return a link, a function or one of KernelExplainer's objects, as a function of tensors."""
-
-    def logit(values: Tensor) -> Tensor:
-        return torch.logit(values.clamp(_CLIP, 1 - _CLIP) if clipped else values)
-
-    known = {"identity": identity, "logit": logit}
+    known: dict[str, Link] = {"identity": identity, "logit": partial(torch.logit, eps=clip)}
     name = str(getattr(link, "__name__", link))
     if name not in known:
         raise refused(
@@ -214,11 +194,6 @@ def torch_link(link: Any, *, clipped: bool = False) -> Link:
             "Make the link the last step of the model and explain with the identity.",
         )
     return known[name]
-
-
-def identity(values: Tensor) -> Tensor:
-    """Return the values."""
-    return values
 
 
 def linearising_weights(background: Tensor, link: Link) -> Tensor:

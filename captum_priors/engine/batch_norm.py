@@ -1,0 +1,197 @@
+r"""BatchNorm in training mode, explained on the statistics of the batch that is explained.
+
+What is trained is :math:`f(x_i; \mu(X), \sigma(X))` with the statistics of the batch :math:`X`.
+Explained is that function with the statistics held: computed once, from the explained batch, with
+their graph to the parameters, and used for every row that goes through the model, interpolated and
+perturbed ones too. They are constants to the points: examples do not influence each other, and
+chunks agree. Explaining on running statistics instead moves directions that the training loss,
+under batch statistics, does not feel, faster than the running statistics follow.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from captum_priors._errors import NotDifferentiableError, expected_found
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""The layers that train on statistics of the batch; SyncBatchNorm on those of all processes."""
+
+T = TypeVar("T")
+Statistics = tuple[Tensor, Tensor]  # mean and biased variance of each channel
+
+
+@dataclass
+class _Layer:
+    name: str
+    mean: Tensor  # the buffer by which a call is known to be this layer's
+    group: Any = None  # the processes whose rows make the batch, where there are several
+    found: list[Statistics] = field(default_factory=list)  # one for each run in a forward pass
+    leaves: list[Statistics] = field(default_factory=list)
+    runs: int = 0
+
+
+class HeldStatistics(TorchFunctionMode):
+    """BatchNorm layers of a model on the statistics of one batch.
+
+    Layers are in evaluation mode meanwhile, and known by the copy of their running mean that the
+    pass has given them; what calls batch normalisation otherwise is let through.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layers: dict[int, _Layer] = {}
+        self._sources: dict[int, Tensor] = {}
+        self.recording = self._as_leaves = False
+        self.alone: list[str] = []  # layers that have been given a single row
+
+    def __bool__(self) -> bool:
+        return bool(self._layers)
+
+    def take(self, module: Any) -> None:
+        """Hold this layer, whose running mean is a tensor of the pass's own."""
+        group = None
+        if isinstance(module, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
+            group = module.process_group or dist.group.WORLD
+        self._layers[id(module.running_mean)] = _Layer(
+            type(module).__name__, module.running_mean, group
+        )
+
+    def knows(self, buffer: Tensor) -> bool:
+        """Whether the buffer is one that a held layer is known by."""
+        return id(buffer) in self._layers
+
+    def record(self, run: Callable[[], T]) -> T:
+        """Take the statistics from a forward pass of the batch, and hold them from now on."""
+        self.recording = True
+        try:
+            with self:
+                found = run()
+        finally:
+            self.recording = False
+        if self.alone:
+            self.release()
+        return found
+
+    def release(self) -> None:
+        """Hold no layer any more: they run on their running statistics."""
+        self._layers.clear()
+
+    @contextmanager
+    def as_leaves(self) -> Iterator[None]:
+        """Use the statistics as leaves, of which a gradient that comes later is taken."""
+        before, self._as_leaves = self._as_leaves, True
+        try:
+            yield
+        finally:
+            self._as_leaves = before
+
+    def source(self, leaf: Tensor) -> Tensor:
+        """Return the statistic that a leaf stands for; other tensors are their own source."""
+        return self._sources.get(id(leaf), leaf)
+
+    def restart(self) -> None:
+        """Let a forward pass begin: layers that run more than once are told apart by their turn."""
+        for layer in self._layers.values():
+            layer.runs = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        layer = self._layer(args, kwargs) if func is F.batch_norm else None
+        return func(*args, **kwargs) if layer is None else self._normalise(layer, *args, **kwargs)
+
+    def _layer(self, args: Any, kwargs: dict[str, Any]) -> _Layer | None:
+        mean = args[1] if len(args) > 1 else kwargs.get("running_mean")
+        return self._layers.get(id(mean))
+
+    def _normalise(
+        self,
+        layer: _Layer,
+        input: Tensor,  # noqa: A002  # torch's name
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if self.recording:
+            if len(input) == 1 and layer.group is None and not running_mean.isnan().all():
+                self.alone.append(layer.name)
+                return F.batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
+            self._keep(layer, _statistics(input, layer.group))
+            mean, variance = layer.found[-1]
+        else:
+            mean, variance = self._held(layer)
+        shape = (1, -1, *[1] * (input.dim() - 2))
+        scale = (variance + eps).rsqrt()
+        scale = scale if weight is None else scale * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        return (input * scale.reshape(shape) + shift.reshape(shape)).to(input.dtype)
+
+    def _keep(self, layer: _Layer, found: Statistics) -> None:
+        mean, variance = (s.detach().requires_grad_() for s in found)
+        layer.found.append(found)
+        layer.leaves.append((mean, variance))
+        self._sources.update({id(mean): found[0], id(variance): found[1]})
+
+    def _held(self, layer: _Layer) -> Statistics:
+        if not layer.found:
+            raise unknown(layer.name)
+        at = layer.runs % len(layer.found)
+        layer.runs += 1
+        return (layer.leaves if self._as_leaves else layer.found)[at]
+
+
+def unknown(name: str) -> NotDifferentiableError:
+    """Word that a layer has no statistics of the explained batch."""
+    return NotDifferentiableError(
+        expected_found(
+            f"{name} in train mode",
+            "a layer that runs when the explained function is given the batch, on whose statistics "
+            "it is explained",
+            "one that does not",
+            "An explainer of your own says what it explains by its attribute forward_func. Or call "
+            "eval() on this layer, or pass batch_norm='running' to the prior.",
+        )
+    )
+
+
+def _statistics(x: Tensor, group: Any) -> Statistics:
+    """Mean and biased variance of each channel, of the rows of all processes in the group."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    dims = [d for d in range(x.dim()) if d != 1]
+    if group is None or dist.get_world_size(group) == 1:
+        variance, mean = torch.var_mean(x, dims, correction=0)
+        return mean, variance
+    count = x.new_full((1,), x.numel() / x.shape[1])
+    sums = _SumOverProcesses.apply(torch.cat([x.sum(dims), count]), group)  # type: ignore[no-untyped-call]  # torch's
+    mean = sums[:-1] / sums[-1]
+    centred = x - mean.reshape(1, -1, *[1] * (x.dim() - 2))
+    squares = _SumOverProcesses.apply(centred.square().sum(dims), group)  # type: ignore[no-untyped-call]  # torch's
+    return mean, squares / sums[-1].detach()
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum over processes, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = value.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _SumOverProcesses.apply(gradient, ctx.group), None  # type: ignore[no-untyped-call]  # torch's
