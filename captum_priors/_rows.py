@@ -105,7 +105,7 @@ class Rows:
                 return run_function(self.forward_func, passed[:k], None, passed[k:] or None)
 
         current, constant = current_pass(), torch.is_grad_enabled()
-        if current is not None and current.holds_statistics:
+        if current is not None and current.statistics is not None:
             current.statistics.restart()
         given: list[Any] = []
         for point in points:

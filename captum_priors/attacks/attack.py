@@ -17,7 +17,7 @@ from captum_priors._checks import (
     nonnegative,
     positive,
 )
-from captum_priors._errors import NotDifferentiableError, expected_found, one_of
+from captum_priors._errors import NotDifferentiableError, one_of, refusal
 from captum_priors._probe import (
     Probe,
     check_explainer,
@@ -70,13 +70,12 @@ class BoundedPerturbation(Perturbation, ABC):
         super().__init__()
         one_of("norm", norm, ("Linf", "L2"))
         if (keep_prediction or self.output_weight) and not callable(forward_func):
-            raise TypeError(
-                expected_found(
-                    "`forward_func`",
-                    "the model whose prediction is to be kept",
-                    type(forward_func).__name__,
-                    "Pass forward_func=model, or keep_prediction=False and output_weight=0.",
-                )
+            raise refusal(
+                TypeError,
+                "`forward_func`",
+                "the model whose prediction is to be kept",
+                type(forward_func).__name__,
+                "Pass forward_func=model, or keep_prediction=False and output_weight=0.",
             )
         self.radius, self.norm = check_sizes("radius", radius), norm
         self.forward_func, self.keep_prediction, self.seed = forward_func, keep_prediction, seed
@@ -201,13 +200,12 @@ class Batch:
         """Require one value for each example."""
         if isinstance(values, Tensor) and tuple(values.shape) == (self.n,):
             return values
-        raise ValueError(
-            expected_found(
-                what,
-                f"a tensor of shape ({self.n},)",
-                str(tuple(values.shape)) if isinstance(values, Tensor) else type(values).__name__,
-                "Return one value for each example.",
-            )
+        raise refusal(
+            ValueError,
+            what,
+            f"a tensor of shape ({self.n},)",
+            str(tuple(values.shape)) if isinstance(values, Tensor) else type(values).__name__,
+            "Return one value for each example.",
         )
 
 
@@ -363,13 +361,12 @@ class AttributionAttack(BoundedPerturbation):
                     return tuple(torch.zeros_like(p) if g is None else g for g, p in pairs)
         elsewhere = batch.maps(draw(batch.region, "surface", batch.generator))
         if any(not torch.equal(a, b) for a, b in zip(elsewhere, batch.clean_maps, strict=True)):
-            raise NotDifferentiableError(
-                expected_found(
-                    "`explainer`",
-                    "attributions with a graph to the inputs",
-                    f"none from {type(self.explainer).__name__}",
-                    "Look for detach() or torch.no_grad() in its attribute.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "`explainer`",
+                "attributions with a graph to the inputs",
+                f"none from {type(self.explainer).__name__}",
+                "Look for detach() or torch.no_grad() in its attribute.",
             )
         return None
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_priors._checks import positive
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 
 Norm = Literal["Linf", "L2"]
 Distribution = Literal["surface", "uniform"]
@@ -114,13 +114,12 @@ def _ball(
     scale = torch.stack([torch.where(b.isfinite(), b.abs(), 0) for b in (low, high)]).amax(0)
     nearest = centre.clamp(low, high)
     if bool(((centre - nearest).abs() > rounding * scale).any()):
-        raise ValueError(
-            expected_found(
-                "`inputs`",
-                "values between `lower_bound` and `upper_bound`",
-                f"values from {centre.min().item():.4g} to {centre.max().item():.4g}",
-                "Give the bounds in the units that the model sees, after any normalisation.",
-            )
+        raise refusal(
+            ValueError,
+            "`inputs`",
+            "values between `lower_bound` and `upper_bound`",
+            f"values from {centre.min().item():.4g} to {centre.max().item():.4g}",
+            "Give the bounds in the units that the model sees, after any normalisation.",
         )
     low, high = torch.minimum(low, centre), torch.maximum(high, centre)
     if norm == "Linf":
@@ -169,13 +168,12 @@ def for_each(name: str, value: Any, n: int) -> tuple[Any, ...]:
     if not isinstance(value, tuple):
         return (value,) * n
     if len(value) != n:
-        raise ValueError(
-            expected_found(
-                f"`{name}`",
-                f"one value, or {n}: one for each input",
-                f"{len(value)}",
-                "A tuple has one entry for each tensor of `inputs`.",
-            )
+        raise refusal(
+            ValueError,
+            f"`{name}`",
+            f"one value, or {n}: one for each input",
+            f"{len(value)}",
+            "A tuple has one entry for each tensor of `inputs`.",
         )
     return value
 
@@ -185,13 +183,12 @@ def broadcast(name: str, value: Any, like: Tensor) -> Tensor:
     try:
         return torch.as_tensor(value, dtype=like.dtype, device=like.device).expand_as(like)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            expected_found(
-                name,
-                f"numbers, or tensors that broadcast to {tuple(like.shape)}",
-                f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value),
-                "Values for each channel have shape (channels, 1, 1).",
-            )
+        raise refusal(
+            ValueError,
+            name,
+            f"numbers, or tensors that broadcast to {tuple(like.shape)}",
+            f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value),
+            "Values for each channel have shape (channels, 1, 1).",
         ) from error
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_priors._checks import count
-from captum_priors._errors import expected_found, one_of
+from captum_priors._errors import one_of, refusal
 from captum_priors._probe import forward_func_of
 from captum_priors._types import Distance, TensorOrTuple
 from captum_priors.attacks.attack import AttributionAttack, Batch, BoundedPerturbation
@@ -99,10 +99,12 @@ class TopKAttack(AttributionAttack):
     def _top(self, maps: Tensors) -> Tensor:
         rows = importance_rows(maps, self.dim)
         if rows.shape[1] <= self.k:
-            raise ValueError(
-                expected_found(
-                    "`k`", f"fewer than the {rows.shape[1]} features", str(self.k), "Lower k."
-                )
+            raise refusal(
+                ValueError,
+                "`k`",
+                f"fewer than the {rows.shape[1]} features",
+                str(self.k),
+                "Lower k.",
             )
         return torch.zeros_like(rows).scatter(1, rows.topk(self.k, dim=1).indices, 1.0)
 

@@ -16,10 +16,8 @@ from captum_priors.engine.model import (
     AttributionPass,
     attribution_call,
     current_pass,
-    modules_of,
-    run_modules,
-    submodules_of,
 )
+from captum_priors.engine.modules import modules_of, run_modules, submodules_of
 from captum_priors.engine.processes import any_process, current_processes
 from captum_priors.engine.random import Stream, derive
 from captum_priors.engine.replay import (

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import NotDifferentiableError, refusal
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """The layers that train on statistics of the batch; SyncBatchNorm on those of all processes."""
@@ -47,26 +47,23 @@ class HeldStatistics(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._layers: dict[int, _Layer] = {}
+        self.layers: dict[int, _Layer] = {}
         self._sources: dict[int, Tensor] = {}
         self.recording = self._as_leaves = False
         self.alone: list[str] = []  # layers that have been given a single row
-
-    def __bool__(self) -> bool:
-        return bool(self._layers)
 
     def take(self, module: Any) -> None:
         """Hold this layer, whose running mean is a tensor of the pass's own."""
         group = None
         if isinstance(module, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
             group = module.process_group or dist.group.WORLD
-        self._layers[id(module.running_mean)] = _Layer(
+        self.layers[id(module.running_mean)] = _Layer(
             type(module).__name__, module.running_mean, group
         )
 
     def knows(self, buffer: Tensor) -> bool:
         """Whether the buffer is one that a held layer is known by."""
-        return id(buffer) in self._layers
+        return id(buffer) in self.layers
 
     def record(self, run: Callable[[], T]) -> T:
         """Take the statistics from a forward pass of the batch, and hold them from now on."""
@@ -82,7 +79,7 @@ class HeldStatistics(TorchFunctionMode):
 
     def release(self) -> None:
         """Hold no layer any more: they run on their running statistics."""
-        self._layers.clear()
+        self.layers.clear()
 
     @contextmanager
     def as_leaves(self) -> Iterator[None]:
@@ -99,7 +96,7 @@ class HeldStatistics(TorchFunctionMode):
 
     def restart(self) -> None:
         """Let a forward pass begin: layers that run more than once are told apart by their turn."""
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             layer.runs = 0
 
     def __torch_function__(
@@ -111,7 +108,7 @@ class HeldStatistics(TorchFunctionMode):
 
     def _layer(self, args: Any, kwargs: dict[str, Any]) -> _Layer | None:
         mean = args[1] if len(args) > 1 else kwargs.get("running_mean")
-        return self._layers.get(id(mean))
+        return self.layers.get(id(mean))
 
     def _normalise(
         self,
@@ -155,15 +152,14 @@ class HeldStatistics(TorchFunctionMode):
 
 def unknown(name: str) -> NotDifferentiableError:
     """Word that a layer has no statistics of the explained batch."""
-    return NotDifferentiableError(
-        expected_found(
-            f"{name} in train mode",
-            "a layer that runs when the explained function is given the batch, on whose statistics "
-            "it is explained",
-            "one that does not",
-            "An explainer of your own says what it explains by its attribute forward_func. Or call "
-            "eval() on this layer, or pass batch_norm='running' to the prior.",
-        )
+    return refusal(
+        NotDifferentiableError,
+        f"{name} in train mode",
+        "a layer that runs when the explained function is given the batch, on whose statistics "
+        "it is explained",
+        "one that does not",
+        "An explainer of your own says what it explains by its attribute forward_func. Or call "
+        "eval() on this layer, or pass batch_norm='running' to the prior.",
     )
 
 

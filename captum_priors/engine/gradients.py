@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors._checks import check_floating
-from captum_priors._errors import NotDifferentiableError, TargetError, expected_found
+from captum_priors._errors import NotDifferentiableError, TargetError, expected_found, refusal
 from captum_priors._types import Differentiation
 from captum_priors.engine._torch import (
     DEAD_ENDS,
@@ -73,7 +73,9 @@ def input_gradients(
     if not torch.is_grad_enabled() or recording() is not None:
         return values(field, points)
     if way == "finite_difference":
-        from captum_priors.engine.replay import finite_difference  # which is made of gradients
+        from captum_priors.engine.finite_difference import (
+            finite_difference,  # which is made of gradients
+        )
 
         return finite_difference(field, points)
     return differentiate(field(tuple(own)), tuple(own), create_graph=True)
@@ -174,24 +176,22 @@ def check_rows(outputs: Tensor, n_rows: int) -> None:
     if outputs.numel() == 1 and n_rows == 1:
         return
     if outputs.numel() == 1:
-        raise TargetError(
-            expected_found(
-                "`forward_func`",
-                f"one output for each of the {n_rows} rows",
-                "one number for all of them, whose attributions would scale with how many rows go "
-                "through at once",
-                'Return shape (batch,): a loss takes reduction="none".',
-            )
+        raise refusal(
+            TargetError,
+            "`forward_func`",
+            f"one output for each of the {n_rows} rows",
+            "one number for all of them, whose attributions would scale with how many rows go "
+            "through at once",
+            'Return shape (batch,): a loss takes reduction="none".',
         )
-    raise TargetError(
-        expected_found(
-            "`target`",
-            f"it to select one output for each of the {n_rows} rows",
-            f"outputs of shape {tuple(outputs.shape)}",
-            "Pass target=..., a class index, or one for each example; for outputs of several "
-            "dimensions a tuple, target=(class, row, column); or let forward_func return shape "
-            "(batch,).",
-        )
+    raise refusal(
+        TargetError,
+        "`target`",
+        f"it to select one output for each of the {n_rows} rows",
+        f"outputs of shape {tuple(outputs.shape)}",
+        "Pass target=..., a class index, or one for each example; for outputs of several "
+        "dimensions a tuple, target=(class, row, column); or let forward_func return shape "
+        "(batch,).",
     )
 
 
@@ -222,18 +222,17 @@ def refuse_coupled_examples(run: Callable[[slice], Tensor], n_examples: int) -> 
         tolerance = 1e3 * eps if eps < 1e-5 else 8 * eps
         scale = alone.abs().amax() + together.abs().amax()
         if bool(((together - alone).abs() > tolerance * scale).any()) and torch.equal(alone, again):
-            raise NotDifferentiableError(
-                expected_found(
-                    "`forward_func`",
-                    "examples that do not influence each other, because their points go through "
-                    "the model together with others",
-                    f"outputs of {alone.shape[0]} examples that change by up to "
-                    f"{float((together - alone).abs().max()):.2g} with the rest of the batch",
-                    "Look for BatchNorm in train mode or without running statistics, statistics or "
-                    "graphs over the batch. An explainer that takes each example once, such as "
-                    "Saliency or ExpectedGradients with n_samples=1, with "
-                    "differentiation='double_backprop' takes such models.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "`forward_func`",
+                "examples that do not influence each other, because their points go through "
+                "the model together with others",
+                f"outputs of {alone.shape[0]} examples that change by up to "
+                f"{float((together - alone).abs().max()):.2g} with the rest of the batch",
+                "Look for BatchNorm in train mode or without running statistics, statistics or "
+                "graphs over the batch. An explainer that takes each example once, such as "
+                "Saliency or ExpectedGradients with n_samples=1, with "
+                "differentiation='double_backprop' takes such models.",
             )
 
 
@@ -241,14 +240,13 @@ def refuse_batch_statistics(modules: Iterable[nn.Module]) -> None:
     """Refuse BatchNorm in train mode: the examples would not be those of the forward pass."""
     for module in modules:
         if isinstance(module, Normalisation) and module.training:
-            raise NotDifferentiableError(
-                expected_found(
-                    "a gradient that comes later",
-                    "examples that do not influence each other",
-                    f"{type(module).__name__} in train mode",
-                    "Call model.eval(), use a prior (which holds the model still), or "
-                    "differentiation='double_backprop'.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "a gradient that comes later",
+                "examples that do not influence each other",
+                f"{type(module).__name__} in train mode",
+                "Call model.eval(), use a prior (which holds the model still), or "
+                "differentiation='double_backprop'.",
             )
 
 

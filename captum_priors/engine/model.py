@@ -3,7 +3,6 @@
 import functools
 import sys
 import threading
-import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,14 +21,13 @@ from captum_priors._errors import NotDifferentiableError
 from captum_priors.engine._failures import cause_of
 from captum_priors.engine._torch import Normalisation, saved_tensors_hooks
 from captum_priors.engine.batch_norm import BATCH_NORMS, HeldStatistics, unknown
+from captum_priors.engine.modules import modules_of, plainly_in, submodules_of
 from captum_priors.engine.processes import wrapped, wrapper_classes
 from captum_priors.engine.random import GlobalState, seed_global
 
 T = TypeVar("T")
 BatchNorm = Literal["batch", "running"]
 
-# Attributes in which explainers, and objects around a model, keep what they run.
-_HOLDERS = ("forward_func", "model", "attribution_method", "attr_method", "explainer", "layer")
 # Modules' flags and buffers belong to the process: passes in several threads take turns.
 _turn = threading.RLock()
 _thread = threading.local()
@@ -117,8 +115,7 @@ class AttributionPass:
         self.exact = exact
         self.holds = holds
         self.batch_norm = batch_norm
-        self.statistics = HeldStatistics()
-        self.holds_statistics = False
+        self.statistics: HeldStatistics | None = None  # of BatchNorm layers, once there are some
         self.left_inference = False
         self.modules: set[nn.Module] = set()
         self.seeded = 0 if seed is None else seed
@@ -170,10 +167,9 @@ class AttributionPass:
 
     def may_hold_statistics(self) -> bool:
         """Whether there are BatchNorm layers in training mode, or functions that may hide some."""
-        if self.batch_norm == "running":
-            return False
-        unknown = not self.seen.looked or any(m.training for m in self.seen.batch_norms)
-        return bool(self.statistics) or (self._hidden and unknown)
+        if self.statistics is not None or not self._hidden or self.batch_norm == "running":
+            return self.statistics is not None
+        return not self.seen.looked or any(m.training for m in self.seen.batch_norms)
 
     def hold_statistics(self, run: Callable[[], T]) -> T:
         """Explain BatchNorm layers in training mode on the statistics of a batch, for all rows.
@@ -186,6 +182,8 @@ class AttributionPass:
         """
         if not self.exact:
             run_eagerly(self._stack)  # compiled modules would not see the statistics
+        if self.statistics is None:
+            self.statistics = HeldStatistics()
         found = self.statistics.record(run)
         self.seen.looked = True
         if self.statistics.alone and not self.seen.alone:
@@ -195,8 +193,7 @@ class AttributionPass:
                 "explained on their running statistics. Use larger batches, or drop the last one.",
                 stacklevel=2,
             )
-        if self.statistics:
-            self.holds_statistics = True
+        if self.statistics.layers:
             self._stack.enter_context(self.statistics)
         return found
 
@@ -261,6 +258,8 @@ class AttributionPass:
             for name in ("running_mean", "running_var"):
                 self._undo.append((module, name, None))
                 setattr(module, name, torch.full((module.num_features,), torch.nan))
+        if self.statistics is None:
+            self.statistics = HeldStatistics()
         if not self.statistics.recording and current_pass() is self:  # it has begun
             raise unknown(type(module).__name__)
         self.statistics.take(module)
@@ -348,68 +347,6 @@ def run_eagerly(stack: ExitStack) -> None:
     """Run compiled modules as they were written, until the stack ends."""
     if "torch._dynamo" in sys.modules:  # nothing can be compiled where nobody imported it
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-
-
-# ---- The modules behind what is explained --------------------------------------------------
-
-
-def modules_of(*holders: Any) -> tuple[nn.Module, ...]:
-    """Return the root modules that are plainly there.
-
-    A module, a bound method's, a partial's, and those that an object has as attributes, or in its
-    ``forward_func``, ``model`` and the like. What another function hides shows when it runs: see
-    :func:`run_modules`.
-    """
-    return plainly_in(holders)[0]
-
-
-def submodules_of(*holders: Any) -> tuple[nn.Module, ...]:
-    """Return every module below the roots that are plainly there, each once."""
-    return tuple(dict.fromkeys(m for root in modules_of(*holders) for m in root.modules()))
-
-
-def plainly_in(holders: Sequence[Any]) -> tuple[tuple[nn.Module, ...], bool]:
-    """Root modules, and whether there are functions that may hide more."""
-    roots: dict[nn.Module, None] = {}
-    hidden, stack, seen = False, list(reversed(holders)), set[int]()
-    while stack:
-        holder = stack.pop()
-        if holder is None or id(holder) in seen:
-            continue
-        seen.add(id(holder))
-        if isinstance(holder, nn.Module):
-            roots[holder] = None
-        elif isinstance(holder, functools.partial):
-            stack.extend([holder.func, *holder.args, *holder.keywords.values()])
-        elif isinstance(holder, types.MethodType):
-            stack.append(holder.__self__)
-        else:
-            before = len(stack)
-            for name, inside in reversed(getattr(holder, "__dict__", {}).items()):
-                if inside is not None and (name in _HOLDERS or isinstance(inside, nn.Module)):
-                    stack.append(inside)
-            if len(stack) == before:
-                hidden = hidden or callable(holder) or hasattr(holder, "attribute")
-    return tuple(roots), hidden
-
-
-@contextmanager
-def run_modules() -> Iterator[list[nn.Module]]:
-    """Collect the root modules that run in this thread in the block."""
-    roots: list[nn.Module] = []
-    known: set[nn.Module] = set()
-    owner = threading.get_ident()
-
-    def on_call(module: nn.Module, args: Any) -> None:
-        if threading.get_ident() == owner and module not in known:
-            roots.append(module)
-            known.update(module.modules())
-
-    handle = register_module_forward_pre_hook(on_call)
-    try:
-        yield roots
-    finally:
-        handle.remove()
 
 
 # ---- Activations ---------------------------------------------------------------------------

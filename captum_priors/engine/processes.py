@@ -179,6 +179,36 @@ def _computed_together(modules: Sequence[nn.Module]) -> bool:
     return False
 
 
+def part_of_whole(
+    value: Tensor, modules: Sequence[nn.Module], *, mean: bool, of_batch: bool, training: bool
+) -> Tensor:
+    """Weigh the value of this process's part of a batch.
+
+    Args:
+        value: A mean or sum over this process's examples, or a statistic of the batch.
+        modules: Every module that is explained.
+        mean: Whether it is a mean.
+        of_batch: Whether it is a statistic of the batch.
+        training: Whether it is trained on.
+    """
+    processes = current_processes()
+    if of_batch:
+        if processes is None and training:
+            raise refusal(
+                ValueError,
+                "statistic of a batch",
+                "to be told which examples make the batch, because several processes train "
+                "together",
+                "nothing said",
+                "Write captum_priors.integrations.AcrossProcesses(prior) where the processes share "
+                "each batch, or AcrossProcesses(prior, 'self') where every process has a batch of "
+                "its own.",
+            )
+    elif processes is not None:
+        value = value * (processes.share if mean else processes.size)
+    return needs_unsharded(value, modules)
+
+
 # Modules of ``fully_shard`` whose parameters an ``unsharded`` block keeps whole.
 unsharded_now: WeakSet[nn.Module] = WeakSet()
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors.engine.processes import unsharded_now
 
 __all__ = ["unsharded"]
@@ -66,12 +66,11 @@ def unsharded(model: nn.Module, *, synchronise: bool = True) -> Iterator[None]:
         for name in left_behind:
             whole[name].grad = None
     if left_behind:
-        raise NotDifferentiableError(
-            expected_found(
-                "backward pass of a prior",
-                "its gradients before fully_shard collects those of the module",
-                f"that those of {', '.join(left_behind)} came later",
-                "Evaluate the prior after the model's forward pass: loss = "
-                "F.cross_entropy(model(x), y); loss = loss + prior(x, target=y).",
-            )
+        raise refusal(
+            NotDifferentiableError,
+            "backward pass of a prior",
+            "its gradients before fully_shard collects those of the module",
+            f"that those of {', '.join(left_behind)} came later",
+            "Evaluate the prior after the model's forward pass: loss = "
+            "F.cross_entropy(model(x), y); loss = loss + prior(x, target=y).",
         )

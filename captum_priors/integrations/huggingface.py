@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors._extras import extra
 from captum_priors.engine import modules_of
 from captum_priors.integrations._terms import Means, evaluate
@@ -228,12 +228,11 @@ def _check_explains(prior: Prior, model: nn.Module) -> None:
     behind = modules_of(*(value for m in prior.modules() for value in vars(m).values()))
     explained = {p for m in behind for p in m.parameters()} - set(prior.parameters())
     if explained and explained.isdisjoint(model.parameters()):
-        raise ValueError(
-            expected_found(
-                f"prior {prior!r}",
-                "an explainer of the model that is trained",
-                "one of a model that shares no parameter with it",
-                "Make the prior from that model, or pass a function that makes it: "
-                "prior=lambda model: ...",
-            )
+        raise refusal(
+            ValueError,
+            f"prior {prior!r}",
+            "an explainer of the model that is trained",
+            "one of a model that shares no parameter with it",
+            "Make the prior from that model, or pass a function that makes it: "
+            "prior=lambda model: ...",
         )

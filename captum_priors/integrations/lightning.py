@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_priors._captum import as_tuple
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors.integrations._terms import evaluate
 from captum_priors.priors.base import Prior
 
@@ -65,13 +65,12 @@ class PriorMixin:
         super().__init_subclass__(**kwargs)
         before = [c.__name__ for c in cls.__mro__[: cls.__mro__.index(PriorMixin)]]
         if "LightningModule" in before:  # it would take the hooks and not pass them on
-            raise TypeError(
-                expected_found(
-                    f"bases of {cls.__name__}",
-                    "PriorMixin before the LightningModule",
-                    ", ".join(base.__name__ for base in cls.__bases__),
-                    "Change their order.",
-                )
+            raise refusal(
+                TypeError,
+                f"bases of {cls.__name__}",
+                "PriorMixin before the LightningModule",
+                ", ".join(base.__name__ for base in cls.__bases__),
+                "Change their order.",
             )
 
     def prior_arguments(self, batch: Any) -> Mapping[str, Any]:
@@ -112,14 +111,13 @@ class PriorMixin:
     def on_train_batch_end(self, outputs: Any, *args: Any, **kwargs: Any) -> None:
         """Refuse a step that went without the prior."""
         if not self._prior_was_added and outputs is not None:
-            raise RuntimeError(
-                expected_found(
-                    f"{type(self).__name__}.training_step",
-                    "the prior in the loss",
-                    "a step that PriorMixin does not see and that does not call prior_loss",
-                    "List PriorMixin before the class that has the step, or add "
-                    "self.prior_loss(batch) to the loss there.",
-                )
+            raise refusal(
+                RuntimeError,
+                f"{type(self).__name__}.training_step",
+                "the prior in the loss",
+                "a step that PriorMixin does not see and that does not call prior_loss",
+                "List PriorMixin before the class that has the step, or add "
+                "self.prior_loss(batch) to the loss there.",
             )
         self._prior_was_added = False
         super().on_train_batch_end(outputs, *args, **kwargs)  # type: ignore[misc]  # the framework's

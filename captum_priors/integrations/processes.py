@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_inputs
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine.processes import Processes, spread_over, world_rank, world_size
 from captum_priors.engine.random import Counter  # streams are counters, too
@@ -103,13 +103,12 @@ class AcrossProcesses(Wrapper):
             place = crc32(each.get_extra_state().numpy().tobytes(), place)
         processes, places = self._exchanged(like, place)
         if bool((places != place).any()):
-            raise ValueError(
-                expected_found(
-                    f"prior {self!r}",
-                    "the same prior at the same step on every process",
-                    "another than here",
-                    "Load one state_dict on all of them, and call it on all of them.",
-                )
+            raise refusal(
+                ValueError,
+                f"prior {self!r}",
+                "the same prior at the same step on every process",
+                "another than here",
+                "Load one state_dict on all of them, and call it on all of them.",
             )
         return processes
 
@@ -163,13 +162,12 @@ def check_synchronised(model: nn.Module, process_group: Any = None) -> None:
     names = sorted(set().union(*everybody))
     apart = [name for name in names if len({each.get(name) for each in everybody}) > 1]
     if apart:
-        raise RuntimeError(
-            expected_found(
-                "parameters",
-                "the same on every process",
-                f"{len(apart)} of {len(names)} that differ, the first of them {apart[0]}",
-                "Run one backward pass for everything, through the wrapper: (F.cross_entropy("
-                "ddp(x), y) + prior(x, target=y)).backward(). A backward pass of the prior's own "
-                "goes first, under ddp.no_sync().",
-            )
+        raise refusal(
+            RuntimeError,
+            "parameters",
+            "the same on every process",
+            f"{len(apart)} of {len(names)} that differ, the first of them {apart[0]}",
+            "Run one backward pass for everything, through the wrapper: (F.cross_entropy("
+            "ddp(x), y) + prior(x, target=y)).backward(). A backward pass of the prior's own "
+            "goes first, under ddp.no_sync().",
         )

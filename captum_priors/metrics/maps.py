@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_priors import distances
 from captum_priors._checks import check_count
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors._extras import extra
 from captum_priors._types import TensorOrTuple
 from captum_priors.penalties.annotation import fitted
@@ -82,8 +82,8 @@ def top_k_intersection(
     check_count("k", k)
     left, right = (importance_rows(maps, dim) for maps in (attributions, other))
     if k > left.shape[1]:
-        raise ValueError(
-            expected_found("`k`", f"at most the {left.shape[1]} features", str(k), "Lower k.")
+        raise refusal(
+            ValueError, "`k`", f"at most the {left.shape[1]} features", str(k), "Lower k."
         )
     return torch.minimum(_membership(left, k), _membership(right, k)).sum(1) / k
 

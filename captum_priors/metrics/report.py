@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, like_inputs
 from captum_priors._checks import check_inputs, fraction
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors._extras import extra
 from captum_priors._probe import (
     Probe,
@@ -112,13 +112,12 @@ class StabilityReport:
         rows = [r for r in self.rows if explainer in ("", r.explainer)]
         found = [r for r in rows if attack in ("", r.attack)]
         if len(found) != 1:
-            raise KeyError(
-                expected_found(
-                    "`row`",
-                    f"one row for explainer={explainer!r}, attack={attack!r}",
-                    str(len(found)),
-                    f"There are {[(r.explainer, r.attack) for r in self.rows]}.",
-                )
+            raise refusal(
+                KeyError,
+                "`row`",
+                f"one row for explainer={explainer!r}, attack={attack!r}",
+                str(len(found)),
+                f"There are {[(r.explainer, r.attack) for r in self.rows]}.",
             )
         return found[0]
 
@@ -214,8 +213,8 @@ def stability_report(
                 for name, values in each.items():
                     row.setdefault(name, []).append(values)
     if not found:
-        raise ValueError(
-            expected_found("`loader`", "at least one example", "none", "Pass a non-empty loader.")
+        raise refusal(
+            ValueError, "`loader`", "at least one example", "none", "Pass a non-empty loader."
         )
     rows = (
         ReportRow(*names, {n: ReportScore.of(torch.cat(v), confidence) for n, v in row.items()})
@@ -275,20 +274,19 @@ def _built(what: str, given: Any, is_built: Callable[[Any], bool], example: str)
     """Require a dictionary of built things by name."""
     if not isinstance(given, Mapping) or not all(map(is_built, given.values())):
         expected = "a dictionary of built objects or functions by name"
-        raise TypeError(expected_found(f"`{what}`", expected, repr(given), f"Pass {example}."))
+        raise refusal(TypeError, f"`{what}`", expected, repr(given), f"Pass {example}.")
     return given
 
 
 def _subjects(explainers: Any, attacks: Any) -> list[_Subject]:
     names = [set(given) if isinstance(given, Mapping) else given for given in (explainers, attacks)]
     if not explainers or names[0] != names[1]:
-        raise ValueError(
-            expected_found(
-                "`explainers` and `attacks`",
-                "two dictionaries with the same names, at least one",
-                f"{names[0]} and {names[1]}",
-                "Pass {'plain': Saliency(model)} and {'plain': {'noise': RandomAttack(...)}}.",
-            )
+        raise refusal(
+            ValueError,
+            "`explainers` and `attacks`",
+            "two dictionaries with the same names, at least one",
+            f"{names[0]} and {names[1]}",
+            "Pass {'plain': Saliency(model)} and {'plain': {'noise': RandomAttack(...)}}.",
         )
     found = []
     for name, explainer in explainers.items():
@@ -308,12 +306,11 @@ def _batches(loader: Any) -> Iterator[tuple[Any, Tensor | None]]:
         inputs = tuple(inputs) if isinstance(inputs, list) else inputs
         n = check_inputs(inputs)
         if isinstance(loader, Tensor) or (labels is not None and labels.shape != (n,)):
-            raise ValueError(
-                expected_found(
-                    "`loader`",
-                    "batches of inputs, or of inputs and class indices of shape (batch,)",
-                    "a tensor" if labels is None else f"labels of shape {tuple(labels.shape)}",
-                    "Put a single batch into a list: [(inputs, labels)].",
-                )
+            raise refusal(
+                ValueError,
+                "`loader`",
+                "batches of inputs, or of inputs and class indices of shape (batch,)",
+                "a tensor" if labels is None else f"labels of shape {tuple(labels.shape)}",
+                "Put a single batch into a list: [(inputs, labels)].",
             )
         yield inputs, labels

@@ -15,8 +15,9 @@ from captum_priors._types import Penalty
 from captum_priors.adapters import differentiable
 from captum_priors.engine import current_processes, derive
 from captum_priors.engine.model import BatchNorm
+from captum_priors.engine.processes import is_distributed
 from captum_priors.engine.random import STREAMS, GeneratorState
-from captum_priors.priors.base import Call, Reduction, Term, is_distributed
+from captum_priors.priors.base import Call, Reduction, Term
 
 Parameters = Mapping[str, Parameter]
 _OF_CALL = ("baselines", "target", "additional_forward_args")

@@ -1,19 +1,16 @@
 """What a prior is, and the terms that say one number for each example."""
 
 import inspect
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from captum_priors._captum import as_tuple, output_error
+from captum_priors._captum import output_error
 from captum_priors._checks import (
     check_annotation,
     check_inputs,
@@ -21,22 +18,22 @@ from captum_priors._checks import (
     check_target,
     positive,
 )
-from captum_priors._errors import expected_found, one_of
+from captum_priors._errors import one_of, refusal
 from captum_priors._rows import Rows, shared
 from captum_priors._shown import shown_options
 from captum_priors._types import TensorOrTuple
-from captum_priors.engine import AttributionPass, Stream, current_processes
+from captum_priors.engine import AttributionPass, Stream
 from captum_priors.engine.model import BatchNorm, out_of_inference
 from captum_priors.engine.processes import (
-    needs_unsharded,
+    is_distributed,
+    part_of_whole,
     rank_of_draws,
     refuse_spread_parameters,
 )
+from captum_priors.priors.batch_norm import hold_statistics, warn_of_running_statistics
 
 Reduction = Literal["mean", "sum"]
 Tensors = tuple[Tensor, ...]
-is_distributed: Callable[[], bool] = dist.is_initialized if dist.is_available() else bool
-"""Whether several processes may train together."""
 
 
 class Prior(nn.Module, ABC):
@@ -108,16 +105,14 @@ class Prior(nn.Module, ABC):
 
     def _not_a_number(self, sign: str, other: Any) -> TypeError:
         """Word the commonest slip: adding a prior to the loss without calling it."""
-        return TypeError(
-            expected_found(
-                f"{self.formula()} {sign}",
-                "another prior" if sign == "+" else "a number",
-                type(other).__name__,
-                "Call the prior on a batch, prior(inputs, target=...), and add its value to the "
-                "loss."
-                if sign == "+"
-                else "Write 0.1 * prior; a learned weight multiplies the value, w * prior(inputs).",
-            )
+        return refusal(
+            TypeError,
+            f"{self.formula()} {sign}",
+            "another prior" if sign == "+" else "a number",
+            type(other).__name__,
+            "Call the prior on a batch, prior(inputs, target=...), and add its value to the loss."
+            if sign == "+"
+            else "Write 0.1 * prior; a learned weight multiplies the value, w * prior(inputs).",
         )
 
     def __repr__(self) -> str:
@@ -201,8 +196,8 @@ class Term(Prior):
 
     A subclass implements ``_scores(call)``, shape ``(batch,)``, or ``()`` for a statement about the
     batch, which runs inside an :class:`captum_priors.engine.AttributionPass`. Its options are those
-    of its signature, kept by ``_set(locals(), name=check, ...)``; ``labels = True`` has the target
-    checked as class labels.
+    of its signature, kept under their names; ``labels = True`` has the target checked as class
+    labels.
 
     Args:
         explained: The model, function or explainer.
@@ -255,11 +250,6 @@ class Term(Prior):
         self.stream = Stream()
         self._told = False
         self._calls = 0  # with running statistics, until they are seen to differ
-
-    def _set(self, given: dict[str, Any], **checks: Callable[[str, Any], Any]) -> None:
-        """Check and keep options of the subclass's signature, which its ``repr`` shows."""
-        for name, check in checks.items():
-            setattr(self, name, check(name, given[name]))
 
     @abstractmethod
     def _scores(self, call: Call) -> Tensor:
@@ -326,7 +316,11 @@ class Term(Prior):
             if explaining.left_inference:
                 batch = out_of_inference(batch)
             if self.takes_tensors and explaining.may_hold_statistics():
-                self._hold_statistics(explaining, *(_whole_batch.get() or (inputs, args)))
+                models = self._models()
+                if self.batch_norm == "batch":
+                    hold_statistics(explaining, models, (inputs, args))
+                elif warn_of_running_statistics(explaining, models, (inputs, args)):
+                    self._calls = -1  # once
             yield self._call(*batch, explaining)
 
     def takes(self, name: str) -> bool:
@@ -382,36 +376,24 @@ class Term(Prior):
         batch = call.n if self.takes_tensors else None
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else None
         if shape is None or shape not in ((), (shape[:1] if batch is None else (batch,))):
-            raise ValueError(
-                expected_found(
-                    f"`{self._name_of_score}`",
-                    f"a tensor of shape ({'n' if batch is None else batch},), or () for the batch",
-                    str(type(scores).__name__ if shape is None else shape),
-                    "Return one unreduced number for each example.",
-                )
+            raise refusal(
+                ValueError,
+                f"`{self._name_of_score}`",
+                f"a tensor of shape ({'n' if batch is None else batch},), or () for the batch",
+                str(type(scores).__name__ if shape is None else shape),
+                "Return one unreduced number for each example.",
             )
         reduced: Tensor = scores.mean() if self.reduction == "mean" else scores.sum()
-        return self._spread(reduced, shape == (), call) if is_distributed() else reduced
-
-    def _hold_statistics(
-        self, explaining: AttributionPass, inputs: Any, args: tuple[Any, ...]
-    ) -> None:
-        """Explain BatchNorm layers that train on the statistics of the batch."""
-        tensors = out_of_inference(as_tuple(inputs))
-
-        def run() -> list[Tensor]:
-            models = [model for model in self._models() if model is not None]
-            return [Rows(model, None, args, tensors[0].shape[0])(tensors) for model in models]
-
-        batch = explaining.hold_statistics(run)
-        if self.batch_norm == "running":
-            explaining.statistics.release()
-            with torch.no_grad():
-                running = run()
-            pairs = zip(batch, running, strict=True)
-            if any(bool((a - b).abs().mean() > a.std(correction=0)) for a, b in pairs):
-                warnings.warn(_DIFFER, stacklevel=2)
-                self._calls = -1
+        if not is_distributed():
+            return reduced
+        self._check_spread(call)  # of modules that a function has hidden until now
+        return part_of_whole(
+            reduced,
+            tuple(call.explaining.modules),
+            mean=self.reduction == "mean",
+            of_batch=shape == (),
+            training=self.training_step(),
+        )
 
     def _compares(self) -> bool:
         """Whether to look at outputs on both statistics: at calls 1, 2, 4, 8, ... until told."""
@@ -425,59 +407,16 @@ class Term(Prior):
             refuse_spread_parameters(modules, twice=self._way() != "finite_difference")
             self._told = True
 
-    def _spread(self, reduced: Tensor, whole: bool, call: Call) -> Tensor:
-        """Weigh the value of this process's part of a batch."""
-        processes, training = current_processes(), self.training_step()
-        self._check_spread(call)  # of modules that a function has hidden until now
-        modules = tuple(call.explaining.modules)
-        if whole:
-            if processes is None and training:
-                raise ValueError(_UNDECIDED)
-        elif processes is not None:
-            reduced = reduced * (processes.share if self.reduction == "mean" else processes.size)
-        return needs_unsharded(reduced, modules)
-
-
-_whole_batch: ContextVar[tuple[Any, tuple[Any, ...]] | None] = ContextVar("batch", default=None)
-
-
-@contextmanager
-def part_of(inputs: Any, additional_forward_args: Any) -> Iterator[None]:
-    """Evaluate priors on a part of this batch, whose statistics BatchNorm keeps."""
-    args = additional_forward_args
-    args = () if args is None else args if isinstance(args, tuple) else (args,)
-    token = _whole_batch.set(_whole_batch.get() or (inputs, args))
-    try:
-        yield
-    finally:
-        _whole_batch.reset(token)
-
-
-_DIFFER = (
-    "batch_norm='running': the outputs of the model on the explained batch differ between running "
-    "statistics and those of the batch by more than they differ between examples. The prior then "
-    "explains another function than the one that is trained, and can ruin the model in evaluation "
-    "mode. Use batch_norm='batch'."
-)
-_UNDECIDED = expected_found(
-    "statistic of a batch",
-    "to be told which examples make the batch, because several processes train together",
-    "nothing said",
-    "Write captum_priors.integrations.AcrossProcesses(prior) where the processes share each batch, "
-    "or AcrossProcesses(prior, 'self') where every process has a batch of its own.",
-)
-
 
 def check_keywords(prior: Prior, baselines: Any, annotations: dict[str, Any]) -> None:
     """Refuse baselines or annotations that nobody would look at."""
     given = [*annotations] if baselines is None else ["baselines", *annotations]
     for name in given:
         if not prior.takes(name):
-            raise TypeError(
-                expected_found(
-                    f"prior {prior!r}",
-                    "keywords that a term of it takes",
-                    repr(name),
-                    "Leave it out, or use a penalty that declares it.",
-                )
+            raise refusal(
+                TypeError,
+                f"prior {prior!r}",
+                "keywords that a term of it takes",
+                repr(name),
+                "Leave it out, or use a penalty that declares it.",
             )

@@ -15,7 +15,8 @@ from captum_priors._types import TensorOrTuple
 from captum_priors.engine import Stream, any_process
 from captum_priors.engine.processes import rank_of_draws
 from captum_priors.engine.random import Counter
-from captum_priors.priors.base import Prior, Term, check_keywords, part_of
+from captum_priors.priors.base import Prior, Term, check_keywords
+from captum_priors.priors.batch_norm import part_of
 from captum_priors.priors.combined import Wrapper, weighted_priors
 
 logger = logging.getLogger(__name__)

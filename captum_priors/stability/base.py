@@ -14,7 +14,7 @@ from torch import Tensor
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_floating, check_forward_func
-from captum_priors._errors import expected_found, one_of
+from captum_priors._errors import one_of, refusal
 from captum_priors.attacks.ball import Tensors
 from captum_priors.engine import Field, input_gradients
 from captum_priors.engine.model import BatchNorm
@@ -99,13 +99,12 @@ def logits_and_labels(call: Call, points: Tensors) -> tuple[Tensor, Tensor]:
     logits = logits_of(call.outputs(points))
     labels = torch.as_tensor(call.target, device=logits.device).flatten().expand(call.n).long()
     if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
-        raise ValueError(
-            expected_found(
-                "`target`",
-                f"labels below the {logits.shape[1]} classes of the outputs",
-                f"labels from {int(labels.min())} to {int(labels.max())}",
-                "Check which output of the model this is.",
-            )
+        raise refusal(
+            ValueError,
+            "`target`",
+            f"labels below the {logits.shape[1]} classes of the outputs",
+            f"labels from {int(labels.min())} to {int(labels.max())}",
+            "Check which output of the model this is.",
         )
     return logits, labels.repeat(len(logits) // call.n)
 

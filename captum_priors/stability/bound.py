@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, forward_args
 from captum_priors._checks import check_floating, check_inputs, check_target, count
-from captum_priors._errors import NotDifferentiableError, expected_found, one_of
+from captum_priors._errors import NotDifferentiableError, one_of, refusal
 from captum_priors._rows import Rows, selected
 from captum_priors._types import TensorOrTuple
 from captum_priors.attacks.ball import Tensors, broadcast
@@ -132,14 +132,13 @@ def _along_path(
     # Rounding of the gradients, of which two are subtracted.
     slack = 100 * torch.finfo(moved.dtype).eps * (ends[1].norm(dim=1) + ends[0].norm(dim=1))
     if bool((moved > bound + slack).any()):
-        raise NotDifferentiableError(
-            expected_found(
-                "form='path'",
-                "a gradient that moves by no more than the sampled Hessians allow",
-                f"one that moves by {float((moved / bound).amax()):.3g} times that",
-                "A network with ReLU or max-pooling has no bound: smooth it with "
-                "smooth_activations. Otherwise raise n_steps or n_samples.",
-            )
+        raise refusal(
+            NotDifferentiableError,
+            "form='path'",
+            "a gradient that moves by no more than the sampled Hessians allow",
+            f"one that moves by {float((moved / bound).amax()):.3g} times that",
+            "A network with ReLU or max-pooling has no bound: smooth it with "
+            "smooth_activations. Otherwise raise n_steps or n_samples.",
         )
     return bound
 
@@ -242,14 +241,13 @@ def _slope_and_curvature(layer: Any, x: Tensor, beta: float | None, norm: Norm) 
         ones = torch.ones_like(x[:1])
         (columns,) = input_gradients(lambda z: layer(*z).flatten(1).sum(1), (ones,))
         return (layer(ones).max() * columns.max()).sqrt(), 0.0  # of its row and column sums
-    raise NotDifferentiableError(
-        expected_found(
-            "the product form",
-            "an nn.Sequential of linear maps, average-pooling, BatchNorm and smooth activations",
-            str(layer),
-            "Use form='path', which takes any twice differentiable model; smooth_activations "
-            "takes the kinks out of ReLU.",
-        )
+    raise refusal(
+        NotDifferentiableError,
+        "the product form",
+        "an nn.Sequential of linear maps, average-pooling, BatchNorm and smooth activations",
+        str(layer),
+        "Use form='path', which takes any twice differentiable model; smooth_activations "
+        "takes the kinks out of ReLU.",
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_priors._captum import as_tuple, forward_args
 from captum_priors._checks import count, positive
 from captum_priors._checks import fraction as check_fraction
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors._probe import Probe, check_explainer, check_options
 from captum_priors._rows import Rows
 from captum_priors._shown import shown, shown_options, shown_value
@@ -125,13 +125,12 @@ class ATEX(Regularizer):
         check_options(explainer, attribute_options)
         self.options = attribute_options
         if teacher is None and not isinstance(forward_func, nn.Module):
-            raise ValueError(
-                expected_found(
-                    "`teacher`",
-                    "one, unless `forward_func` is a module that can be copied",
-                    f"none for a {type(forward_func).__name__}",
-                    "Pass teacher=..., a module or function with the predictions to keep.",
-                )
+            raise refusal(
+                ValueError,
+                "`teacher`",
+                "one, unless `forward_func` is a module that can be copied",
+                f"none for a {type(forward_func).__name__}",
+                "Pass teacher=..., a module or function with the predictions to keep.",
             )
         self.__dict__["explainer"] = explainer  # past nn.Module's registration, like the model
         if teacher is None:
@@ -205,13 +204,12 @@ class ATEX(Regularizer):
         maps = probe(leaves, derive(call.seed, 0))
         found, expected = ([tuple(m.shape) for m in each] for each in (maps, leaves))
         if found != expected:
-            raise ValueError(
-                expected_found(
-                    "`explainer`",
-                    f"attributions of the shapes {expected} of the inputs",
-                    str(found),
-                    "Use an explainer of the inputs rather than of a layer.",
-                )
+            raise refusal(
+                ValueError,
+                "`explainer`",
+                f"attributions of the shapes {expected} of the inputs",
+                str(found),
+                "Use an explainer of the inputs rather than of a layer.",
             )
         return flat_rows(maps)
 

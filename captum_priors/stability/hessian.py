@@ -12,8 +12,8 @@ from captum_priors._checks import count, positive
 from captum_priors._errors import one_of
 from captum_priors.attacks.ball import Tensors, per_example
 from captum_priors.engine import with_second_derivative
+from captum_priors.engine.finite_difference import computes_in_half
 from captum_priors.engine.model import BatchNorm
-from captum_priors.engine.replay import computes_in_half
 from captum_priors.priors.base import Call, Reduction
 from captum_priors.stability.base import Regularizer, flat_rows, square_norms
 

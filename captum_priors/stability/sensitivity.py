@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors._checks import count, positive
-from captum_priors._errors import expected_found, one_of
+from captum_priors._errors import one_of, refusal
 from captum_priors.engine import modules_of
 from captum_priors.engine.model import BatchNorm
 from captum_priors.priors.base import Call, Reduction
@@ -126,13 +126,12 @@ class ActivationSensitivity(Regularizer):
         ran = {module for module, _ in seen}
         silent = [module for module in self._chosen if module not in ran]
         if not seen or (silent and self.layers != "weights"):
-            raise ValueError(
-                expected_found(
-                    "`layers`",
-                    "modules that the forward pass calls",
-                    f"that it does not call {', '.join(type(m).__name__ for m in silent) or 'any'}",
-                    "Pass layers=[...], modules whose outputs count and that run.",
-                )
+            raise refusal(
+                ValueError,
+                "`layers`",
+                "modules that the forward pass calls",
+                f"that it does not call {', '.join(type(m).__name__ for m in silent) or 'any'}",
+                "Pass layers=[...], modules whose outputs count and that run.",
             )
         return [output for _, output in seen]
 
@@ -140,13 +139,12 @@ class ActivationSensitivity(Regularizer):
         """Mean response of the neurons of one layer, for each example."""
         rows = (1 + self.n_samples) * n
         if activation.dim() == 0 or len(activation) % rows:
-            raise ValueError(
-                expected_found(
-                    "`layers`",
-                    f"outputs whose first dimension holds the {rows} examples of a pass",
-                    f"shape {tuple(activation.shape)}",
-                    "Pass layers=[...] that keep the batch first.",
-                )
+            raise refusal(
+                ValueError,
+                "`layers`",
+                f"outputs whose first dimension holds the {rows} examples of a pass",
+                f"shape {tuple(activation.shape)}",
+                "Pass layers=[...] that keep the batch first.",
             )
         values = flat_rows((activation,)).reshape(1 + self.n_samples, n, -1)
         clean, noisy = values[:1], values[1:]
@@ -176,12 +174,11 @@ def _chosen_layers(layers: Any, roots: Sequence[nn.Module]) -> tuple[Any, list[n
     chosen = [modules.get(layer, layer) if isinstance(layer, str) else layer for layer in layers]
     for layer in chosen:
         if not isinstance(layer, nn.Module):
-            raise ValueError(
-                expected_found(
-                    "`layers`",
-                    "'weights', or a list of modules of the model or their names",
-                    repr(layer),
-                    "See model.named_modules().",
-                )
+            raise refusal(
+                ValueError,
+                "`layers`",
+                "'weights', or a list of modules of the model or their names",
+                repr(layer),
+                "See model.named_modules().",
             )
     return [names.get(module, module) for module in chosen], list(dict.fromkeys(chosen))

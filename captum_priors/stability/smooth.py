@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from captum_priors._checks import nonnegative, positive
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors.engine.model import ReluMode
 
 
@@ -122,6 +122,4 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
 
 def _check_module(model: Any, remedy: str) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            expected_found("`model`", "a torch.nn.Module", type(model).__name__, remedy)
-        )
+        raise refusal(TypeError, "`model`", "a torch.nn.Module", type(model).__name__, remedy)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_inputs, check_target
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors._rows import selected
 from captum_priors._types import Differentiation, Target, TensorOrTuple
 from captum_priors.adapters.shap.model import (
@@ -160,10 +160,8 @@ class ShapAdapter:
         """
         for name in set(options) - set(self.options):
             known = f"{type(self.explainer).__name__} ({', '.join(self.options)})"
-            raise TypeError(
-                expected_found(
-                    f"`{name}`", f"an option of {known}", "another", "Check the spelling."
-                )
+            raise refusal(
+                TypeError, f"`{name}`", f"an option of {known}", "another", "Check the spelling."
             )
         check_target(target, check_inputs(inputs))
         tensors = as_tuple(inputs)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors._rows import Rows
 from captum_priors._types import Target
 from captum_priors.adapters.shap.adapter import Options, Tensors
@@ -96,13 +96,12 @@ def _check_sum(missing: Tensor) -> None:
     """Make SHAP's own check: operators that it does not know show in the sums."""
     worst = float(missing.detach().abs().max())
     if not worst < _ADDITIVE:
-        raise AssertionError(
-            expected_found(
-                "DeepExplainer",
-                "explanations that sum up to the model's output",
-                f"a difference of {worst:.3g} where SHAP tolerates {_ADDITIVE}",
-                "Give functional activations modules; or accept it with check_additivity=False.",
-            )
+        raise refusal(
+            AssertionError,
+            "DeepExplainer",
+            "explanations that sum up to the model's output",
+            f"a difference of {worst:.3g} where SHAP tolerates {_ADDITIVE}",
+            "Give functional activations modules; or accept it with check_additivity=False.",
         )
 
 

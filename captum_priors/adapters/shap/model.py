@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors._captum import output_error, select_error
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors.engine import AttributionPass, modules_of, run_modules
 
 _AGREE = 1e-4  # single precision on one side, rounding of the same sums on the other
@@ -83,14 +83,13 @@ class TorchModel:
             if difference <= _AGREE * scale:
                 return
             found = f"a difference of {difference:.3g} in outputs of up to {scale:.3g}"
-        raise ValueError(
-            expected_found(
-                "`model`",
-                "the outputs of the function that SHAP holds, on the background",
-                found,
-                "Pass the torch model that this function wraps: a softmax or a chosen output "
-                "belongs to it, too.",
-            )
+        raise refusal(
+            ValueError,
+            "`model`",
+            "the outputs of the function that SHAP holds, on the background",
+            found,
+            "Pass the torch model that this function wraps: a softmax or a chosen output "
+            "belongs to it, too.",
         )
 
     def convert(self, argument: Any) -> Any:
@@ -131,7 +130,7 @@ def _first_float(modules: Sequence[nn.Module]) -> Tensor:
 
 def refused(what: str, expected: str, found: object, remedy: str) -> NotDifferentiableError:
     """Word why something cannot be differentiated."""
-    return NotDifferentiableError(expected_found(what, expected, found, remedy))
+    return refusal(NotDifferentiableError, what, expected, found, remedy)
 
 
 def rows_at_once(device: torch.device) -> int:
