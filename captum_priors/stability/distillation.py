@@ -142,7 +142,7 @@ class ATEX(Regularizer):
     def train(self, mode: bool = True) -> "ATEX":
         """Set the mode of the prior; the copy that teaches keeps its running statistics."""
         super().train(mode)
-        if self._owns_teacher:
+        if "teacher" in self._modules:
             self.teacher.eval()
         return self
 

@@ -1,7 +1,7 @@
 """Show that the tests see wrong numbers: make one small mistake at a time and run its test.
 
-``python -m tests.mutants [-j JOBS] [PART OF A NAME, FILE OR TEST ...]`` reads ``mutants.txt``, where
-the text of a mutant stands exactly once in its file. Its test passes, and fails with the mistake.
+``python -m tests.mutants [-j JOBS] [PART OF A NAME, FILE OR TEST ...]`` reads ``mutants.txt``: the
+text of a mutant stands exactly once in its file, and its test passes, but fails with the mistake.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Mutant:
 
 
 def mutants() -> list[Mutant]:
-    """Read the table: blocks of five lines, and headings that begin with #."""
+    """Read the table: blocks of five lines, under headings that begin with #."""
     table = Path(__file__).with_name("mutants.txt").read_text(encoding="utf-8")
     found = []
     for block in re.split(r"\n\n+", re.sub(r"(?m)^#.*\n", "", table).strip()):
@@ -97,11 +97,8 @@ def main() -> None:
     parser.add_argument("-j", "--jobs", type=int, default=1)
     parser.add_argument("parts", nargs="*")
     options = parser.parse_args()
-    chosen = [
-        m
-        for m in mutants()
-        if not options.parts or any(p in f"{m.name} {m.file} {m.test}" for p in options.parts)
-    ]
+    parts = options.parts or [""]
+    chosen = [m for m in mutants() if any(p in f"{m.name} {m.file} {m.test}" for p in parts)]
     lost = [m for m in chosen if m.occurrences() != 1 or m.text == m.replacement]
     for m in lost:
         print(f"{m.name}: its text stands {m.occurrences()} times in {m.file}\n  {m.text}")
