@@ -1,5 +1,6 @@
 """The only module that touches Captum's private helpers, so that an upgrade is checked here."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,6 @@ from captum._utils.progress import progress
 from captum.attr._core.dataloader_attr import SUPPORTED_METHODS
 from captum.attr._core.deep_lift import SUPPORTED_NON_LINEAR
 from captum.attr._core.llm_attr import GradientForwardFunc
-from captum.attr._utils.common import _format_callable_baseline
 from captum.attr._utils.lrp_rules import (
     Alpha1_Beta0_Rule,
     EpsilonRule,
@@ -30,7 +30,7 @@ from captum.attr._utils.lrp_rules import (
 )
 from torch import Tensor
 
-from captum_priors._errors import TargetError, expected_found
+from captum_priors._errors import TargetError, refusal
 from captum_priors._types import TensorOrTuple
 
 __all__ = [
@@ -78,47 +78,42 @@ def forward_args(additional_forward_args: Any) -> tuple[Any, ...]:
     return _format_additional_forward_args(additional_forward_args) or ()
 
 
-def call_baselines(baselines: Any, inputs: TensorOrTuple) -> tuple[Any, ...]:
-    """Call baselines given as a function of nothing or of the inputs; return a tuple."""
-    formatted: tuple[Any, ...] = _format_callable_baseline(baselines, inputs)
-    return formatted
+def call_baselines(baselines: Any, inputs: TensorOrTuple) -> Any:
+    """Call baselines that are a function, of nothing or of the inputs."""
+    return baselines(inputs) if inspect.signature(baselines).parameters else baselines()
 
 
 def output_error(output: Tensor, n_rows: int) -> Exception:
     """Word that outputs are not one row for each row of inputs."""
-    return ValueError(
-        expected_found(
-            "`forward_func`",
-            f"outputs for each of the {n_rows} rows, shape (rows, ...)",
-            f"shape {tuple(output.shape)}",
-            'Return the outputs of each example, unreduced: a loss takes reduction="none".',
-        )
+    return refusal(
+        ValueError,
+        "`forward_func`",
+        f"outputs for each of the {n_rows} rows, shape (rows, ...)",
+        f"shape {tuple(output.shape)}",
+        'Return the outputs of each example, unreduced: a loss takes reduction="none".',
     )
 
 
 def select_error(output: Any, target: Any) -> Exception:
     """Word why no output can be selected."""
     if not isinstance(output, Tensor):
-        return TypeError(
-            expected_found(
-                "`forward_func`",
-                "it to return a torch.Tensor",
-                type(output).__name__,
-                "Wrap it in a function that returns the logits alone.",
-            )
+        return refusal(
+            TypeError,
+            "`forward_func`",
+            "it to return a torch.Tensor",
+            type(output).__name__,
+            "Wrap it in a function that returns the logits alone.",
         )
     found = repr(target)
     if isinstance(target, Tensor):
         found = f"{target.dtype} of shape {tuple(target.shape)} on {target.device}"
         if target.numel() and not target.is_meta and not target.is_floating_point():
             found += f", values from {target.min().item()} to {target.max().item()}"
-    return TargetError(
-        expected_found(
-            "`target`",
-            f"what selects one output for each row of outputs {tuple(output.shape)} on "
-            f"{output.device}",
-            found if len(found) < 200 else f"a {type(target).__name__}",
-            "Pass a class index from 0 to outputs - 1, or an int64 tensor (batch,) of them on the "
-            "model's device; leave it out where there is one output for each example.",
-        )
+    return refusal(
+        TargetError,
+        "`target`",
+        f"what selects one output for each row of outputs {tuple(output.shape)} on {output.device}",
+        found if len(found) < 200 else f"a {type(target).__name__}",
+        "Pass a class index from 0 to outputs - 1, or an int64 tensor (batch,) of them on the "
+        "model's device; leave it out where there is one output for each example.",
     )

@@ -11,8 +11,8 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, forward_args, like_inputs
-from captum_priors._errors import expected_found
+from captum_priors._captum import as_tuple, forward_args, like_inputs, output_error
+from captum_priors._errors import refusal, type_of
 from captum_priors._rows import run_forward
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine.random import STREAMS, seed_global
@@ -23,14 +23,12 @@ _PASSED_AT_CALL = ("inputs", "target", "additional_forward_args")
 def check_explainer(explainer: Any) -> None:
     """Require an object with Captum's ``attribute``."""
     if isinstance(explainer, type) or not callable(getattr(explainer, "attribute", None)):
-        found = f"the class {explainer.__name__}" if isinstance(explainer, type) else None
-        raise TypeError(
-            expected_found(
-                "`explainer`",
-                "an object with Captum's attribute(inputs, ...)",
-                found or type(explainer).__name__,
-                "Pass for example captum.attr.Saliency(model).",
-            )
+        raise refusal(
+            TypeError,
+            "`explainer`",
+            "an object with Captum's attribute(inputs, ...)",
+            type_of(explainer),
+            "Pass for example ExpectedGradients(model).",
         )
 
 
@@ -42,19 +40,14 @@ def check_options(explainer: Any, options: Iterable[str]) -> None:
     for name in options:
         if name not in parameters:
             known = ", ".join(p for p in parameters if p not in _PASSED_AT_CALL)
-            raise TypeError(
-                expected_found(
-                    f"`{name}`",
-                    f"an option of {type(explainer).__name__}.attribute ({known})",
-                    repr(name),
-                    _did_you_mean(name, parameters),
-                )
+            close = difflib.get_close_matches(name, parameters, n=1)
+            raise refusal(
+                TypeError,
+                f"`{name}`",
+                f"an option of {type(explainer).__name__}.attribute ({known})",
+                repr(name),
+                f"Did you mean {close[0]}?" if close else "Check the spelling.",
             )
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"Did you mean {close[0]}?" if close else "Check the spelling."
 
 
 def forward_func_of(explainer: Any) -> Any:
@@ -94,8 +87,7 @@ class Probe:
             )
             seed_global(seed, STREAMS)
             found = self.explainer.attribute(like_inputs(self._like, points), **self._call)
-        each = as_tuple(found)
-        return each if graph else tuple(a.detach() for a in each)
+        return tuple(a if graph else a.detach() for a in as_tuple(found))
 
 
 @torch.no_grad()
@@ -109,15 +101,7 @@ def outputs_of(
 def check_outputs(outputs: Tensor, n_examples: int) -> Tensor:
     """Require one row of outputs for each example."""
     if outputs.dim() == 0 or outputs.shape[0] != n_examples:
-        raise ValueError(
-            expected_found(
-                "`forward_func`",
-                f"outputs for each of the {n_examples} examples",
-                f"shape {tuple(outputs.shape)}",
-                "Return shape (batch, classes), or (batch,) for one logit; a loss takes "
-                'reduction="none".',
-            )
-        )
+        raise output_error(outputs, n_examples)
     return outputs
 
 

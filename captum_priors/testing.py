@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_tensors
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors._probe import check_explainer, check_options
 from captum_priors.engine import modules_of, run_modules
 from captum_priors.engine.random import STREAMS, GlobalState, seed_global
@@ -100,10 +100,6 @@ def check_differentiable(
     check_options(explainer, attribute_options)
     check_tensors(inputs)
     state = GlobalState.now(STREAMS)
-    try:
-        tensors = _checked(explainer, inputs, parameters, attribute_options)
-    finally:
-        state.restore()
     directions = torch.Generator().manual_seed(seed)
     weights: list[Tensor] = []
 
@@ -112,66 +108,52 @@ def check_differentiable(
         attributions = as_tuple(explainer.attribute(inputs, **attribute_options))
         if not weights:
             weights.extend(_random_like(a, directions) for a in attributions)
-        return torch.stack(
-            [(w * a).sum() for w, a in zip(weights, attributions, strict=True)]
-        ).sum()
+        pairs = zip(weights, attributions, strict=True)
+        return torch.stack([(w * a).sum() for w, a in pairs]).sum()
 
     try:
+        named = _checked(explainer, inputs, parameters, attribute_options)
         with torch.enable_grad():  # throughout: some explainers of users need it for their values
             attributed = value()
-            gradients: Sequence[Tensor | None] = [None] * len(tensors)
+            gradients: Sequence[Tensor | None] = [None] * len(named)
             if attributed.requires_grad:
                 gradients = torch.autograd.grad(
-                    attributed, [tensor for _, tensor in tensors], allow_unused=True
+                    attributed, [tensor for _, tensor in named], allow_unused=True
                 )
             analytic, numeric = [], []
-            for (_, tensor), gradient in zip(tensors, gradients, strict=True):
+            for (_, tensor), gradient in zip(named, gradients, strict=True):
                 direction = _random_like(tensor, directions)
                 analytic.append(0.0 if gradient is None else float((gradient * direction).sum()))
                 numeric.append(_central_difference(value, tensor, direction, step))
     finally:
         state.restore()
-    remedy = (
-        "Do not train on it: a part of the computation is missing from its graph, or is random, or "
-        "has a kink within the step."
-    )
-    if isinstance(explainer, Attribution) and type(explainer).__module__.startswith("captum."):
-        remedy = "Captum's own classes drop the graph: wrap it, differentiable(explainer)."
-    names = [name for name, _ in tensors]
-    return _verdict(names, analytic, numeric, tolerance, remedy if raise_exception else None)
-
-
-def _verdict(
-    names: list[str],
-    analytic: list[float],
-    numeric: list[float],
-    tolerance: float,
-    remedy: str | None,
-) -> Certificate:
     scale = max([abs(v) for v in (*analytic, *numeric) if math.isfinite(v)], default=1.0)
-    finite = all(map(math.isfinite, (*analytic, *numeric)))
-    if scale == 0 and finite:
-        raise ValueError(
-            expected_found(
-                "`explainer`",
-                "attributions that depend on at least one of the parameters",
-                "derivatives that are all zero, which certifies nothing",
-                "Choose a nonlinear model, or other parameters.",
-            )
-        )
-    each = [abs(a - n) / (scale or 1.0) for a, n in zip(analytic, numeric, strict=True)]
     # Whatever is not a number is no derivative, wherever it stands.
-    each = [e if math.isfinite(e) else math.inf for e in each]
-    worst = names[each.index(max(each))]
-    certificate = Certificate(max(each), dict(zip(names, each, strict=True)), tolerance)
-    if remedy is not None and not certificate.passed:
-        raise NotDifferentiableError(
-            expected_found(
-                "`explainer`",
-                f"a gradient within {tolerance:g} of central differences",
-                f"an error of {certificate.error:.2g}, the largest at {worst!r}",
-                remedy,
-            )
+    gaps = [a - n for a, n in zip(analytic, numeric, strict=True)]
+    errors = [abs(gap) / (scale or 1.0) if math.isfinite(gap) else math.inf for gap in gaps]
+    if scale == max(errors) == 0:
+        raise refusal(
+            ValueError,
+            "`explainer`",
+            "attributions that depend on at least one of the parameters",
+            "derivatives that are all zero, which certifies nothing",
+            "Choose a nonlinear model, or other parameters.",
+        )
+    names = [name for name, _ in named]
+    certificate = Certificate(max(errors), dict(zip(names, errors, strict=True)), tolerance)
+    if raise_exception and not certificate.passed:
+        stock = isinstance(explainer, Attribution)
+        stock = stock and type(explainer).__module__.startswith("captum.")
+        worst = names[errors.index(max(errors))]
+        raise refusal(
+            NotDifferentiableError,
+            "`explainer`",
+            f"a gradient within {tolerance:g} of central differences",
+            f"an error of {certificate.error:.2g}, the largest at {worst!r}",
+            "Captum's own classes drop the graph: wrap it, differentiable(explainer)."
+            if stock
+            else "Do not train on it: a part of the computation is missing from its graph, or "
+            "is random, or has a kink within the step.",
         )
     return certificate
 
@@ -194,41 +176,37 @@ def _checked(
             for i, module in enumerate(modules)
             for name, parameter in module.named_parameters()
         ]
-    parameters = list(parameters)
-    if any(not isinstance(entry, tuple) for entry in parameters):
-        raise TypeError(
-            expected_found(
-                "`parameters`",
-                "pairs of a name and a tensor",
-                "tensors alone",
-                "Pass model.named_parameters().",
-            )
+    pairs = list(parameters)
+    if any(not isinstance(entry, tuple) for entry in pairs):
+        raise refusal(
+            TypeError,
+            "`parameters`",
+            "pairs of a name and a tensor",
+            "tensors alone",
+            "Pass model.named_parameters().",
         )
-    named = {id(p): (name, p) for name, p in parameters if p.requires_grad}
-    for i, tensor in enumerate(as_tuple(inputs)):
-        if tensor.requires_grad:
-            named[id(tensor)] = (f"inputs[{i}]", tensor)
-    if not named:
-        raise ValueError(
-            expected_found(
-                "`parameters`",
-                f"parameters behind {type(explainer).__name__} that require gradients",
-                "none",
-                "Pass parameters=model.named_parameters().",
-            )
-        )
-    for name, tensor in named.values():
+    pairs += [(f"inputs[{i}]", tensor) for i, tensor in enumerate(as_tuple(inputs))]
+    # Each tensor once, under the last of its names.
+    names = {tensor: name for name, tensor in pairs if tensor.requires_grad}
+    for tensor, name in names.items():
         if tensor.dtype != torch.float64 or not tensor.is_leaf:
-            raise TypeError(
-                expected_found(
-                    f"`{name}`",
-                    "a leaf tensor in torch.float64",
-                    f"{tensor.dtype}, leaf: {tensor.is_leaf}",
-                    "Certify a copy of the model made with copy.deepcopy(model).double(): in lower "
-                    "precision a difference quotient cannot tell right from wrong.",
-                )
+            raise refusal(
+                TypeError,
+                f"`{name}`",
+                "a leaf tensor in torch.float64",
+                f"{tensor.dtype}, leaf: {tensor.is_leaf}",
+                "Certify a copy of the model made with copy.deepcopy(model).double(): in lower "
+                "precision a difference quotient cannot tell right from wrong.",
             )
-    return list(named.values())
+    if not names:
+        raise refusal(
+            ValueError,
+            "`parameters`",
+            f"parameters behind {type(explainer).__name__} that require gradients",
+            "none",
+            "Pass parameters=model.named_parameters().",
+        )
+    return [(name, tensor) for tensor, name in names.items()]
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:

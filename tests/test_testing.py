@@ -138,3 +138,19 @@ def test_parameters_of_one_name_in_two_modules() -> None:
     assert not found.passed
     assert max(found.errors, key=lambda name: found.errors[name]) == "0:Linear.weight"
     assert len(found.errors) == 4
+
+
+def test_parameters_of_one_name_are_all_checked() -> None:
+    """The first of two is missing from the graph, the last is right."""
+    model = two_layers()
+
+    class Forgetful(Gradient):
+        def attribute(self, inputs: Tensor) -> Tensor:
+            hidden = torch.tanh(inputs @ model[0].weight.detach().T + model[0].bias)
+            return (model[1].weight * (1 - hidden.square())) @ model[0].weight.detach()
+
+    both = [("weight", model[0].weight), ("weight", model[1].weight)]
+    found = check_differentiable(
+        Forgetful(model), torch.randn(2, 3), parameters=both, raise_exception=False
+    )
+    assert not found.passed

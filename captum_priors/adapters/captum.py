@@ -4,18 +4,24 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import captum.attr
 import torch
 from captum.attr import GradientAttribution, LayerAttribution, NoiseTunnel
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, compute_gradients, forward_args, like_inputs
-from captum_priors._checks import check_floating, check_target, check_tensors
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._captum import (
+    as_tuple,
+    call_baselines,
+    compute_gradients,
+    forward_args,
+    like_inputs,
+)
+from captum_priors._checks import check_distribution, check_floating, check_target, check_tensors
+from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors._probe import forward_func_of
 from captum_priors._rows import Rows
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
 from captum_priors.attr import ExpectedGradients
+from captum_priors.attr.layers import copied
 from captum_priors.engine import attribution_call
 
 ADAPTERS: dict[type, type["CaptumAdapter"]] = {}
@@ -75,13 +81,12 @@ class CaptumAdapter:
     def with_differentiation(self, differentiation: Differentiation) -> Any:
         """Set how the parameter gradient is taken, if this class can."""
         if differentiation not in self.differentiations:
-            raise NotDifferentiableError(
-                expected_found(
-                    f"`differentiation` of {self._stock.__name__}",
-                    " or ".join(map(repr, self.differentiations)),
-                    repr(differentiation),
-                    "Its attributions are more than arithmetic on input gradients.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                f"`differentiation` of {self._stock.__name__}",
+                " or ".join(map(repr, self.differentiations)),
+                repr(differentiation),
+                "Its attributions are more than arithmetic on input gradients.",
             )
         self.differentiation = differentiation
         return self
@@ -113,13 +118,12 @@ class CaptumAdapter:
         """Refuse what is set on the explainer and would not be honoured with a graph."""
         own = getattr(self, "gradient_func", compute_gradients)
         if not str(getattr(own, "__module__", "")).startswith("captum."):
-            raise NotDifferentiableError(
-                expected_found(
-                    "`explainer`",
-                    "Captum's own gradient_func",
-                    "another one, which an adapter would replace",
-                    "Register a conversion of your own with differentiable.register.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "`explainer`",
+                "Captum's own gradient_func",
+                "another one, which an adapter would replace",
+                "Register a conversion of your own with differentiable.register.",
             )
 
     def _check_call(self, given: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -133,11 +137,17 @@ class CaptumAdapter:
         if isinstance(self, NoiseTunnel) or (isinstance(self, GradientAttribution) and not layer):
             check_floating(tensors)
         # Elsewhere it is a keyword for something else: a tunnel's method, LIME's functions.
-        if "baselines" in self._takes:
-            if self.draws_baselines and callable(given.get("baselines")):
-                takes_inputs = inspect.signature(given["baselines"]).parameters
-                given["baselines"] = given["baselines"](*[given["inputs"]] * bool(takes_inputs))
-            _check_baselines(given.get("baselines"), tensors, drawn=self.draws_baselines)
+        if "baselines" in self._takes and self.draws_baselines:
+            found = given.get("baselines")
+            found = call_baselines(found, given["inputs"]) if callable(found) else found
+            each = check_distribution(found if isinstance(found, tuple) else (found,), tensors)
+            if (
+                "DeepLift" in self._stock.__name__
+            ):  # which wants several rows: one twice is the same
+                each = tuple(torch.cat([b, b]) if len(b) == 1 else b for b in each)
+            given["baselines"] = like_inputs(given["inputs"], each)
+        elif "baselines" in self._takes and given.get("baselines") is not None:
+            _check_baselines(given["baselines"], tensors)
         if any(name in self._stock.__name__ for name in _STACKING) and tensors[0].dim() > 0:
             args = forward_args(given.get("additional_forward_args"))
             rows = Rows(forward_func_of(self), None, args, tensors[0].shape[0])
@@ -155,7 +165,7 @@ class CaptumAdapter:
             own = tuple(t.clone() for t in own)  # no leaves, which nobody may work in place on
         copies = {**given, "inputs": like_inputs(given["inputs"], own)}
         if "baselines" in given:
-            copies["baselines"] = _cloned(given["baselines"])
+            copies["baselines"] = copied(given["baselines"])
         return copies
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
@@ -165,62 +175,38 @@ class CaptumAdapter:
         return inspect.unwrap(self._stock.attribute)(self, **given)
 
 
-def _cloned(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_cloned, value))
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _check_baselines(baselines: Any, tensors: tuple[Tensor, ...], *, drawn: bool) -> None:
-    """Require references that fit: a distribution of rows, or what goes with each example."""
+def _check_baselines(baselines: Any, tensors: tuple[Tensor, ...]) -> None:
+    """Require what goes with each example: a number, one row, or as many rows."""
     each = baselines if isinstance(baselines, tuple) else (baselines,)
-    if baselines is None and not drawn:
-        return
     if len(each) != len(tensors):
-        raise ValueError(
-            expected_found(
-                "`baselines`",
-                f"{len(tensors)}, one for each input",
-                str(len(each)),
-                "Pass a tuple with one entry for each of the inputs, in their order.",
-            )
+        raise refusal(
+            ValueError,
+            "`baselines`",
+            f"{len(tensors)}, one for each input",
+            str(len(each)),
+            "Pass a tuple with one entry for each of the inputs, in their order.",
         )
     for i, (baseline, tensor) in enumerate(zip(each, tensors, strict=True)):
         name = f"`baselines[{i}]`" if isinstance(baselines, tuple) else "`baselines`"
-        if not isinstance(baseline, Tensor) and (drawn or not isinstance(baseline, (int, float))):
-            raise TypeError(
-                expected_found(
-                    name,
-                    "a tensor of reference rows" if drawn else "a tensor or a number",
-                    type(baseline).__name__,
-                    "Pass for example a few hundred training examples stacked along dimension 0."
-                    if drawn
-                    else "Convert it with torch.as_tensor(..., dtype=..., device=...).",
-                )
+        if not isinstance(baseline, (Tensor, int, float)):
+            raise refusal(
+                TypeError,
+                name,
+                "a tensor or a number",
+                type(baseline).__name__,
+                "Convert it with torch.as_tensor(..., dtype=..., device=...).",
             )
-        if isinstance(baseline, Tensor) and not _fits(baseline, tensor, drawn=drawn):
-            raise ValueError(
-                expected_found(
-                    name,
-                    f"reference rows of shape {tuple(tensor.shape[1:])}, any number of them"
-                    if drawn
-                    else f"a number, one row, or rows like those of shape {tuple(tensor.shape)}",
-                    f"shape {tuple(baseline.shape)}",
-                    "The first dimension counts reference rows; the others match the inputs."
-                    if drawn
-                    else "A distribution of reference rows is what ExpectedGradients, GradientShap "
-                    "and DeepLiftShap take.",
-                )
+        shape = tuple(baseline.shape) if isinstance(baseline, Tensor) else ()
+        sizes = zip(reversed(shape), reversed(tensor.shape), strict=False)
+        if len(shape) > tensor.dim() or not all(size in (1, wanted) for size, wanted in sizes):
+            raise refusal(
+                ValueError,
+                name,
+                f"a number, one row, or rows like those of shape {tuple(tensor.shape)}",
+                f"shape {shape}",
+                "A distribution of reference rows is what ExpectedGradients, GradientShap "
+                "and DeepLiftShap take.",
             )
-
-
-def _fits(baseline: Tensor, tensor: Tensor, *, drawn: bool) -> bool:
-    if drawn:
-        return baseline.shape[1:] == tensor.shape[1:] and baseline.numel() > 0
-    try:
-        return bool(torch.broadcast_shapes(baseline.shape, tensor.shape) == tensor.shape)
-    except RuntimeError:
-        return False
 
 
 def adapted(explainer: Any, differentiation: Differentiation = "double_backprop") -> Any:
@@ -230,7 +216,7 @@ def adapted(explainer: Any, differentiation: Differentiation = "double_backprop"
     if isinstance(explainer, (CaptumAdapter, ExpectedGradients)):
         return explainer
     if type(explainer) not in ADAPTERS:
-        raise NotDifferentiableError(refusal(type(explainer)))
+        raise NotDifferentiableError(no_conversion(type(explainer)))
     return ADAPTERS[type(explainer)].of(explainer, differentiation)
 
 
@@ -271,7 +257,7 @@ def held_fixed(name: str) -> str:
     return HELD_FIXED.get(same.get(plain, plain), "")
 
 
-def refusal(cls: type) -> str:
+def no_conversion(cls: type) -> str:
     """Word the error for a class that has no certified conversion."""
     reason = REFUSED.get(cls.__name__) if cls.__module__.startswith("captum.") else None
     if reason is not None:
@@ -283,13 +269,3 @@ def refusal(cls: type) -> str:
         "or register a conversion of your own with differentiable.register and certify it with "
         "captum_priors.testing.check_differentiable."
     )
-
-
-def exported() -> dict[str, type]:
-    """Every explainer that the installed Captum exports, by name."""
-    names = ((name, getattr(captum.attr, name)) for name in captum.attr.__all__)
-    return {
-        name: cls
-        for name, cls in names
-        if isinstance(cls, type) and issubclass(cls, captum.attr.Attribution)
-    }

@@ -2,13 +2,20 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from captum.attr import Attribution
 
-from captum_priors._errors import NotDifferentiableError, expected_found, one_of
+from captum_priors._errors import NotDifferentiableError, one_of, refusal
+from captum_priors._probe import check_explainer
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
-from captum_priors.adapters.captum import ADAPTERS, REGISTERED, CaptumAdapter, adapted, refusal
+from captum_priors.adapters.captum import (
+    ADAPTERS,
+    REGISTERED,
+    CaptumAdapter,
+    adapted,
+    no_conversion,
+)
 from captum_priors.adapters.shap import adapter_of, is_shap
 from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
 
@@ -71,62 +78,50 @@ class Differentiable:
         if is_shap(type(explainer)):
             return adapter_of(explainer, differentiation, model)
         if model is not None:
-            raise TypeError(
-                expected_found(
-                    "`model`",
-                    "a SHAP explainer to go with it",
-                    type(explainer).__name__,
-                    "Other explainers hold their model themselves: leave it out.",
-                )
+            raise refusal(
+                TypeError,
+                "`model`",
+                "a SHAP explainer to go with it",
+                type(explainer).__name__,
+                "Other explainers hold their model themselves: leave it out.",
             )
         if isinstance(explainer, _OWN):
             if differentiation in (None, explainer.differentiation):
                 return explainer
-            explainer = copy.copy(explainer)
-            if isinstance(explainer, CaptumAdapter):
-                return explainer.with_differentiation(differentiation)
-            explainer.differentiation = differentiation
-            return explainer
+            twin = copy.copy(explainer)
+            if isinstance(twin, CaptumAdapter):
+                return twin.with_differentiation(differentiation)
+            twin.differentiation = differentiation
+            return twin
         if isinstance(explainer, Attribution):
             return adapted(explainer, differentiation or "double_backprop")
-        if not callable(getattr(explainer, "attribute", None)):
-            raise TypeError(
-                expected_found(
-                    "`explainer`",
-                    "an object with Captum's attribute(inputs, ...)",
-                    type(explainer).__name__,
-                    "Pass for example ExpectedGradients(model).",
-                )
-            )
+        check_explainer(explainer)
         if differentiation not in (None, getattr(explainer, "differentiation", None)):
-            raise NotDifferentiableError(
-                expected_found(
-                    "`differentiation`",
-                    f"None for a {type(explainer).__name__}, which brings its own graph",
-                    repr(differentiation),
-                    "Register a conversion that honours it with differentiable.register.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "`differentiation`",
+                f"None for a {type(explainer).__name__}, which brings its own graph",
+                repr(differentiation),
+                "Register a conversion that honours it with differentiable.register.",
             )
         return explainer
 
     @staticmethod
     def _convert_class(cls: type, differentiation: Differentiation | None) -> type:
         if differentiation is not None:
-            raise TypeError(
-                expected_found(
-                    "`differentiation`",
-                    "an explainer to apply it to",
-                    f"the class {cls.__name__}",
-                    f"Write differentiable({cls.__name__}(model), differentiation=...).",
-                )
+            raise refusal(
+                TypeError,
+                "`differentiation`",
+                "an explainer to apply it to",
+                f"the class {cls.__name__}",
+                f"Write differentiable({cls.__name__}(model), differentiation=...).",
             )
         if issubclass(cls, _OWN):
             return cls
         if is_shap(cls):
-            shap_class: type = adapter_of(cls, None, None)
-            return shap_class
+            return cast("type", adapter_of(cls, None, None))
         if cls not in ADAPTERS:
-            raise NotDifferentiableError(refusal(cls))
+            raise NotDifferentiableError(no_conversion(cls))
         return ADAPTERS[cls]
 
     @staticmethod
@@ -136,13 +131,12 @@ class Differentiable:
         Certify the result with :func:`captum_priors.testing.check_differentiable`.
         """
         if not isinstance(cls, type) or not callable(convert):
-            raise TypeError(
-                expected_found(
-                    "`register`",
-                    "a class and a function",
-                    f"{cls!r} and {convert!r}",
-                    "Pass differentiable.register(MyExplainer, convert).",
-                )
+            raise refusal(
+                TypeError,
+                "`register`",
+                "a class and a function",
+                f"{cls!r} and {convert!r}",
+                "Pass differentiable.register(MyExplainer, convert).",
             )
         REGISTERED[cls] = convert
 

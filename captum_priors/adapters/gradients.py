@@ -2,7 +2,7 @@
 
 import copy
 from contextlib import nullcontext
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from captum.attr import InputXGradient, IntegratedGradients, Saliency
@@ -19,7 +19,6 @@ from captum_priors.engine import Visit, input_gradients, keep_graph, recompute
 class SeamAdapter(CaptumAdapter):
     """Swaps Captum's ``gradient_func`` for the engine's, and leaves everything else to Captum."""
 
-    _takes_batch_size: ClassVar[bool] = False
     _visit: Visit = staticmethod(keep_graph)
     gradient_func: Any
     forward_func: Any
@@ -33,25 +32,16 @@ class SeamAdapter(CaptumAdapter):
         self._check()
         tensors, inputs = self._check_call(given), given["inputs"]
         wants_delta = given.pop("return_convergence_delta", False)
-        baselines = given.get("baselines")
-        tables = baselines if isinstance(baselines, tuple) else (baselines,)
-        learned = tuple(b for b in tables if isinstance(b, Tensor) and b.requires_grad)
         worker = copy.copy(self)
-
         if self.differentiation == "recompute":
-            if self._takes_batch_size and given.get("internal_batch_size") is None:
+            if "internal_batch_size" in self._takes and given.get("internal_batch_size") is None:
                 given["internal_batch_size"] = tensors[0].shape[0]
 
             def program(arguments: tuple[Tensor, ...], visit: Visit) -> tuple[Tensor, ...]:
-                rest = iter(arguments[len(tensors) :])
-                again = tuple(next(rest) if any(b is t for t in learned) else b for b in tables)
-                call = dict(given)
-                if learned:
-                    call["baselines"] = again if isinstance(baselines, tuple) else again[0]
                 worker._visit = visit
-                return worker._evaluate(self._copies(call, arguments[: len(tensors)]))
+                return worker._evaluate(self._copies(given, arguments))
 
-            result = recompute(program, (*tensors, *learned), forward_func=self.forward_func)
+            result = recompute(program, tensors, forward_func=self.forward_func)
         else:
             result = worker._evaluate(self._copies(given, tensors))
         attributions = like_inputs(inputs, result)
@@ -103,7 +93,6 @@ class DifferentiableIntegratedGradients(SeamAdapter, IntegratedGradients):
     """:class:`captum.attr.IntegratedGradients` with its graph, internal batches included."""
 
     _stock = IntegratedGradients
-    _takes_batch_size = True
 
     def _evaluate(self, given: dict[str, Any]) -> tuple[Tensor, ...]:
         """Add the chunks up again: Captum detaches all of them but the first."""

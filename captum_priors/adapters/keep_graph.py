@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from captum_priors._captum import output_error
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors.engine import with_second_derivative
 
 _CAPTUM = ("captum.attr", "captum._utils")
@@ -101,13 +101,12 @@ class KeepGraph(TorchFunctionMode):
         self, outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any
     ) -> tuple[Tensor, ...]:
         if options.get("is_grads_batched"):
-            raise NotDifferentiableError(
-                expected_found(
-                    "`grad_kwargs`",
-                    "one vector for each output",
-                    "is_grads_batched=True",
-                    "Batches of vectors have no certified gradient: attribute for one at a time.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "`grad_kwargs`",
+                "one vector for each output",
+                "is_grads_batched=True",
+                "Batches of vectors have no certified gradient: attribute for one at a time.",
             )
         points = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
         if isinstance(outputs, tuple) and len(outputs) == 1 < min(self.n_rows, _rows(points[0])):

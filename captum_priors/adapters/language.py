@@ -1,13 +1,13 @@
 """Adapters of the classes that wrap another explainer and explain something else than tensors."""
 
 import copy
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
 from captum.attr import (
     DataLoaderAttribution,
     LLMAttribution,
-    LLMAttributionResult,
     LLMGradientAttribution,
 )
 from torch import Tensor
@@ -25,6 +25,7 @@ class WrapperAdapter(ModeAdapter):
     draws: ClassVar[tuple[str, ...]] = ("torch", "numpy", "python")  # loaders, text baselines
     takes_tensors: ClassVar[bool] = False
     attr_method: Any
+    _called_by_method: ClassVar[Any]  # of this object, the function that the method explains
 
     def __init__(self, attr_method: Any, *args: Any, **options: Any) -> None:
         self._stock.__init__(self, self._as_stock(attr_method), *args, **options)
@@ -45,10 +46,7 @@ class WrapperAdapter(ModeAdapter):
     def _wrap(self, attr_method: Any) -> None:
         """Take the differentiable twin of a method, and let it call this object."""
         self.attr_method = adapted(copy.copy(attr_method))
-        self.attr_method.forward_func = self._called_by_method()
-
-    def _called_by_method(self) -> Any:
-        raise NotImplementedError
+        self.attr_method.forward_func = self._called_by_method(self)
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
         run = self._with_graph if torch.is_grad_enabled() else self._without_graph
@@ -59,6 +57,7 @@ class DifferentiableDataLoaderAttribution(WrapperAdapter, DataLoaderAttribution)
     """:class:`captum.attr.DataLoaderAttribution` with its graph, to every batch of the loader."""
 
     _stock = DataLoaderAttribution
+    _called_by_method = attrgetter("_forward_with_dataloader")
 
     def _as_stock(self, attr_method: Any) -> Any:
         """Captum asks for an exact type."""
@@ -69,52 +68,9 @@ class DifferentiableDataLoaderAttribution(WrapperAdapter, DataLoaderAttribution)
         plain.__dict__.update(attr_method.__dict__)
         return plain
 
-    def _called_by_method(self) -> Any:
-        return self._forward_with_dataloader
-
-
-class DifferentiableLLMAttributionResult(LLMAttributionResult):
-    """A :class:`captum.attr.LLMAttributionResult` whose tensors carry their graph.
-
-    Captum's plots do not take such tensors, so they are drawn from :meth:`detached`.
-    """
-
-    @classmethod
-    def of(cls, result: LLMAttributionResult) -> "DifferentiableLLMAttributionResult":
-        """Turn Captum's result into one that can be plotted with its graph."""
-        twin: Any = copy.copy(result)
-        twin.__class__ = cls
-        made: DifferentiableLLMAttributionResult = twin
-        return made
-
-    def detached(self) -> LLMAttributionResult:
-        """Return Captum's own result, without the graph."""
-        twin: Any = copy.copy(self)
-        for name, value in vars(self).items():
-            vars(twin)[name] = value.detach() if isinstance(value, Tensor) else value
-        twin.__class__ = LLMAttributionResult
-        plain: LLMAttributionResult = twin
-        return plain
-
-
-def _plot(name: str) -> Any:
-    def plot(self: DifferentiableLLMAttributionResult, *args: Any, **options: Any) -> Any:
-        return getattr(self.detached(), name)(*args, **options)
-
-    plot.__name__, plot.__doc__ = name, getattr(LLMAttributionResult, name).__doc__
-    return plot
-
-
-for _name in dir(LLMAttributionResult):
-    if _name.startswith("plot_"):
-        setattr(DifferentiableLLMAttributionResult, _name, _plot(_name))
-
 
 class LanguageAdapter(WrapperAdapter):
     """What the two language-model adapters share."""
-
-    def _run_stock(self, **given: Any) -> Any:
-        return DifferentiableLLMAttributionResult.of(super()._run_stock(**given))
 
     def tensors_of(self, result: Any) -> Tensor:
         """Attributions for a penalty, ``(tokens of the response, features)``; one row without."""
@@ -127,15 +83,11 @@ class DifferentiableLLMAttribution(LanguageAdapter, LLMAttribution):
     """:class:`captum.attr.LLMAttribution` whose result carries its graph."""
 
     _stock = LLMAttribution
-
-    def _called_by_method(self) -> Any:
-        return self._forward_func
+    _called_by_method = attrgetter("_forward_func")
 
 
 class DifferentiableLLMGradientAttribution(LanguageAdapter, LLMGradientAttribution):
     """:class:`captum.attr.LLMGradientAttribution` whose result carries its graph."""
 
     _stock = LLMGradientAttribution
-
-    def _called_by_method(self) -> Any:
-        return GradientForwardFunc(self)
+    _called_by_method = GradientForwardFunc

@@ -11,7 +11,7 @@ from captum.attr import LayerFeaturePermutation, NoiseTunnel
 from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors._rows import Rows
 from captum_priors.adapters.captum import CaptumAdapter, adapted
 from captum_priors.adapters.keep_graph import KeepGraph
@@ -42,14 +42,13 @@ class ModeAdapter(CaptumAdapter):
 
     def _recomputed(self, given: dict[str, Any], tensors: tuple[Tensor, ...]) -> Any:
         if any(t.device.type != "cpu" for t in tensors):
-            raise NotDifferentiableError(
-                expected_found(
-                    f"recompute of {self._stock.__name__}",
-                    "inputs on the CPU",
-                    f"{tensors[0].device}",
-                    "A graph made in a GPU's own thread cannot be told from an earlier one: use "
-                    "differentiation='double_backprop'.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                f"recompute of {self._stock.__name__}",
+                "inputs on the CPU",
+                f"{tensors[0].device}",
+                "A graph made in a GPU's own thread cannot be told from an earlier one: use "
+                "differentiation='double_backprop'.",
             )
         shape: list[Any] = []
 

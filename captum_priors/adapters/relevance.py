@@ -18,7 +18,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
 from captum_priors._captum import CAPTUM_RULES, PropagationRule
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors.adapters.keep_graph import KeepGraph, functions
 from captum_priors.adapters.methods import ModeAdapter
 from captum_priors.adapters.rules import NONLINEAR, KeepRules
@@ -129,13 +129,12 @@ def _refuse_functions(outputs: Sequence[Tensor]) -> None:
     for node in nodes(outputs):
         is_function = isinstance(node, BackwardCFunction)
         if is_function and node.name() != f"{_Splice.__name__}Backward":
-            raise NotDifferentiableError(
-                expected_found(
-                    "LRP with a graph",
-                    "a model of torch's own operators",
-                    f"a torch.autograd.Function ({node.name()})",
-                    "Write its forward pass in operators, or attribute under torch.no_grad().",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "LRP with a graph",
+                "a model of torch's own operators",
+                f"a torch.autograd.Function ({node.name()})",
+                "Write its forward pass in operators, or attribute under torch.no_grad().",
             )
 
 
@@ -144,14 +143,13 @@ def _refuse_rules(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         rule = getattr(module, "rule", None)
         if isinstance(rule, PropagationRule) and type(rule) not in CAPTUM_RULES:
-            raise NotDifferentiableError(
-                expected_found(
-                    "`rule`",
-                    "one of Captum's: " + ", ".join(cls.__name__ for cls in CAPTUM_RULES),
-                    f"{type(rule).__name__} on a {type(module).__name__}",
-                    "A rule of your own has no certified gradient; attribute under "
-                    "torch.no_grad(), where it runs as in Captum.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "`rule`",
+                "one of Captum's: " + ", ".join(cls.__name__ for cls in CAPTUM_RULES),
+                f"{type(rule).__name__} on a {type(module).__name__}",
+                "A rule of your own has no certified gradient; attribute under "
+                "torch.no_grad(), where it runs as in Captum.",
             )
 
 

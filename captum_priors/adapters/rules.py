@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_priors._captum import RESCALED, output_error
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors.adapters.keep_graph import KeepGraph, calling_module, functions
 from captum_priors.adapters.methods import ModeAdapter, adapters_of
 from captum_priors.adapters.modules import path_of, warn_once
@@ -138,13 +138,12 @@ class RescaleAdapter(ModeAdapter):
         super()._check()
         eps = getattr(self, "eps", _EPS)
         if eps < _EPS:
-            raise NotDifferentiableError(
-                expected_found(
-                    "`eps`",
-                    f"at least {_EPS:g}, below which quotients are not differentiated",
-                    f"{eps:g}",
-                    f"Make the {self._stock.__name__} with a larger eps.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "`eps`",
+                f"at least {_EPS:g}, below which quotients are not differentiated",
+                f"{eps:g}",
+                f"Make the {self._stock.__name__} with a larger eps.",
             )
 
     def _marked(self) -> list[nn.Module]:

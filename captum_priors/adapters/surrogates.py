@@ -20,7 +20,7 @@ from captum_priors._captum import (
     SkLearnRidge,
     as_tuple,
 )
-from captum_priors._errors import NotDifferentiableError, expected_found
+from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors.adapters.keep_graph import KeepGraph
 from captum_priors.adapters.methods import ModeAdapter
 
@@ -44,13 +44,12 @@ class LinearSurrogate:
         result = self._stock.fit([[t.detach() for t in batch] for batch in batches], **options)
         inputs, outputs, weights = (torch.cat(parts) for parts in zip(*batches, strict=True))
         if inputs.requires_grad or weights.requires_grad:
-            raise NotDifferentiableError(
-                expected_found(
-                    "`similarity_func`",
-                    "masks and weights of the samples that are constants",
-                    "some with a graph, to learned baselines or the model's own features",
-                    "Detach what they are computed from.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "`similarity_func`",
+                "masks and weights of the samples that are constants",
+                "some with a graph, to learned baselines or the model's own features",
+                "Detach what they are computed from.",
             )
         jacobian = self._jacobian(inputs, weights)
         deviation = (outputs - outputs.detach()).flatten().to(jacobian.dtype)
@@ -66,25 +65,22 @@ class LinearSurrogate:
         return getattr(self.__dict__["_stock"], name)
 
     def _jacobian(self, inputs: Tensor, weights: Tensor) -> Tensor:
-        """Derivative of the coefficients by the outputs, ``(features, samples)``, in float64."""
-        x, w = inputs.double().flatten(1), weights.double().flatten()
+        r"""Derivative of the coefficients by the outputs, ``(features, samples)``, in float64.
+
+        With the rows :math:`\sqrt{\alpha}\, I` below the weighted masks, ridge regression is least
+        squares; the lasso is least squares on its active set, less a constant.
+        """
+        x, root = inputs.double().flatten(1), weights.double().reshape(-1, 1).sqrt()
         options = self._stock.construct_kwargs
         if options.get("fit_intercept", True):
-            x = x - (w @ x) / w.sum()
-        root = w.sqrt().unsqueeze(1)
-        weighted = root * x
-        if type(self._stock) is SkLearnRidge:
-            alpha = options.get("alpha", 1.0)
-            gram = weighted.T @ weighted + alpha * torch.eye(x.shape[1], dtype=x.dtype).to(x)
-            ridge: Tensor = torch.linalg.pinv(gram, hermitian=True) @ weighted.T * root.T
-            return ridge
-        if type(self._stock) is SkLearnLasso:
-            active = self._stock.representation().flatten() != 0
-            jacobian = torch.zeros(x.shape[1], x.shape[0], dtype=x.dtype, device=x.device)
-            jacobian[active] = torch.linalg.pinv(weighted[:, active]) * root.T
-            return jacobian
-        least_squares: Tensor = torch.linalg.pinv(weighted) * root.T
-        return least_squares
+            x = x - (root.square() * x).sum(0) / root.square().sum()
+        ridge, lasso = (type(self._stock) is kind for kind in (SkLearnRidge, SkLearnLasso))
+        shrinkage = float(options.get("alpha", 1.0)) ** 0.5 if ridge else 0.0
+        design = torch.cat([root * x, shrinkage * torch.eye(x.shape[1]).to(x)])
+        active = self._stock.representation().flatten().to(x) != 0 if lasso else slice(None)
+        jacobian = torch.zeros_like(x.T)
+        jacobian[active] = torch.linalg.pinv(design[:, active])[:, : len(x)] * root.T
+        return jacobian
 
 
 class KeepCoefficients(KeepGraph):
@@ -111,26 +107,24 @@ class SurrogateAdapter(ModeAdapter):
         model = self.interpretable_model
         known = _SUPPORTED.get(type(model))
         if known is None or not set(model.construct_kwargs) <= set(known):
-            raise NotDifferentiableError(
-                expected_found(
-                    "`interpretable_model`",
-                    "SkLearnLinearRegression, SkLearnRidge or SkLearnLasso with no other options "
-                    "than fit_intercept, alpha, max_iter and tol",
-                    f"{type(model).__name__}({getattr(model, 'construct_kwargs', '')})",
-                    "Its solution has no Jacobian that is certified.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "`interpretable_model`",
+                "SkLearnLinearRegression, SkLearnRidge or SkLearnLasso with no other options "
+                "than fit_intercept, alpha, max_iter and tol",
+                f"{type(model).__name__}({getattr(model, 'construct_kwargs', '')})",
+                "Its solution has no Jacobian that is certified.",
             )
 
     def _with_graph(self, given: dict[str, Any]) -> Any:
         moving = any(t.requires_grad for t in as_tuple(given["inputs"]))
         if moving and self._weights_depend_on_inputs:
-            raise NotDifferentiableError(
-                expected_found(
-                    "`inputs`",
-                    "inputs that require no gradient",
-                    "some that do",
-                    "The weights of the samples depend on the inputs and are held fixed: detach.",
-                )
+            raise refusal(
+                NotDifferentiableError,
+                "`inputs`",
+                "inputs that require no gradient",
+                "some that do",
+                "The weights of the samples depend on the inputs and are held fixed: detach.",
             )
         worker = copy.copy(self)
         worker.interpretable_model = LinearSurrogate(self.interpretable_model)

@@ -26,37 +26,31 @@ class Draws:
         *,
         stratified: bool,
         generator: torch.Generator | None,
+        device: torch.device | None = None,
     ) -> "Draws":
-        """Draw on the generator's device (the CPU by default), so that seeds mean the same."""
-        device = generator.device if generator is not None else torch.device("cpu")
+        """Draw on the generator's device (the CPU by default), so that seeds mean the same.
+
+        What is drawn moves to ``device``, next to the inputs.
+        """
+        here = generator.device if generator is not None else torch.device("cpu")
         drawn: dict[int, Tensor] = {}
         for n in n_rows:
             if n not in drawn:
-                rows = _reference_rows(n_samples, batch, n, generator, device)
+                rows = _reference_rows(n_samples, batch, n, generator, here)
                 if drawn and n_samples >= n > 1:
                     # Whole passes over a table come in order, which would pair its rows with those
                     # of the tables before.
-                    order = torch.rand(n_samples, batch, generator=generator, device=device)
+                    order = torch.rand(n_samples, batch, generator=generator, device=here)
                     rows = rows.gather(0, order.argsort(0))
-                drawn[n] = rows
-        alphas = torch.rand(n_samples, batch, generator=generator, device=device)
+                drawn[n] = rows.to(device, non_blocking=True)
+        alphas = torch.rand(n_samples, batch, generator=generator, device=here)
         if stratified:
             # One position in each of n equal parts of the path, in random order.
-            order = torch.rand(n_samples, batch, generator=generator, device=device).argsort(0)
+            order = torch.rand(n_samples, batch, generator=generator, device=here).argsort(0)
             alphas = (order + alphas) / n_samples
-        seed = int(torch.randint(_SEEDS, (), generator=generator, device=device))
+        seed = int(torch.randint(_SEEDS, (), generator=generator, device=here))
+        alphas = alphas.to(device, non_blocking=True)
         return cls(tuple(map(drawn.__getitem__, n_rows)), alphas, seed)
-
-    def to(self, device: torch.device) -> "Draws":
-        """Move what was drawn next to the inputs."""
-        if self.alphas.device == device:
-            return self
-        moved = {id(rows): rows.to(device, non_blocking=True) for rows in self.rows}
-        return Draws(
-            tuple(moved[id(rows)] for rows in self.rows),
-            self.alphas.to(device, non_blocking=True),
-            self.noise_seed,
-        )
 
     def noise(self, like: Tensor, sample: int, tensor: int, stdev: float) -> Tensor:
         """Gaussian noise of one sample, the same whenever it is asked for."""
@@ -71,8 +65,6 @@ def _reference_rows(
     n_samples: int, batch: int, n_rows: int, generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
     """Rows for each example, every row used as often as any other, give or take one."""
-    if n_rows == 1:
-        return torch.zeros(n_samples, batch, dtype=torch.long, device=device)
     whole, rest = divmod(n_samples, n_rows)
     if whole == 0:
         return _distinct(rest, batch, n_rows, generator, device)
@@ -95,13 +87,11 @@ def _distinct(
     drawn = torch.randint(n_rows, (n, batch), generator=generator, device=device)
     while n > 1:
         ordered = drawn.sort(0).values
-        repeats = (ordered[1:] == ordered[:-1]).any(0)
-        n_repeats = int(repeats.sum())
-        if n_repeats == 0:
+        again = (ordered[1:] == ordered[:-1]).any(0)
+        n_again = int(again.sum())
+        if n_again == 0:
             break
-        drawn[:, repeats] = torch.randint(
-            n_rows, (n, n_repeats), generator=generator, device=device
-        )
+        drawn[:, again] = torch.randint(n_rows, (n, n_again), generator=generator, device=device)
     return drawn
 
 

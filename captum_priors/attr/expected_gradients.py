@@ -1,6 +1,5 @@
 """Expected gradients (Erion et al. 2021) as a Captum attribution method."""
 
-import functools
 from typing import Any, Literal
 
 import torch
@@ -14,10 +13,9 @@ from captum_priors._checks import (
     check_floating,
     check_forward_func,
     check_inputs,
-    check_reference,
     check_target,
 )
-from captum_priors._errors import expected_found, one_of
+from captum_priors._errors import one_of, refusal
 from captum_priors._rows import Rows
 from captum_priors._types import DIFFERENTIATIONS, Differentiation, TensorOrTuple
 from captum_priors.attr.draws import Draws
@@ -128,11 +126,8 @@ class ExpectedGradients(GradientAttribution):
         table = reference_rows(baselines, inputs)
         args = () if additional_forward_args is None else forward_args(additional_forward_args)
         rows = Rows(self.forward_func, target, args, n)
-        path_sum = self._path_sum(
-            rows, tensors, table, (n_samples, stdevs, estimator, internal_batch_size, generator)
-        )
-        if path_sum.stacks():
-            rows.refuse_coupled(tensors, always=self.differentiation == "recompute")
+        options = (n_samples, stdevs, estimator, internal_batch_size, generator)
+        path_sum = self._path_sum(rows, tensors, tensors, table, options)
         found = path_sum.attributions(tensors, table)
         attributions = found if isinstance(inputs, tuple) else found[0]
         if not return_convergence_delta:
@@ -142,41 +137,57 @@ class ExpectedGradients(GradientAttribution):
     def _path_sum(
         self,
         rows: Rows,
+        inputs: tuple[Tensor, ...],
         explained: tuple[Tensor, ...],
         table: tuple[Tensor, ...],
         options: tuple[Any, ...],
     ) -> PathSum:
-        """Check the options that both explainers share, and draw."""
+        """Check what both explainers share, and draw."""
         n_samples, stdevs, estimator, internal_batch_size, generator = options
-        noise = _each_stdev(stdevs, len(explained))
+        noise = stdevs if isinstance(stdevs, tuple) else (stdevs,) * len(explained)
+        good = [s for s in noise if isinstance(s, (int, float)) and 0 <= s < float("inf")]
+        if not len(good) == len(noise) == len(explained):
+            raise refusal(
+                ValueError,
+                "`stdevs`",
+                f"a non-negative number, or a tuple of {len(explained)}",
+                repr(stdevs),
+                "Pass 0.0 for no noise.",
+            )
         check_count("n_samples", n_samples)
-        if internal_batch_size is not None:
-            check_count("internal_batch_size", internal_batch_size)
+        check_count("internal_batch_size", internal_batch_size, optional=True)
         if estimator not in ESTIMATORS:
             one_of("estimator", estimator, ESTIMATORS)
         if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(
-                expected_found(
-                    "`generator`",
-                    "a torch.Generator",
-                    type(generator).__name__,
-                    "Pass torch.Generator().manual_seed(0).",
-                )
+            raise refusal(
+                TypeError,
+                "`generator`",
+                "a torch.Generator",
+                type(generator).__name__,
+                "Pass torch.Generator().manual_seed(0).",
             )
         control_variate = estimator == "control_variate" and n_samples > 1
         draws = Draws.new(
-            n_samples, rows.n, [*map(len, table)], stratified=control_variate, generator=generator
+            n_samples,
+            rows.n,
+            [*map(len, table)],
+            stratified=control_variate,
+            generator=generator,
+            device=explained[0].device,
         )
         if internal_batch_size is None and self.differentiation == "recompute":
             internal_batch_size = rows.n  # the memory of one pass over the batch
         if internal_batch_size is not None and self.differentiation == "finite_difference":
             internal_batch_size = max(1, internal_batch_size // 2)  # rows go through in pairs
+        if n_samples > 1 or (internal_batch_size or rows.n) < rows.n:  # others', or several of one
+            whole = Rows(rows.forward_func, rows.target, rows.args, rows.n)
+            whole.refuse_coupled(inputs, always=self.differentiation == "recompute")
         return PathSum(
             rows,
-            draws.to(explained[0].device),
+            draws,
             noise,
             self._multiply_by_inputs,
-            control_variate,
+            control_variate and self._multiply_by_inputs,
             self.differentiation,
             internal_batch_size,
         )
@@ -193,36 +204,6 @@ class ExpectedGradients(GradientAttribution):
 
 def reference_rows(baselines: Any, inputs: TensorOrTuple) -> tuple[Tensor, ...]:
     """Evaluate and check the reference distribution: one table of rows for each input."""
-    if callable(baselines):
-        baselines = call_baselines(_returning_something(baselines), inputs)
-    each = baselines if isinstance(baselines, tuple) else (baselines,)
+    found = call_baselines(baselines, inputs) if callable(baselines) else baselines
+    each = found if isinstance(found, tuple) else (found,)
     return check_distribution(each, inputs if isinstance(inputs, tuple) else (inputs,))
-
-
-def _returning_something(baselines: Any) -> Any:
-    @functools.wraps(baselines)
-    def called(*args: Any) -> Any:
-        found = baselines(*args)
-        if found is None:  # which Captum reads as zero
-            check_reference(found)
-        return found
-
-    return called
-
-
-def _each_stdev(stdevs: Any, n_inputs: int) -> tuple[float, ...]:
-    each = stdevs if isinstance(stdevs, tuple) else (stdevs,) * n_inputs
-    for stdev in each:
-        if not isinstance(stdev, (int, float)) or not 0 <= stdev < float("inf"):
-            break
-    else:
-        if len(each) == n_inputs:
-            return each
-    raise ValueError(
-        expected_found(
-            "`stdevs`",
-            f"a non-negative number, or a tuple of {n_inputs}",
-            repr(stdevs),
-            "Pass 0.0 for no noise.",
-        )
-    )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, forward_args
 from captum_priors._checks import check_inputs, check_target
-from captum_priors._errors import expected_found
-from captum_priors._rows import Rows, length_of, run_forward, take, tile
+from captum_priors._errors import refusal
+from captum_priors._rows import Rows, run_forward, take, tile
 from captum_priors._types import Differentiation, TensorOrTuple
 from captum_priors.attr.expected_gradients import Estimator, ExpectedGradients, reference_rows
 from captum_priors.engine import attribution_call, current_pass
@@ -64,10 +64,12 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         differentiation: Differentiation = "double_backprop",
     ) -> None:
         if not isinstance(layer, nn.Module):
-            raise TypeError(
-                expected_found(
-                    "`layer`", "a torch.nn.Module", type(layer).__name__, "Pass model.some_layer."
-                )
+            raise refusal(
+                TypeError,
+                "`layer`",
+                "a torch.nn.Module",
+                type(layer).__name__,
+                "Pass model.some_layer.",
             )
         ExpectedGradients.__init__(
             self, forward_func, multiply_by_inputs, differentiation=differentiation
@@ -91,22 +93,13 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         internal_batch_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Any:
-        """Explain a batch; arguments as in :meth:`ExpectedGradients.attribute`.
+        """Explain a batch, with the arguments of :meth:`ExpectedGradients.attribute`.
 
-        Args:
-            inputs: What the model takes; integers are fine here.
-            baselines: Reference inputs, like ``inputs`` in shape and dtype.
-            n_samples: Samples for each example.
-            stdevs: Standard deviation of noise added to the activations.
-            target: Which output to explain.
-            additional_forward_args: Further arguments of ``forward_func``. Where one of them has an
-                entry for each example, so have the reference activations; their mean is then not
-                known and the paper's estimator is used.
-            return_convergence_delta: Also return the gap of each sample.
-            attribute_to_layer_input: Explain what the layer receives.
-            estimator: ``"control_variate"`` evaluates the layer on all reference rows.
-            internal_batch_size: At most this many rows at once take part in a gradient.
-            generator: Source of the draws.
+        ``inputs`` and ``baselines`` are what the model takes; integers are fine here. The noise of
+        ``stdevs`` is added to the activations, and the control variate evaluates the layer on all
+        reference rows. Where an additional argument has an entry for each example, so have the
+        reference activations; their mean is then not known and the paper's estimator is used.
+        ``attribute_to_layer_input`` explains what the layer receives.
 
         Returns:
             Attributions shaped like the activation, and the deltas if asked for.
@@ -122,27 +115,14 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         table = reference_rows(baselines, inputs)
         args = forward_args(additional_forward_args)
         layer = _Layer(self.forward_func, self.layer, attribute_to_layer_input)
-
         activations, times = layer.activations(tensors, args)
-        n_rows = tuple(t.shape[0] for t in table)
-        alike = len(set(n_rows)) == 1 and not any(_has_entry_for_each(arg, batch) for arg in args)
+        own = [isinstance(arg, Tensor) and arg.shape[:1] == (batch,) for arg in args]
+        alike = len({*map(len, table)}) == 1 and not any(own)
+        estimator = estimator if alike else "monte_carlo"
         rows = _LayerRows(self.forward_func, target, args, batch, layer, tensors, times)
-        path_sum = self._path_sum(
-            rows,
-            activations,
-            table,
-            (
-                n_samples,
-                stdevs,
-                estimator if alike else "monte_carlo",
-                internal_batch_size,
-                generator,
-            ),
-        )
-        if path_sum.stacks():
-            Rows(self.forward_func, target, args, batch).refuse_coupled(
-                tensors, always=self.differentiation == "recompute"
-            )
+        options = (n_samples, stdevs, estimator, internal_batch_size, generator)
+        path_sum = self._path_sum(rows, tensors, activations, table, options)
+
         drawn, reference_args = path_sum.draws.rows, args
         if alike and path_sum.control_variate:
             chosen, reference_inputs = drawn[0], table
@@ -155,9 +135,8 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
             reference_args = tuple(tile(arg, n_samples, batch) for arg in args)
         references, _ = layer.activations(reference_inputs, reference_args)
         _check_alike(activations, references)
-        path_sum = replace(
-            path_sum, draws=replace(path_sum.draws, rows=(chosen,) * len(activations))
-        )
+        draws = replace(path_sum.draws, rows=(chosen,) * len(activations))
+        path_sum = replace(path_sum, draws=draws)
         values = path_sum.attributions(activations, references)
         if times > 1:
             values = tuple(v.flatten(0, 1) for v in values)
@@ -177,29 +156,33 @@ class _Layer:
 
     def activations(self, inputs: Tensors, args: tuple[Any, ...]) -> tuple[Tensors, int]:
         """Return what the layer returns (or receives), by examples, and how many rows each has."""
-        batch = inputs[0].shape[0]
+        batch, current = inputs[0].shape[0], current_pass()
         found = self._recorded(inputs, args)
-        n_rows = found[0].shape[0]
-        times, rest = divmod(n_rows, batch)
-        current = current_pass()
-        if rest or times == 0 or any(a.shape[0] != n_rows for a in found):
-            raise _not_examples(found, batch)
-        if batch > 1 and (times > 1 or (current is not None and not current.seen.before)):
+        times, rest = divmod(found[0].shape[0], batch)
+        alike = rest == 0 < times and all(len(a) == len(found[0]) for a in found)
+        if alike and batch > 1 and (times > 1 or (current is not None and not current.seen.before)):
             some = slice(0, batch // 2)
             half = self._recorded(
                 tuple(x[some] for x in inputs), tuple(take(arg, some, batch) for arg in args)
             )
-            if any(
-                h.shape != a[: times * (batch // 2)].shape for h, a in zip(half, found, strict=True)
-            ):
-                raise _not_examples(found, batch)
+            shapes = [a[: times * (batch // 2)].shape for a in found]
+            alike = [h.shape for h in half] == shapes
+        if not alike:
+            raise refusal(
+                ValueError,
+                "`layer`",
+                f"a layer whose first dimension counts the {batch} examples, or as many rows "
+                "for each, one example's after another's",
+                f"shapes {[tuple(a.shape) for a in found]}",
+                "Choose a layer before the examples are packed or transposed, or one behind.",
+            )
         if times > 1:
             found = tuple(a.unflatten(0, (batch, times)) for a in found)
         return found, times
 
     def _recorded(self, inputs: Tensors, args: tuple[Any, ...]) -> Tensors:
         seen: list[Any] = []
-        with self._hooked(lambda found: seen.append(_copied(found))):
+        with self._hooked(lambda found: seen.append(copied(found))):
             run_forward(self.forward_func, inputs, None, args)
         return _only_activation(seen)
 
@@ -209,7 +192,7 @@ class _Layer:
 
         def hook(found: Any) -> Any:
             several = self.to_input or isinstance(found, tuple)
-            return _copied(values) if several else values[0].clone()
+            return copied(values) if several else values[0].clone()
 
         with self._hooked(hook):
             yield
@@ -244,72 +227,47 @@ class _LayerRows(Rows):
 
     def of(self, examples: slice) -> "_LayerRows":
         """Return the same for some of the examples."""
-        if examples == slice(0, self.n):
-            return self
-        return replace(
-            self,
-            target=take(self.target, examples, self.n),
-            args=tuple(take(arg, examples, self.n) for arg in self.args),
-            n=length_of(examples, self.n),
-            inputs=tuple(x[examples] for x in self.inputs),
-        )
+        some = super().of(examples)
+        inputs = tuple(x[examples] for x in self.inputs)
+        return replace(self, target=some.target, args=some.args, n=some.n, inputs=inputs)
 
 
-def _copied(found: Any) -> Any:
-    """Copy tensors, because the operator that follows may work in place."""
+def copied(found: Any) -> Any:
+    """Copy the tensors of a tuple, which what follows may flag or work in place on."""
     if isinstance(found, tuple):
-        return tuple(map(_copied, found))
+        return tuple(map(copied, found))
     return found.clone() if isinstance(found, Tensor) else found
 
 
 def _only_activation(seen: list[Any]) -> Tensors:
     """Require that the layer ran once and dealt in floating-point tensors."""
     if len(seen) != 1:
-        raise ValueError(
-            expected_found(
-                "`layer`",
-                "a layer that runs once in each forward pass",
-                f"{len(seen)} runs",
-                "Pass a layer of the model behind forward_func that is not shared.",
-            )
+        raise refusal(
+            ValueError,
+            "`layer`",
+            "a layer that runs once in each forward pass",
+            f"{len(seen)} runs",
+            "Pass a layer of the model behind forward_func that is not shared.",
         )
     values = seen[0] if isinstance(seen[0], tuple) else (seen[0],)
     if not all(isinstance(v, Tensor) and v.is_floating_point() for v in values) or not values:
-        raise TypeError(
-            expected_found(
-                "`layer`",
-                "a layer that deals in a floating-point tensor or a tuple of them",
-                ", ".join(type(v).__name__ for v in values) or "nothing",
-                "Choose another layer, or attribute_to_layer_input.",
-            )
+        raise refusal(
+            TypeError,
+            "`layer`",
+            "a layer that deals in a floating-point tensor or a tuple of them",
+            ", ".join(type(v).__name__ for v in values) or "nothing",
+            "Choose another layer, or attribute_to_layer_input.",
         )
     return values
-
-
-def _not_examples(found: Tensors, batch: int) -> ValueError:
-    return ValueError(
-        expected_found(
-            "`layer`",
-            f"a layer whose first dimension counts the {batch} examples, or as many rows for each, "
-            "one example's after another's",
-            f"shapes {[tuple(a.shape) for a in found]}",
-            "Choose a layer before the examples are packed or transposed, or one behind.",
-        )
-    )
 
 
 def _check_alike(activations: Tensors, references: Tensors) -> None:
     found, wanted = ([tuple(a.shape[1:]) for a in each] for each in (references, activations))
     if found != wanted:
-        raise ValueError(
-            expected_found(
-                "`baselines`",
-                f"reference inputs at which the layer's rows have shapes {wanted}",
-                str(found),
-                "Pad the reference inputs to the length of the inputs.",
-            )
+        raise refusal(
+            ValueError,
+            "`baselines`",
+            f"reference inputs at which the layer's rows have shapes {wanted}",
+            str(found),
+            "Pad the reference inputs to the length of the inputs.",
         )
-
-
-def _has_entry_for_each(arg: Any, batch: int) -> bool:
-    return isinstance(arg, Tensor) and arg.dim() > 0 and arg.shape[0] == batch

@@ -9,7 +9,7 @@ d_k)` and differ in the weights: :math:`w_k = d_k` for the paper's, and for the 
 which is :math:`(x - \mu) \odot \bar g` plus the sample covariance of :math:`d` and :math:`g`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,29 +25,25 @@ Tensors = tuple[Tensor, ...]
 
 
 class _Chunk(NamedTuple):
-    samples: range
+    samples: slice
     examples: slice
 
 
 class _Centre(NamedTuple):
-    offset: Tensor  # (x - mu) + factor * mean of the drawn references, for each example
-    factor: float
-    noise: Tensor | None  # mean of the drawn noise, for each example
+    offset: Tensor  # what the weights of all samples of an example share
+    factor: float  # of their references
+    unbiased: float  # of their noise
 
 
 class _Terms(NamedTuple):
-    """Path ends, references, weights and gradients of one chunk: (samples, examples, ...).
+    """Path ends, references and weighted gradients of one chunk: (samples, examples, ...).
 
-    Ends have one sample for all where no noise tells them apart; no weights stand for ones.
+    Ends have one sample for all where no noise tells them apart.
     """
 
     ends: list[Tensor]
     references: list[Tensor]
-    weights: list[Tensor | None]
-    gradients: list[Tensor]
-
-
-_Centres = list[_Centre]
+    products: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,17 +72,14 @@ class PathSum:
                 (*inputs, *baselines),
                 forward_func=self.rows,
             )
-        n = self.n_samples
         total: Tensors = ()
         block: list[Tensors] = []
-        centres = self._centres(inputs, baselines) if self.control_variate else None
+        centres = self._centres(inputs, baselines) if self.control_variate else []
         for chunk in self._chunks():
-            terms = self._terms(inputs, baselines, centres, chunk)
-            share = len(chunk.samples) / n
             term = []
-            for weight, gradient in zip(terms.weights, terms.gradients, strict=True):
-                each = gradient if weight is None else weight * gradient
+            for each in self._terms(inputs, baselines, centres, chunk).products:
                 mean = each.squeeze(0) if each.shape[0] == 1 else each.mean(0)
+                share = each.shape[0] / len(self.draws.alphas)
                 term.append(mean if share == 1 else share * mean)
             block.append(visit(tuple(term), chunk.examples) if visit else tuple(term))
             if chunk.examples.stop == self.rows.n:
@@ -97,125 +90,89 @@ class PathSum:
                 block = []
         return total
 
-    @property
-    def n_samples(self) -> int:
-        """Number of samples for each example."""
-        return self.draws.alphas.shape[0]
-
-    def stacks(self) -> bool:
-        """Whether points of other examples, or several of one, decide which rows run together."""
-        return len(self.draws.alphas) > 1 or (self.rows_at_once or self.rows.n) < self.rows.n
-
     @torch.no_grad()
     def convergence_delta(self, inputs: Tensors, baselines: Tensors) -> Tensor:
         """Per sample, what the attributions miss of f(x) - f(x'), in Captum's order of rows."""
-        deltas: list[list[Tensor]] = []
-        centres = self._centres(inputs, baselines) if self.control_variate else None
+        deltas = inputs[0].new_empty(self.draws.alphas.shape)
+        centres = self._centres(inputs, baselines) if self.control_variate else []
         for chunk in self._chunks():
             terms = self._terms(inputs, baselines, centres, chunk)
-            explained = torch.stack(
-                [
-                    (g if w is None else w * g).flatten(2).sum(2)
-                    for w, g in zip(terms.weights, terms.gradients, strict=True)
-                ]
-            ).sum(0)
+            explained = [product.flatten(2).sum(2) for product in terms.products]
             field = self.rows.of(chunk.examples)
             ends = [e.expand_as(r) for e, r in zip(terms.ends, terms.references, strict=True)]
             start, end = (
-                field(tuple(p.flatten(0, 1) for p in points)).reshape(explained.shape)
+                field(tuple(p.flatten(0, 1) for p in points)).reshape(explained[0].shape)
                 for points in (terms.references, ends)
             )
-            if chunk.examples.start == 0:
-                deltas.append([])
-            deltas[-1].append(explained - (end - start))
-        return torch.cat([torch.cat(parts, 1) for parts in deltas]).T.reshape(-1)
+            deltas[chunk] = torch.stack(explained).sum(0) - (end - start)
+        return deltas.T.reshape(-1)
 
     def _chunks(self) -> list[_Chunk]:
         """Split the rows, at most ``rows_at_once`` in each chunk."""
         n, batch = self.draws.alphas.shape
         at_once = self.rows_at_once or n * batch
-        if at_once >= n * batch:
-            return [_Chunk(range(n), slice(0, batch))]
-        if at_once >= batch:
-            width = at_once // batch
-            starts = range(0, n, width)
-            return [_Chunk(range(k, min(k + width, n)), slice(0, batch)) for k in starts]
+        samples, examples = max(1, at_once // batch), min(at_once, batch)
         return [
-            _Chunk(range(k, k + 1), slice(start, min(start + at_once, batch)))
-            for k in range(n)
-            for start in range(0, batch, at_once)
+            _Chunk(slice(k, min(k + samples, n)), slice(start, min(start + examples, batch)))
+            for k in range(0, n, samples)
+            for start in range(0, batch, examples)
         ]
 
     def _terms(
-        self, inputs: Tensors, baselines: Tensors, centres: _Centres | None, chunk: _Chunk
+        self, inputs: Tensors, baselines: Tensors, centres: list[_Centre], chunk: _Chunk
     ) -> _Terms:
-        examples = chunk.examples
-        terms, points = _Terms([], [], [], []), []
-        drawn = slice(chunk.samples.start, chunk.samples.stop), examples
-        alphas = self.draws.alphas[drawn]
+        terms, points, weights = _Terms([], [], []), [], []
+        alphas = self.draws.alphas[chunk]
         for t, (x, table) in enumerate(zip(inputs, baselines, strict=True)):
-            end = x[examples].unsqueeze(0)
+            end = x[chunk.examples].unsqueeze(0)
             noise = self._noise(x, t, chunk) if self.stdevs[t] > 0 else None
             end = end if noise is None else end + noise
-            rows = self.draws.rows[t][drawn]
+            rows = self.draws.rows[t][chunk]
             # Whole rows: three times as fast on a CPU as indexing by (samples, examples).
             reference = table.index_select(0, rows.reshape(-1)).view(*rows.shape, *x.shape[1:])
             alpha = alphas.to(x.dtype).reshape(*alphas.shape, *[1] * (x.dim() - 1))
             terms.ends.append(end)
             terms.references.append(reference)
             points.append(torch.lerp(reference, end, alpha).flatten(0, 1))
-            if not self.multiply_by_inputs:
-                terms.weights.append(None)
-            elif centres is None:
-                terms.weights.append(end - reference)
-            else:
-                terms.weights.append(self._centred(centres[t], reference, noise, examples))
+            weight = end - reference if self.multiply_by_inputs and not centres else None
+            if centres:
+                weight = centres[t].offset[chunk.examples] - centres[t].factor * reference
+                weight = weight if noise is None else weight + centres[t].unbiased * noise
+            weights.append(weight)
         flat = input_gradients(
-            self.rows.of(examples),
+            self.rows.of(chunk.examples),
             tuple(points),
             "double_backprop" if self.differentiation == "recompute" else self.differentiation,
         )
-        for gradient, reference in zip(flat, terms.references, strict=True):
-            terms.gradients.append(gradient.reshape(reference.shape))
+        for gradient, weight, reference in zip(flat, weights, terms.references, strict=True):
+            each = gradient.reshape(reference.shape)
+            terms.products.append(each if weight is None else weight * each)
         return terms
 
-    def _centres(self, inputs: Tensors, baselines: Tensors) -> _Centres:
-        """Means over all samples that the weights of every chunk refer to, taken once."""
-        whole = slice(0, self.rows.n)
-        n = self.n_samples
-        centres: _Centres = []
+    def _centres(self, inputs: Tensors, baselines: Tensors) -> list[_Centre]:
+        """Means over all samples that the control variate's weights refer to, taken once."""
+        centres, n = [], len(self.draws.alphas)
+        unbiased = n / (n - 1)
         for t, (x, table) in enumerate(zip(inputs, baselines, strict=True)):
-            factor = covariance_factor(n, table.shape[0]) * n / (n - 1)
-            mean = _mean(table[rows] for rows in self.draws.rows[t])
-            noise = None
+            factor = covariance_factor(n, table.shape[0]) * unbiased
+            offset = x - table.mean(0) + factor * _mean(table[rows] for rows in self.draws.rows[t])
             if self.stdevs[t] > 0:
-                each = (_Chunk(range(k, k + 1), whole) for k in range(n))
+                each = (_Chunk(slice(k, k + 1), slice(None)) for k in range(n))
                 noise = _mean(self._noise(x, t, chunk)[0] for chunk in each)
-            centres.append(_Centre(x - table.mean(0) + factor * mean, factor, noise))
+                offset = offset - unbiased * noise
+            centres.append(_Centre(offset, factor, unbiased))
         return centres
-
-    def _centred(
-        self, centre: _Centre, reference: Tensor, noise: Tensor | None, examples: slice
-    ) -> Tensor:
-        weight = centre.offset[examples] - centre.factor * reference
-        if noise is not None and centre.noise is not None:
-            n = self.n_samples
-            weight = weight + (noise - centre.noise[examples]) * (n / (n - 1))
-        return weight
 
     def _noise(self, x: Tensor, t: int, chunk: _Chunk) -> Tensor:
         """Noise is drawn for the whole batch, so that chunks do not change it."""
-        like = x.detach()
-        stdev = self.stdevs[t]
-        return torch.stack(
-            [self.draws.noise(like, k, t, stdev)[chunk.examples] for k in chunk.samples]
-        )
+        like, stdev = x.detach(), self.stdevs[t]
+        samples = range(chunk.samples.start, chunk.samples.stop)
+        return torch.stack([self.draws.noise(like, k, t, stdev)[chunk.examples] for k in samples])
 
 
-def _mean(tensors: Iterable[Tensor]) -> Tensor:
+def _mean(tensors: Iterator[Tensor]) -> Tensor:
     """Average without holding more than two of them."""
-    iterator = iter(tensors)
-    total, count = next(iterator), 1
-    for tensor in iterator:
+    total, count = next(tensors), 1
+    for tensor in tensors:
         total, count = total + tensor, count + 1
     return total / count

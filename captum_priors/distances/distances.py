@@ -5,12 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_priors._checks import check_count, positive
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors.penalties.maths import (
     Axes,
     axes_of,
     cosine_distance,
-    flat,
     in_units_of_largest,
     lift_distance,
     sum_channels,
@@ -29,7 +28,7 @@ def mse(attributions: Tensor, other: Tensor) -> Tensor:
         >>> mse(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]])).item()
         2.0
     """
-    return flat(attributions - other).square().mean(1)
+    return (attributions - other).square().flatten(1).mean(1)
 
 
 @lift_distance
@@ -45,7 +44,7 @@ def cosine(attributions: Tensor, other: Tensor) -> Tensor:
         >>> cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0]])).item()
         1.0
     """
-    return cosine_distance(flat(attributions), flat(other))
+    return cosine_distance(attributions.flatten(1), other.flatten(1))
 
 
 @lift_distance
@@ -62,7 +61,7 @@ def pearson(attributions: Tensor, other: Tensor) -> Tensor:
         >>> torch.allclose(pearson(a, 3 * a + 1), torch.zeros(2), atol=1e-5)
         True
     """
-    return cosine_distance(_centred(flat(attributions)), _centred(flat(other)))
+    return cosine_distance(_centred(attributions.flatten(1)), _centred(other.flatten(1)))
 
 
 def _centred(rows: Tensor) -> Tensor:
@@ -70,7 +69,7 @@ def _centred(rows: Tensor) -> Tensor:
     centred = rows - rows.mean(1, keepdim=True)
     rounding = 4 * torch.finfo(rows.dtype).eps * rows.detach().abs().amax(1, keepdim=True)
     constant = centred.detach().abs().amax(1, keepdim=True) <= rounding
-    return torch.where(constant, torch.zeros_like(centred), centred)
+    return torch.where(constant, 0, centred)
 
 
 @lift_distance
@@ -108,35 +107,31 @@ def ssim(attributions: Tensor, other: Tensor, *, dim: Axes = None, window: int =
     check_count("window", window)
     axes = axes_of(attributions, dim)
     if len(axes) != 2:
-        raise ValueError(
-            expected_found(
-                "`attributions`",
-                "maps with two axes, (batch, channels, height, width), or dim=(...) with both",
-                f"shape {tuple(attributions.shape)}" + ("" if dim is None else f", dim={dim}"),
-                "Use mse, cosine or pearson for attributions that are not maps.",
-            )
+        raise refusal(
+            ValueError,
+            "`attributions`",
+            "maps with two axes, (batch, channels, height, width), or dim=(...) with both",
+            f"shape {tuple(attributions.shape)}" + ("" if dim is None else f", dim={dim}"),
+            "Use mse, cosine or pearson for attributions that are not maps.",
         )
     a, b = (sum_channels(t, axes).unsqueeze(1) for t in (attributions, other))
     both = torch.cat([a, b], 1).flatten(1)
     low, high = both.amin(1), both.amax(1)
     # In units of the joint range, or of the size of two equal constants; 1 for two zeros.
     scale = torch.where(high > low, high - low, high.abs())
-    counts = scale > torch.finfo(a.dtype).tiny ** 0.5
-    scale = torch.where(counts, scale, 1).reshape(-1, 1, 1, 1)
+    scale = torch.where(scale > torch.finfo(a.dtype).tiny ** 0.5, scale, 1).reshape(-1, 1, 1, 1)
     centre = (both.mean(1).reshape(-1, 1, 1, 1) / scale).detach()
-    a, b = a / scale, b / scale
-    weights = _gaussian(a, window)
-    mean_a, mean_b = F.conv2d(a, weights), F.conv2d(b, weights)
-    # Second moments about the joint mean: about zero they cancel for maps with a large offset.
-    off_a, off_b = a - centre, b - centre
-    mean_off_a, mean_off_b = mean_a - centre, mean_b - centre
-    var_a = F.conv2d(off_a.square(), weights) - mean_off_a.square()
-    var_b = F.conv2d(off_b.square(), weights) - mean_off_b.square()
-    covariance = F.conv2d(off_a * off_b, weights) - mean_off_a * mean_off_b
+    # Moments about the joint mean: about zero they cancel for maps with a large offset.
+    a, b = a / scale - centre, b / scale - centre
+    moments = F.conv2d(torch.cat([a, b, a * a, b * b, a * b]), _gaussian(a, window))
+    mean_a, mean_b, square_a, square_b, product = moments.chunk(5)
+    var_a, var_b = square_a - mean_a.square(), square_b - mean_b.square()
+    covariance = product - mean_a * mean_b
+    mean_a, mean_b = mean_a + centre, mean_b + centre
     c1, c2 = _K1**2, _K2**2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
     structure = (2 * covariance + c2) / (var_a + var_b + c2)
-    return 1 - flat(luminance * structure).mean(1)
+    return 1 - (luminance * structure).flatten(1).mean(1)
 
 
 def _gaussian(maps: Tensor, window: int) -> Tensor:
@@ -183,19 +178,19 @@ class SoftTopK(nn.Module):
 
     def forward(self, attributions: Tensor, other: Tensor) -> Tensor:
         """Return the distance of each example: shape ``(batch,)``."""
-        return lift_distance(self._distance)(attributions, other)
-
-    def _distance(self, attributions: Tensor, other: Tensor) -> Tensor:
-        left, right = self._membership(attributions), self._membership(other)
-        return cosine_distance(left, right)
+        return lift_distance(
+            lambda a, b: cosine_distance(self._membership(a), self._membership(b))
+        )(attributions, other)
 
     def _membership(self, attributions: Tensor) -> Tensor:
-        size = in_units_of_largest(flat(attributions).abs(), 1)
+        size = in_units_of_largest(attributions.abs().flatten(1), 1)
         if size.shape[1] <= self.k:
-            raise ValueError(
-                expected_found(
-                    "`k`", f"fewer than the {size.shape[1]} features", str(self.k), "Lower k."
-                )
+            raise refusal(
+                ValueError,
+                "`k`",
+                f"fewer than the {size.shape[1]} features",
+                str(self.k),
+                "Lower k.",
             )
         top = size.topk(self.k + 1, dim=1).values
         threshold = top[:, -2:].mean(1, keepdim=True)

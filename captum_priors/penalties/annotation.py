@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_priors._errors import expected_found, one_of
+from captum_priors._errors import one_of, refusal
 from captum_priors._rows import shared
 from captum_priors.penalties.maths import (
     cosine_distance,
-    flat,
     in_units_of_largest,
     lift_penalty,
 )
@@ -60,7 +59,7 @@ def outside(attributions: Tensor, *, annotation: Tensor) -> Tensor:
         16.0
     """
     mask = fitted(attributions, annotation, "mask")
-    return flat((1 - mask) * attributions).square().sum(1)
+    return ((1 - mask) * attributions).flatten(1).square().sum(1)
 
 
 @lift_penalty
@@ -92,8 +91,8 @@ def energy_outside(attributions: Tensor, *, annotation: Tensor) -> Tensor:
     mask = fitted(attributions, annotation, "mask")
     together = [d for d in range(1, mask.dim()) if mask.shape[d] == 1]
     evidence = attributions.sum(together, keepdim=True) if together else attributions
-    positive = in_units_of_largest(flat(evidence.relu()), 1)
-    return (positive * flat(1 - mask)).sum(1) / positive.sum(1).clamp_min(1)
+    positive = in_units_of_largest(evidence.relu().flatten(1), 1)
+    return (positive * (1 - mask).flatten(1)).sum(1) / positive.sum(1).clamp_min(1)
 
 
 @lift_penalty
@@ -125,35 +124,33 @@ def alignment(
         True
     """
     one_of("measure", measure, ("cosine", "mse"))
-    given = flat(fitted(attributions, annotation, "finite").expand_as(attributions))
+    given = fitted(attributions, annotation, "finite").expand_as(attributions)
     if measure == "mse":
-        return (flat(attributions) - given).square().mean(1)
-    return cosine_distance(flat(attributions), given)
+        return (attributions - given).square().flatten(1).mean(1)
+    return cosine_distance(attributions.flatten(1), given.flatten(1))
 
 
 def fitted(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
     """Give an annotation the attributions' dimensions and dtype, so that the two broadcast.
 
-    It has an entry for each example, and the attributions' other dimensions, of the same size or of
-    size 1 where channels or places share it. From four dimensions on the channels may be left out,
-    ``(batch, height, width)``. What is one for the whole batch comes as ``shared(tensor)``, without
-    the dimension of the examples.
+    The rule is that of :mod:`captum_priors.penalties`.
     """
     given = _checked(attributions, annotation, values)
-    n, shape = 1 if isinstance(annotation, shared) else len(attributions), attributions.shape
+    shape = attributions.shape
+    n = 1 if isinstance(annotation, shared) else len(attributions)
+    sizes = [(n,), *((1, size) for size in shape[1:])]
     if given.dim() != len(shape) or any(
-        size not in ((n,) if d == 0 else (1, shape[d])) for d, size in enumerate(given.shape)
+        size not in fitting for size, fitting in zip(given.shape, sizes, strict=True)
     ):
         found = annotation.value if isinstance(annotation, shared) else annotation
         without = f", or {(shape[0], *shape[2:])} for all channels" if len(shape) > 3 else ""
-        raise ValueError(
-            expected_found(
-                "`annotation`",
-                f"one for each of the {len(attributions)} examples, shape {tuple(shape)}{without}",
-                str(tuple(found.shape)),
-                "Wrap what is one for the whole batch, captum_priors.shared(...); unsqueeze what "
-                "channels or places share; or resize the annotation.",
-            )
+        raise refusal(
+            ValueError,
+            "`annotation`",
+            f"one for each of the {len(attributions)} examples, shape {tuple(shape)}{without}",
+            str(tuple(found.shape)),
+            "Wrap what is one for the whole batch, captum_priors.shared(...); unsqueeze what "
+            "channels or places share; or resize the annotation.",
         )
     return given.to(attributions.dtype)
 
@@ -173,24 +170,23 @@ def _checked(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
     """Check type, device and values; add the dimensions that may be left out."""
     given = annotation.value if isinstance(annotation, shared) else annotation
     if not isinstance(given, Tensor):
-        raise TypeError(
-            expected_found("`annotation`", "a tensor", type(given).__name__, "Use torch.as_tensor.")
+        raise refusal(
+            TypeError, "`annotation`", "a tensor", type(given).__name__, "Use torch.as_tensor."
         )
     if given.device != attributions.device:
-        raise ValueError(
-            expected_found(
-                "`annotation`",
-                f"device {attributions.device} as for the attributions",
-                str(given.device),
-                f"Move it with .to({str(attributions.device)!r}).",
-            )
+        raise refusal(
+            ValueError,
+            "`annotation`",
+            f"device {attributions.device} as for the attributions",
+            str(given.device),
+            f"Move it with .to({str(attributions.device)!r}).",
         )
     are_good, expected, remedy = _VALUES[values]
     bad = ~are_good(given)
     if bool(bad.any()):
         place = bad.nonzero()[0].tolist()
         found = f"annotation{place} = {given[tuple(place)].item():g}"
-        raise ValueError(expected_found("`annotation`", expected, found, remedy))
+        raise refusal(ValueError, "`annotation`", expected, found, remedy)
     if isinstance(annotation, shared):
         given = given.unsqueeze(0)
     return given.unsqueeze(1) if given.dim() == attributions.dim() - 1 >= 3 else given

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_priors._errors import expected_found
+from captum_priors._errors import refusal
 from captum_priors._rows import shared
 from captum_priors._types import TensorOrTuple
 from captum_priors.penalties.maths import (
     Axes,
     axes_of,
-    flat,
     gini_coefficient,
     in_units_of_largest,
     join_penalty,
@@ -21,8 +20,6 @@ from captum_priors.penalties.maths import (
     sum_channels,
     tensors_of,
 )
-
-_Indices = (Tensor, list, tuple, range)
 
 
 @lift_penalty
@@ -35,7 +32,7 @@ def l1(attributions: Tensor) -> Tensor:
         >>> l1(torch.tensor([[1.0, -2.0]])).item()
         3.0
     """
-    return flat(attributions).abs().sum(1)
+    return attributions.flatten(1).abs().sum(1)
 
 
 @lift_penalty
@@ -48,7 +45,7 @@ def l2(attributions: Tensor) -> Tensor:
         >>> l2(torch.tensor([[1.0, -2.0]])).item()
         5.0
     """
-    return flat(attributions).square().sum(1)
+    return attributions.flatten(1).square().sum(1)
 
 
 @lift_penalty
@@ -93,9 +90,9 @@ def total_variation(attributions: Tensor, *, standardize: bool = True, dim: Axes
         variance = maps.var(dim=places, keepdim=True, unbiased=False)
         # Maps that vary by rounding alone are constant, not to be blown up to unit scale.
         maps = maps / (variance + (4 * torch.finfo(maps.dtype).eps) ** 2).sqrt()
-    total = flat(maps.diff(dim=1).abs()).sum(1)
-    for place in places[1:]:
-        total = total + flat(maps.diff(dim=place).abs()).sum(1)
+    total = maps.new_zeros(len(maps))
+    for place in places:
+        total = total + maps.diff(dim=place).abs().flatten(1).sum(1)
     return total
 
 
@@ -143,7 +140,7 @@ def entropy(attributions: Tensor) -> Tensor:
         >>> math.isclose(entropy(torch.ones(1, 8)).item(), math.log(8), rel_tol=1e-6)
         True
     """
-    size = in_units_of_largest(flat(attributions).abs(), 1)
+    size = in_units_of_largest(attributions.flatten(1).abs(), 1)
     shares = size / size.sum(1, keepdim=True).clamp_min(1)
     # q log q has an infinite slope at 0: shares below rounding contribute nothing either way.
     safe = shares.clamp_min(torch.finfo(size.dtype).eps)
@@ -177,7 +174,7 @@ def group_sparsity(attributions: Tensor, *, groups: Sequence[Sequence[int]] | Te
         >>> torch.allclose(group_sparsity(phi, groups=groups), torch.tensor([5 * 2**0.5]))
         True
     """
-    rows = flat(attributions)
+    rows = attributions.flatten(1)
     norms = [m.numel() ** 0.5 * safe_norm(rows[:, m]) for m in _members(groups, rows)]
     return torch.stack(norms).sum(0)
 
@@ -189,41 +186,29 @@ def _members(groups: Any, rows: Tensor) -> list[Tensor]:
     if isinstance(groups, Tensor):
         labels, known = groups.flatten(), int(groups.isfinite().sum())
         if labels.numel() != n or known != n:
-            raise ValueError(
-                expected_found(
-                    "`groups`",
-                    f"a label for each of the {n} features",
-                    f"{labels.numel()} labels, {labels.numel() - known} of them not finite",
-                    "Label every feature.",
-                )
+            raise refusal(
+                ValueError,
+                "`groups`",
+                f"a label for each of the {n} features",
+                f"{labels.numel()} labels, {labels.numel() - known} of them not finite",
+                "Label every feature.",
             )
         return [(labels == label).nonzero().flatten() for label in labels.unique()]
-    odd = [type(group).__name__ for group in groups if not isinstance(group, _Indices)]
-    if odd:
-        raise TypeError(
-            expected_found(
-                "`groups`",
-                "a list of lists of feature indices, or an integer tensor of labels",
-                f"a {type(groups).__name__} of {odd[0]}",
-                "For one label for each feature pass torch.tensor(groups).",
-            )
-        )
     members = [torch.as_tensor(group, device=rows.device) for group in groups]
-    wrong = [m.tolist() for m in members if m.is_floating_point() or not _are_below(n, m)]
+    wrong = [
+        m.tolist()
+        for m in members
+        if m.dim() != 1 or m.is_floating_point() or m.min() < 0 or m.max() >= n
+    ]
     if wrong or not members:
-        raise ValueError(
-            expected_found(
-                "`groups`",
-                f"non-empty groups of indices below {n}",
-                f"the group {wrong[0]}" if wrong else "no group",
-                "List the features of each group.",
-            )
+        raise refusal(
+            ValueError,
+            "`groups`",
+            f"an integer tensor of labels, or lists of feature indices below {n}",
+            f"the group {wrong[0]}" if wrong else "no group",
+            "List the features of each group; one label for each feature is torch.tensor(groups).",
         )
     return members
-
-
-def _are_below(n: int, indices: Tensor) -> bool:
-    return indices.numel() > 0 and 0 <= int(indices.min()) <= int(indices.max()) < n
 
 
 class GraphLaplacian(nn.Module):
@@ -255,19 +240,18 @@ class GraphLaplacian(nn.Module):
 
     def __init__(self, adjacency: Tensor) -> None:
         super().__init__()
-        shape = tuple(adjacency.shape) if isinstance(adjacency, Tensor) else ()
-        if len(shape) != 2 or shape[0] != shape[1]:
-            raise ValueError(
-                expected_found(
-                    "`adjacency`",
-                    "a square matrix (features, features)",
-                    str(shape) if isinstance(adjacency, Tensor) else type(adjacency).__name__,
-                    "Pass the weight of the edge between every two features.",
-                )
+        is_tensor = isinstance(adjacency, Tensor)
+        if not is_tensor or adjacency.dim() != 2 or adjacency.shape[0] != adjacency.shape[1]:
+            raise refusal(
+                ValueError,
+                "`adjacency`",
+                "a square matrix (features, features)",
+                str(tuple(adjacency.shape)) if is_tensor else type(adjacency).__name__,
+                "Pass the weight of the edge between every two features.",
             )
         weights = adjacency.to_sparse_coo().coalesce()
         _check_weights(weights)
-        self.n_features = shape[0]
+        self.n_features = adjacency.shape[0]
         once = weights.indices()[0] < weights.indices()[1]
         self.register_buffer("edges", weights.indices()[:, once])
         self.register_buffer("weights", weights.values()[once])
@@ -277,15 +261,14 @@ class GraphLaplacian(nn.Module):
         return torch.stack([self._penalty(t) for t in tensors_of(attributions)]).sum(0)
 
     def _penalty(self, attributions: Tensor) -> Tensor:
-        importance = flat(attributions).abs().mean(0)
+        importance = attributions.flatten(1).abs().mean(0)
         if importance.numel() != self.n_features:
-            raise ValueError(
-                expected_found(
-                    "`attributions`",
-                    f"{self.n_features} features as in the adjacency",
-                    str(importance.numel()),
-                    "Slice the attributions to the features of the graph.",
-                )
+            raise refusal(
+                ValueError,
+                "`attributions`",
+                f"{self.n_features} features as in the adjacency",
+                str(importance.numel()),
+                "Slice the attributions to the features of the graph.",
             )
         here, there = importance[self.edges]
         return torch.sum(self.weights.to(importance.dtype) * (here - there).square())
@@ -309,11 +292,10 @@ def _check_weights(weights: Tensor) -> None:
     if odd.numel():
         i, j = odd[:, 0].tolist()
         here, there = weights[i, j].item(), weights[j, i].item()
-        raise ValueError(
-            expected_found(
-                "`adjacency`",
-                "a symmetric matrix without negative or NaN weights",
-                f"W[{i}, {j}] = {here:g} and W[{j}, {i}] = {there:g}",
-                "Symmetrise it, for example with (W + W.T) / 2.",
-            )
+        raise refusal(
+            ValueError,
+            "`adjacency`",
+            "a symmetric matrix without negative or NaN weights",
+            f"W[{i}, {j}] = {here:g} and W[{j}, {i}] = {there:g}",
+            "Symmetrise it, for example with (W + W.T) / 2.",
         )

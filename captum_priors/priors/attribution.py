@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors._errors import NotDifferentiableError, refusal, type_of
-from captum_priors._probe import check_explainer, check_options, forward_func_of
+from captum_priors._probe import check_explainer, check_options
 from captum_priors._rows import for_each, shared
 from captum_priors._shown import shown, shown_value
 from captum_priors._types import Penalty
@@ -84,9 +84,6 @@ class ExplainerPrior(Term):
     def _described(self) -> list[str]:
         options = [f"{k}={shown_value(v)}" for k, v in self.options.items()]
         return [shown(self.explainer), shown(self.score), *options]
-
-    def _models(self) -> Sequence[Any]:
-        return [forward_func_of(self.explainer)]
 
     def _way(self) -> str:
         return str(getattr(self.explainer, "differentiation", "double_backprop"))

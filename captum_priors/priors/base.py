@@ -19,6 +19,7 @@ from captum_priors._checks import (
     positive,
 )
 from captum_priors._errors import one_of, refusal
+from captum_priors._probe import forward_func_of
 from captum_priors._rows import Rows, shared
 from captum_priors._shown import shown_options
 from captum_priors._types import TensorOrTuple
@@ -260,8 +261,10 @@ class Term(Prior):
         return (self.forward_func,)
 
     def _models(self) -> Sequence[Any]:
-        """Return the functions of the inputs whose BatchNorm layers take part."""
-        return self._explained()
+        """Return the functions of the inputs that are run, each once."""
+        explained = [e for e in self._explained() if e is not None]
+        models = [forward_func_of(e) if hasattr(e, "attribute") else e for e in explained]
+        return [*{id(model): model for model in models if model is not None}.values()]
 
     def forward(
         self,

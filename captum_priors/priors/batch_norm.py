@@ -61,4 +61,4 @@ def _outputs(models: Sequence[Any], batch: Batch) -> list[Tensor]:
     inputs, args = out_of_inference(_whole.get() or batch)
     tensors = as_tuple(inputs)
     n = tensors[0].shape[0]
-    return [Rows(model, None, args, n)(tensors) for model in models if model is not None]
+    return [Rows(model, None, args, n)(tensors) for model in models]

@@ -117,6 +117,7 @@ class ATEX(Regularizer):
         self.temperature = positive("temperature", temperature)
         self.n_samples = count("n_samples", n_samples)
         self.positions = tuple(map(float, positions))
+        count("len(positions)", len(self.positions))
         self._named = [] if explainer is None else [shown(explainer)]
         self._named += [f"{name}={shown_value(v)}" for name, v in attribute_options.items()]
         if explainer is None:

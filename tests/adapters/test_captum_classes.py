@@ -16,7 +16,7 @@ from captum.attr._utils.lrp_rules import EpsilonRule, GammaRule
 from torch import Tensor, nn
 
 from captum_priors import AttributionPrior, NotDifferentiableError, StabilityPrior, differentiable
-from captum_priors.adapters.captum import ADAPTERS, REFUSED, exported
+from captum_priors.adapters.captum import ADAPTERS, REFUSED
 from captum_priors.distances import mse
 from captum_priors.penalties import l2
 from captum_priors.testing import check_differentiable
@@ -36,10 +36,8 @@ from tests.asserts import (
     assert_same_state,
     leaves_no_trace,
     parameter_gradients,
-    relative_error,
     state_of,
 )
-from tests.cases import EXACT
 
 pytestmark = pytest.mark.filterwarnings(
     # Captum's advice about speed.
@@ -183,7 +181,12 @@ def test_pickles_and_is_an_instance(name: str) -> None:
 
 def test_the_table_is_complete() -> None:
     """Whatever Captum exports is admitted, with a row here, or refused with a reason."""
-    everything = exported()
+    exported = ((name, getattr(ca, name)) for name in ca.__all__)
+    everything = {
+        name: cls
+        for name, cls in exported
+        if isinstance(cls, type) and issubclass(cls, ca.Attribution)
+    }
     admitted = {cls.__name__ for cls in ADAPTERS}
     refused = REFUSED.keys() & everything.keys()
     assert admitted | refused == everything.keys()
@@ -410,17 +413,6 @@ def test_threads_do_not_see_each_other() -> None:
     assert all(seen)
 
 
-def test_gradients_agree_between_recompute_and_double_backprop() -> None:
-    row, model, x = set_up("GradientShap", "cnn")
-    found = []
-    for way in EXACT:
-        value = seeded(
-            differentiable(row.make(model), differentiation=way), x, row.call(model), row
-        )
-        found.append(parameter_gradients(value, list(model.parameters())))
-    assert relative_error(found[1], found[0]) < 1e-12  # sums in another order
-
-
 def test_deep_lift_where_nothing_differs() -> None:
     """Features at their baseline and dead units: 0/0 in a branch that is thrown away."""
     row, model, x = set_up("DeepLift", "relu-mlp")
@@ -463,10 +455,3 @@ def test_a_decorated_forward_function_stays_without_gradients() -> None:
     found = differentiable(ca.FeatureAblation(teacher)).attribute(x, target=1)
     assert not found.requires_grad
     assert_same_numbers(found, ca.FeatureAblation(teacher).attribute(x, target=1))
-
-
-def test_nothing_is_left_on_the_modules() -> None:
-    """Stock LayerDeepLift leaves activations on the modules, which then cannot be copied."""
-    row, model, x = set_up("LayerDeepLift", "mlp")
-    differentiable(row.make(model)).attribute(x, target=1)
-    copy.deepcopy(model)

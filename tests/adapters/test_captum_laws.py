@@ -179,14 +179,13 @@ _WITH_BASELINES = [
 def test_baselines_that_do_not_fit_say_so(name: str) -> None:
     row, model, x = set_up(name, ROWS[name].models[0])
     explainer, call = differentiable(row.make(model)), row.call(model)
-    rows = "any number of them" if row.baselines else "one row, or rows like"
+    rows = r"rows of shape .* as in the inputs" if row.baselines else "one row, or rows like"
     wrong: list[tuple[Any, type[Exception], str]] = [
-        ((x, x), ValueError, "1, one for each input, found 2"),
+        ((x, x), ValueError, "one for each input, found 2"),
         (torch.zeros(2, 99), ValueError, rows),
         ([0.0], TypeError, "reference rows, found list" if row.baselines else "number, found list"),
     ]
     if row.baselines:
-        wrong.append((0.5, TypeError, "a tensor of reference rows, found float"))
         wrong.append((lambda: [0.0], TypeError, "a tensor of reference rows, found list"))
         wrong.append((lambda x: x[:, :1], ValueError, rows))
     else:
@@ -194,6 +193,17 @@ def test_baselines_that_do_not_fit_say_so(name: str) -> None:
     for baselines, kind, match in wrong:
         with pytest.raises(kind, match=match):
             explainer.attribute(row.subject(x), **{**call, "baselines": baselines})
+
+
+@pytest.mark.parametrize("name", [n for n in _WITH_BASELINES if ROWS[n].baselines])
+def test_a_number_is_a_distribution_of_one_row(name: str) -> None:
+    row, model, x = set_up(name, ROWS[name].models[0])
+    call = row.call(model)
+    rows = torch.full_like(x[: 2 if "DeepLift" in name else 1], 0.5)  # fewer, Captum's refuses
+    expected = seeded(row.make(model), x.clone(), {**call, "baselines": rows}, row)
+    for baselines in (0.5, rows[:1]):
+        found = seeded(differentiable(row.make(model)), x, {**call, "baselines": baselines}, row)
+        assert_same_numbers(flat(found), tuple(t.detach() for t in flat(expected)))
 
 
 # --- the options that Captum has ------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Cases under ``DistributedDataParallel``, with statistics, draws and drift of two processes."""
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -191,6 +192,27 @@ def running_statistics() -> Any:
     buffers = torch.cat([b.double().flatten() for b in model.buffers()])
     # One batch at each step: the attribution passes are not counted.
     return {"together": alike(found) == alike(buffers) == 0, "batches": float(buffers[-1]) == STEPS}
+
+
+@case("double_backprop", name="double_backprop")
+@case("recompute", name="recompute")
+def synchronised_batch_norm(way: str) -> Any:
+    """Statistics of all processes: value and gradient are those of one with the whole batch."""
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Softplus(), nn.Linear(8, 3))
+    spread = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(whole))
+    x, y = (each[0] for each in data())
+    expected = prior_of(whole, way)(x, target=y)
+    value = prior_of(spread, way)(x[part()], target=y[part()])
+    facts = {}
+    wanted = torch.autograd.grad(expected, [*whole.parameters()], allow_unused=True)
+    found = torch.autograd.grad(value, [*spread.parameters()], allow_unused=True)
+    for i, (ours, one) in enumerate([(value.detach(), expected), *zip(found, wanted, strict=True)]):
+        if ours is not None:
+            mean = ours.clone()
+            dist.all_reduce(mean)
+            facts[str(i)] = torch.allclose(mean / 2, one, rtol=1e-9, atol=1e-12)
+    return facts
 
 
 @case()

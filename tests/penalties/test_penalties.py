@@ -496,9 +496,6 @@ TYPES: dict[str, Bad] = {
     r"`attributions`: expected .*, found torch.int64\. Pass what": lambda: l1(TWO.long()),
     r"l1\(\): expected the attributions as its only .*, found 2 of": lambda: l1(TWO, TWO),
     r"gini\(\): expected the attributions as its only .*, found 0 of": lambda: gini(),
-    r"`groups`: expected a list of .*, found a list of int\. .*torch.tensor\(groups\)": lambda: (
-        group_sparsity(TWO, groups=[0, 0, 1])
-    ),
 }
 VALUES: dict[str, Bad] = {
     r"`attributions`: expected shape \(batch, .*, found shapes \[\(3,\)\]\. Unsqueeze": lambda: l2(
@@ -508,7 +505,7 @@ VALUES: dict[str, Bad] = {
         TWO[:, :0]
     ),
     r"one batch size, found shapes \[\(2, 3\), \(1, 3\)\]": lambda: l2((TWO, TWO[:1])),
-    r"`attributions`: expected at least one tensor, found an empty tuple": lambda: l2(()),
+    r"`attributions`: expected shape \(batch, .*, found shapes \[\]": lambda: l2(()),
     **{
         rf"`dim`: expected which of the {n - 1} .*, found None .* Pass dim=\(1, 2\)": lambda n=n: (
             total_variation(torch.ones([2] * n))
@@ -528,7 +525,7 @@ VALUES: dict[str, Bad] = {
         rf"`groups`: expected .* below 3, found the group {re.escape(str(group))}\. List": (
             lambda group=group: group_sparsity(TWO, groups=[[0], group])
         )
-        for group in ([0, 3], [-1], [], [0.5])
+        for group in ([0, 3], [-1], [], [0.5], 0)
     },
     r"`groups`: expected .*, found 3 labels, 3 of them not finite": lambda: group_sparsity(
         TWO, groups=TWO[0] / 0

@@ -1,0 +1,405 @@
+"""BatchNorm in training mode is explained on the statistics of the explained batch, held.
+
+The oracle is a network without BatchNorm that takes the statistics of the batch explicitly, as a
+part of its function: values and gradients are equal, for every prior and way of differentiating.
+"""
+
+import copy
+import warnings
+from typing import Any
+
+import captum.attr as ca
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_priors import (
+    AttributionPrior,
+    ExpectedGradients,
+    NotDifferentiableError,
+    Subsample,
+    differentiable,
+)
+from captum_priors.penalties import l2
+from captum_priors.stability import ATEX
+from tests.adapters.captum_table import MODELS, Explained, flat, in_double
+from tests.adapters.captum_table import ROWS as CAPTUM
+from tests.adapters.shap_cases import QUICK, adapted, mlp, stock, table
+from tests.adapters.shap_cases import ROWS as SHAP
+from tests.laws.leaves import (
+    FEATURES,
+    WAYS,
+    Leaf,
+    background,
+    every_leaf_and_way,
+    leaves_and_ways_but,
+    net,
+    way_options,
+)
+
+CLOSE = {"rtol": 1e-8, "atol": 1e-11}  # sums in another order, some of which cancel
+DIFFERENCE = {"rtol": 1e-5, "atol": 1e-7}  # of finite differences in double precision
+
+
+class OnStatisticsOf(nn.Module):
+    """A layer and BatchNorm after it, on the statistics of a batch that is a part of the model."""
+
+    def __init__(self, layer: Any, norm: Any, batch: Tensor) -> None:
+        super().__init__()
+        self.layer, self.norm, self.batch = layer, [norm], batch
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, norm, dims = self.layer, self.norm[0], [0, *range(2, x.dim())]
+        run = F.conv2d if x.dim() == 4 else F.linear
+        of_batch = run(self.batch, layer.weight, layer.bias)
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        mean = of_batch.mean(dims).reshape(shape)
+        variance = of_batch.var(dims, correction=0).reshape(shape)
+        normal = (layer(x) - mean) / (variance + norm.eps).sqrt()
+        return normal * self.weight.reshape(shape) + self.bias.reshape(shape)
+
+
+def pair(leaf: Leaf, batch: Tensor) -> tuple[Any, Any]:
+    """A network that normalises, in training mode, and the same with explicit statistics."""
+    model: Any = leaf.model()
+    norm = nn.BatchNorm2d(2) if leaf.images else nn.BatchNorm1d(7)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.uniform_(norm.bias)
+    explicit = nn.Sequential(OnStatisticsOf(model[0], norm, batch), *model[1:])
+    return nn.Sequential(nn.Sequential(model[0], norm), *model[1:]).train(), explicit.train()
+
+
+def gradients(value: Tensor, model: nn.Module) -> list[Tensor]:
+    return gradients_of(value, sorted(model.parameters(), key=id))
+
+
+def gradients_of(value: Tensor, parameters: list[Any]) -> list[Tensor]:
+    found = torch.autograd.grad(value, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+
+def assert_same(value: Tensor, model: nn.Module, expected: Tensor, twin: nn.Module, **tol: Any):
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+    for a, b in zip(gradients(value, model), gradients(expected, twin), strict=True):
+        torch.testing.assert_close(a, b, **tol)
+
+
+@every_leaf_and_way
+def test_priors_explain_the_function_that_is_trained(leaf: Leaf, way: str) -> None:
+    x = leaf.batch(6)
+    model, explicit = pair(leaf, x)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    more: dict[str, Any] = {"teacher": net()} if leaf.cls is ATEX else {}
+    prior = leaf.make(model, **way_options(leaf, way), **more)
+    twin = leaf.make(explicit, **way_options(leaf, way), **more)
+    twin.load_state_dict(prior.state_dict())  # the same draws
+    value, expected = prior(x, **leaf.call(x)), twin(x, **leaf.call(x))
+    tolerance = DIFFERENCE if way == "finite_difference" else CLOSE
+    assert_same(value, model, expected, explicit, **tolerance)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    assert all(m.training for m in model.modules())
+
+
+class Block(nn.Module):
+    """Convolution and BatchNorm, which run twice."""
+
+    def __init__(self, dims: int, **options: Any) -> None:
+        super().__init__()
+        self.mix: Any = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims](2, 2, *[1] * (dims > 0))
+        kinds = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        self.norm = kinds[dims](2, **options)
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = torch.tanh(self.norm(self.mix(x)))
+        return self.head(x.flatten(2).mean(2) if x.dim() > 2 else x)
+
+
+def explicit_block(model: Any, z: Tensor, batch: Tensor) -> Tensor:
+    for _ in range(2):
+        dims = [0, *range(2, z.dim())]
+        shape = [1, -1, *[1] * (z.dim() - 2)]
+        hz, hb = model.mix(z), model.mix(batch)
+        mean, variance = hb.mean(dims).reshape(shape), hb.var(dims, correction=0).reshape(shape)
+
+        def normal(h: Tensor, mean: Any = mean, variance: Any = variance, shape: Any = shape):
+            h = (h - mean) / (variance + model.norm.eps).sqrt()
+            if model.norm.affine:
+                h = h * model.norm.weight.reshape(shape) + model.norm.bias.reshape(shape)
+            return torch.tanh(h)
+
+        z, batch = normal(hz), normal(hb)
+    return model.head(z.flatten(2).mean(2) if z.dim() > 2 else z)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": None}, {"track_running_stats": False}, {"affine": False}],
+    ids=["plain", "cumulative", "untracked", "plain-scale"],
+)
+@pytest.mark.parametrize("dims", range(4))
+def test_every_kind_of_layer(dims: int, options: dict[str, Any], way: str) -> None:
+    model = Block(dims, **options).train()
+    x = torch.randn(5, 2, *[3] * dims)
+    made = differentiable(ca.Saliency(model), differentiation=way)
+    value = AttributionPrior(made, l2, abs=False)(x, target=1)
+    z = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(explicit_block(model, z, x)[:, 1].sum(), z, create_graph=True)
+    tolerance = DIFFERENCE if way == "finite_difference" else CLOSE
+    assert_same(value, model, l2(g).mean(), model, **tolerance)
+
+
+def batch_norms(*, way: str = "double_backprop", **options: Any) -> tuple[Any, Any]:
+    model = nn.Sequential(
+        nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 6), nn.BatchNorm1d(6),
+        nn.Tanh(), nn.Linear(6, 3),
+    )  # fmt: skip
+    with torch.no_grad():
+        model(torch.randn(64, FEATURES) + 1)
+    made = ExpectedGradients(model, differentiation=way)  # type: ignore[arg-type]  # one of WAYS
+    return model.train(), AttributionPrior(made, l2, baselines=background(), **options)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_chunks_agree(way: str) -> None:
+    model, whole = batch_norms(way=way, n_samples=3)
+    made = ExpectedGradients(model, differentiation=way)  # type: ignore[arg-type]  # one of WAYS
+    parts = AttributionPrior(made, l2, baselines=background(), n_samples=3, internal_batch_size=4)
+    parts.load_state_dict(whole.state_dict())
+    x = torch.randn(6, FEATURES)
+    tolerance = DIFFERENCE if way == "finite_difference" else CLOSE
+    assert_same(parts(x, target=1), model, whole(x, target=1), model, **tolerance)
+
+
+def test_a_frozen_layer_and_a_model_in_evaluation_mode_keep_their_running_statistics() -> None:
+    model, prior = batch_norms()
+    prior = prior.eval()  # the same draws each time
+    x, seen = torch.randn(6, FEATURES), []
+    for frozen in ([], [1], [4], [1, 4]):
+        model.train()
+        for i in frozen:
+            model[i].eval()
+        seen.append(prior(x, target=0).item())
+    assert len(set(seen)) == 4
+    assert prior(x, target=0).item() == seen[3]
+    model.eval()
+    assert prior(x, target=0).item() == seen[3]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_part_of_a_batch_keeps_the_statistics_of_the_whole(way: str) -> None:
+    model, prior = batch_norms(way=way, n_samples=2, reduction="mean")
+    x, seen = torch.randn(8, FEATURES), []
+    half = Subsample(prior, 0.5)
+    for _ in range(2):  # nested: the outermost batch counts
+        seen.append(half(x, target=0))
+        half = Subsample(half, 1.0)
+    with torch.no_grad():
+        model.eval()
+        model[1].running_mean[:] = (h := model[0](x)).mean(0)
+        model[1].running_var[:] = h.var(0, correction=0)
+        h = model[3](model[2](model[1](h)))
+        model[4].running_mean[:], model[4].running_var[:] = h.mean(0), h.var(0, correction=0)
+    # The same rows on the statistics of the whole batch, as running ones.
+    again = Subsample(prior, 0.5)
+    again.load_state_dict(Subsample(prior, 0.5).state_dict())
+    values = [again(x, target=0).item() for _ in range(40)]
+    model.train()
+    trained = [again(x, target=0).item() for _ in range(40)]
+    mean, spread = torch.tensor(values).mean(), torch.tensor(values).std()
+    assert abs(torch.tensor(trained).mean() - mean) < 4 * spread * (2 / 40) ** 0.5
+
+
+def test_lambda_that_hides_the_model() -> None:
+    model, plain = batch_norms()
+    hidden = AttributionPrior(ExpectedGradients(lambda x: model(1 * x)), l2, baselines=background())
+    hidden.load_state_dict(plain.state_dict())
+    x = torch.randn(6, FEATURES)
+    for mode in (True, False, True):
+        model.train(mode)
+        assert_same(hidden(x, target=1), model, plain(x, target=1), model, **CLOSE)
+
+
+def test_batch_of_one_has_running_statistics_and_says_so_once() -> None:
+    model, prior = batch_norms()
+    prior, x = prior.eval(), torch.randn(1, FEATURES)
+    with pytest.warns(UserWarning, match="batch of one"):
+        value = prior(x, target=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prior(x, target=0)
+    model.eval()
+    assert prior(x, target=0).item() == value.item()
+
+
+def test_running_statistics_are_used_where_asked_for_and_differ_with_a_warning_once() -> None:
+    model, _ = batch_norms()
+    prior = AttributionPrior(ca.Saliency(model), l2, batch_norm="running")
+    x = torch.randn(6, FEATURES)
+    assert "batch_norm='running'" in repr(prior)
+    model(x)
+    model.eval()
+    expected = prior(x, target=0).item()
+    model.train()
+    with torch.no_grad():
+        for norm in (model[1], model[4]):  # as in the batch, more or less
+            norm.momentum = 0.5
+    for _ in range(8):
+        model(x)
+    model.eval()
+    expected = prior(x, target=0).item()
+    model.train()
+    assert prior(x, target=0).item() == expected  # warnings are errors here
+    model[4].running_mean += 50
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(9):
+            prior(x, target=0)
+    assert ["differ between running statistics" in str(w.message) for w in told] == [True]
+
+
+def test_layer_that_the_explained_function_does_not_run_is_an_error() -> None:
+    model, _ = batch_norms()
+
+    class Own:
+        """An explainer that does not say what it explains."""
+
+        def __init__(self) -> None:
+            self.net = model
+
+        def attribute(self, inputs: Tensor, target: int) -> Tensor:
+            z = inputs.detach().requires_grad_()
+            found: Tensor = torch.autograd.grad(self.net(z)[:, 0].sum(), z, create_graph=True)[0]
+            return found
+
+    with pytest.raises(NotDifferentiableError, match="attribute forward_func"):
+        AttributionPrior(Own(), l2)(torch.randn(4, FEATURES), target=0)
+    model.eval()
+    assert AttributionPrior(Own(), l2)(torch.randn(4, FEATURES), target=0).requires_grad
+
+
+def test_an_explainer_asked_directly_is_captums() -> None:
+    model, _ = batch_norms()
+    x = torch.randn(6, FEATURES)
+    ours = differentiable(ca.Saliency(model)).attribute(x, target=0)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
+    torch.testing.assert_close(ours, ca.Saliency(model).attribute(x, target=0), rtol=0, atol=0)
+
+
+@leaves_and_ways_but("ATEX")  # whose explanation is a constant, though the model makes it
+def test_certificate_in_training_mode(leaf: Leaf, way: str) -> None:
+    """The gradient is the slope of the value along a random direction of all parameters."""
+    x = leaf.batch(6)
+    model, _ = pair(leaf, x)
+    prior = leaf.make(model, **way_options(leaf, way)).eval()  # the same draws each time
+    parameters = [*model.parameters()]
+    directions, step, sides = [torch.randn_like(p) for p in parameters], 1e-5, []
+    slope = sum(
+        (g * d).sum()
+        for g, d in zip(gradients_of(prior(x, **leaf.call(x)), parameters), directions, strict=True)
+    )
+    for sign in (1, -2):
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p.add_(d, alpha=sign * step)
+            sides.append(prior(x, **leaf.call(x)))
+    measured = (sides[0] - sides[1]) / (2 * step)
+    # Truncation of the difference, and that of finite_difference itself.
+    torch.testing.assert_close(slope, measured, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_models(way: str, backend: str) -> None:
+    model, plain = batch_norms(way=way, n_samples=2)
+    compiled = torch.compile(model, backend=backend)
+    x = torch.randn(6, FEATURES)
+    compiled(x)
+    made = ExpectedGradients(compiled, differentiation=way)  # type: ignore[arg-type]  # of WAYS
+    prior = AttributionPrior(made, l2, baselines=background(), n_samples=2)
+    prior.load_state_dict(plain.state_dict())
+    tolerance = DIFFERENCE if way == "finite_difference" else CLOSE
+    assert_same(prior(x, target=1), model, plain(x, target=1), model, **tolerance)
+
+
+# ---- Adapters ------------------------------------------------------------------------------
+
+# Every class of Captum that explains a network of tensors: but language models have no BatchNorm.
+NETWORKS = {
+    name: next(m for m in (row.model, *row.models) if m.endswith(("cnn", "mlp")))
+    for name, row in CAPTUM.items()
+    if any(m.endswith(("cnn", "mlp")) for m in row.models) and name != "LimeBase"  # one example
+}
+
+
+def size(result: Any) -> Tensor:
+    """Mean square of each example's attributions, whatever tensors there are."""
+    return torch.stack([t.double().square().flatten(1).mean(1) for t in flat(result)]).sum(0)
+
+
+def assert_of_the_batch(prior: Any, model: Any, x: Tensor, norm: Any, **call: Any) -> None:
+    """The value is that of running statistics set to those of the batch; the gradient its slope."""
+    prior, parameters = prior.eval(), [*model.parameters()]  # the same draws each time
+    value = prior(x, **call)
+    found = gradients_of(value, parameters)
+    seen = []
+    handle = norm.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    with torch.no_grad():
+        state = copy.deepcopy(model.state_dict())
+        model(x)
+        model.load_state_dict(state)
+    handle.remove()
+    dims = [0, *range(2, seen[0].dim())]
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    norm.running_mean[:], norm.running_var[:] = seen[0].mean(dims), seen[0].var(dims, correction=0)
+    model.eval()
+    torch.testing.assert_close(prior(x, **call), value, rtol=1e-6, atol=1e-12)
+    norm.running_mean[:], norm.running_var[:] = before
+    model.train()
+    directions, step, sides = [torch.randn_like(p) for p in parameters], 1e-5, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p.add_(d, alpha=sign * step)
+            sides.append(prior(x, **call))
+    slope = sum((g * d).sum() for g, d in zip(found, directions, strict=True))
+    torch.testing.assert_close(slope, (sides[0] - sides[1]) / (2 * step), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:You are providing multiple inputs for Lime")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_explainers_of_captum_inside_a_prior(name: str) -> None:
+    row, model = CAPTUM[name], MODELS[NETWORKS[name]]()
+    x = torch.randn(4, *model.shape)
+    if x.dim() == 4:
+        norm: Any = nn.BatchNorm2d(2)
+        model.pool = nn.Sequential(model.pool, norm)
+    else:
+        norm = nn.BatchNorm1d(model.second.in_features)
+        model.second = nn.Sequential(norm, model.second)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    made = Explained(differentiable(row.make(model.train())), row)
+    made.forward_func = model  # type: ignore[attr-defined]  # of the explainer inside
+    call = row.call(model)
+    target = call.pop("target", None)
+    prior = AttributionPrior(made, size, **call)
+    with in_double(needed=row.single_precision):
+        assert_of_the_batch(prior, model, x, norm, **({} if target is None else {"target": target}))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SHAP if name not in ("LinearExplainer", "AdditiveExplainer")]
+)
+def test_explainers_of_shap_inside_a_prior(name: str) -> None:
+    norm = nn.BatchNorm1d(6)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    plain = mlp(3)
+    model = nn.Sequential(plain[0], norm, *plain[1:]).eval()
+    explainer = adapted(name, stock(name, model), model)
+    prior = AttributionPrior(explainer, size, **QUICK.get(name, {}))
+    model.train()
+    assert_of_the_batch(prior, model, torch.as_tensor(table(4, 1)), norm, target=1)
