@@ -18,8 +18,7 @@ from captum_priors._checks import (
 from captum_priors._errors import one_of, refusal
 from captum_priors._rows import Rows
 from captum_priors._types import DIFFERENTIATIONS, Differentiation, TensorOrTuple
-from captum_priors.attr.draws import Draws
-from captum_priors.attr.path_sum import PathSum
+from captum_priors.attr.path_sum import Draws, PathSum
 from captum_priors.engine import attribution_call
 
 Estimator = Literal["control_variate", "monte_carlo"]

@@ -313,7 +313,7 @@ def test_generator_decides_and_global_seed_otherwise() -> None:
 
 
 def test_draws_without_replacement_while_rows_last() -> None:
-    from captum_priors.attr.draws import Draws
+    from captum_priors.attr.path_sum import Draws
 
     for n_samples, n_rows in [(3, 100), (9, 10), (10, 10), (25, 10), (1, 4), (5, 1)]:
         draws = Draws.new(n_samples, 500, (n_rows,), stratified=True, generator=None)
@@ -328,7 +328,7 @@ def test_draws_without_replacement_while_rows_last() -> None:
 
 @pytest.mark.parametrize(("n_samples", "n_rows"), [(2, 9), (3, 5), (3, 400)])
 def test_rows_are_uniform(n_samples: int, n_rows: int) -> None:
-    from captum_priors.attr.draws import Draws
+    from captum_priors.attr.path_sum import Draws
 
     n = 40_000
     rows_drawn = Draws.new(n_samples, n, (n_rows,), stratified=False, generator=None).rows[0]

@@ -21,8 +21,7 @@ from captum_priors._rows import Rows
 from captum_priors._types import Target
 from captum_priors.adapters.shap.adapter import Options, ShapAdapter, Tensors, explanation
 from captum_priors.adapters.shap.model import numbers, refused
-from captum_priors.attr.draws import Draws
-from captum_priors.attr.path_sum import PathSum
+from captum_priors.attr.path_sum import Draws, PathSum
 from captum_priors.engine import with_second_derivative
 
 # Points of one forward pass; SHAP's batch_size bounds its memory, here the graph does.
