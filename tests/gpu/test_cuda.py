@@ -1,10 +1,13 @@
 """The engine on a GPU, where backward passes run in threads of their own."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from captum.attr import GradientShap, IntegratedGradients, NoiseTunnel, Saliency
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -13,35 +16,35 @@ from captum_priors import (
     ExpectedGradients,
     LayerExpectedGradients,
     Lazy,
-    NotDifferentiableError,
     StabilityPrior,
     Subsample,
+    differentiable,
 )
 from captum_priors.distances import cosine
 from captum_priors.penalties import GraphLaplacian, l2
+from captum_priors.stability import ATEX
 from captum_priors.testing import check_differentiable
-from tests.asserts import assert_same_numbers, parameter_gradients, relative_error
+from tests.adapters.captum_table import ROWS as CAPTUM
+from tests.adapters.captum_table import Flat, in_double, set_up
+from tests.asserts import (
+    assert_same_numbers,
+    draw_alike,
+    leaves_no_trace,
+    parameter_gradients,
+    relative_error,
+)
 from tests.cases import DIFFERENTIATIONS, EXACT, EXPLAINERS, NONLINEAR, Case, Row, rows, tokens
+from tests.gpu.device import DEVICE, ON_CUDA, needs_cuda, needs_device, on_device
+from tests.laws.leaves import Leaf, background, every_leaf_and_way, leaves_and_ways_but, net
+from tests.laws.leaves import way_options as options_of_way
+from tests.laws.test_batch_norm import CLOSE, DIFFERENCE, assert_same, gradients_of, pair
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def on_gpu(value: Any) -> Any:
-    if isinstance(value, (Tensor, nn.Module)):
-        return value.cuda()
-    return tuple(map(on_gpu, value)) if isinstance(value, tuple) else value
+pytestmark = needs_device
 
 
-def moved(case: Case) -> Case:
-    return Case(
-        on_gpu(case.model),
-        on_gpu(case.inputs),
-        on_gpu(case.baselines),
-        on_gpu(case.target),
-        on_gpu(case.args),
-        case.layer,
-        case.smooth,
-    )
+def moved(case: Case, dtype: torch.dtype = torch.float64) -> Case:
+    each = (case.model, case.inputs, case.baselines, case.target, case.args)
+    return Case(*(on_device(value, dtype) for value in each), case.layer, case.smooth)
 
 
 def attribute(model: Any, x: Tensor, way: str, **call: Any) -> Tensor:
@@ -50,13 +53,48 @@ def attribute(model: Any, x: Tensor, way: str, **call: Any) -> Tensor:
     return value
 
 
+# Certificates
+
+
 @pytest.mark.parametrize("row", rows(EXPLAINERS))
 @pytest.mark.parametrize("make_case", rows(NONLINEAR))
 @pytest.mark.parametrize("way", EXACT)
 def test_certificate(row: Row, make_case: Any, way: str) -> None:
     case = moved(make_case())
-    with torch.backends.cudnn.flags(enabled=False):  # cuDNN's LSTM has no second derivative
-        check_differentiable(row.make(case, way), case.inputs, **row.call(case))
+    check_differentiable(row.make(case, way), case.inputs, **row.call(case))
+
+
+@pytest.mark.parametrize("row", rows([row for row in EXPLAINERS if "noise" not in row.name]))
+@pytest.mark.parametrize("make_case", rows(NONLINEAR))
+@pytest.mark.parametrize("way", EXACT)
+def test_certificate_in_single_precision(row: Row, make_case: Any, way: str) -> None:
+    """Gradients are those of double precision, which are certified."""
+    case, gradients = make_case(), []
+    for dtype in (torch.float64, torch.float32):
+        case = moved(case, dtype)
+        call = row.call(case)
+        if row.name.startswith("EG"):
+            call["generator"] = torch.Generator().manual_seed(0)
+        value = row.make(case, way).attribute(case.inputs, **call)
+        gradients.append(parameter_gradients(value, list(case.model.parameters())))
+    expected, found = gradients
+    assert all(g.dtype == torch.float32 for g in found)
+    assert relative_error([g.double() for g in found], expected) < 1e-4
+
+
+# What is no batch of tensors, and one that draws on the CPU.
+_ELSEWHERE = ("LLM", "DataLoader", "LimeBase")
+
+
+@pytest.mark.filterwarnings("ignore:You are providing multiple inputs for Lime / Kernel SHAP")
+@pytest.mark.filterwarnings("ignore:Objective did not converge")
+@pytest.mark.parametrize("name", [n for n in CAPTUM if not n.startswith(_ELSEWHERE)])
+def test_captum_classes(name: str) -> None:
+    row, model, x = set_up(name, CAPTUM[name].model)
+    model, x, call = (on_device(each) for each in (model, x, row.call(model)))
+    explainer = Flat(differentiable(row.make(model)), row)
+    with in_double(needed=row.single_precision):
+        check_differentiable(explainer, x, parameters=model.named_parameters(), **call)
 
 
 @pytest.mark.parametrize("way", DIFFERENTIATIONS)
@@ -72,63 +110,214 @@ def test_same_numbers_and_gradients_as_on_the_cpu(way: str) -> None:
     assert relative_error([g.cpu() for g in found], gradients) < 1e-8  # other summation order
 
 
-def test_cudnn_recurrent_modules() -> None:
+# BatchNorm in training mode, and every prior
+
+
+def normalising(leaf: Leaf, x: Tensor) -> tuple[Any, Any, Callable[[Any, str], Any], Any]:
+    """A model that normalises, its explicit twin, their priors, and the call."""
+    model, explicit = (on_device(each) for each in pair(leaf, x))
+    call = on_device(leaf.call(x))
+
+    def prior_of(model: Any, way: str) -> Any:
+        more: dict[str, Any] = {"teacher": on_device(net())} if leaf.cls is ATEX else {}
+        prior = leaf.make(model, **options_of_way(leaf, way), **more)
+        if getattr(prior, "draws_baselines", False):
+            call["baselines"] = on_device(background())
+        return prior
+
+    return model, explicit, prior_of, call
+
+
+@every_leaf_and_way
+def test_priors_explain_the_function_that_is_trained(leaf: Leaf, way: str) -> None:
+    """On the statistics of the batch, as the network that takes them explicitly."""
+    x = on_device(leaf.batch(6))
+    model, explicit, prior_of, call = normalising(leaf, x)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    torch.manual_seed(0)
+    prior = prior_of(model, way)
+    torch.manual_seed(0)  # a teacher with the same weights
+    twin = prior_of(explicit, way)
+    twin.load_state_dict(prior.state_dict())  # the same draws
+    tolerance = DIFFERENCE if way == "finite_difference" else CLOSE
+    assert_same(prior(x, **call), model, twin(x, **call), explicit, **tolerance)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    assert all(m.training for m in model.modules())
+
+
+@leaves_and_ways_but("ATEX")  # whose explanation is a constant, though the model makes it
+def test_certificate_in_training_mode(leaf: Leaf, way: str) -> None:
+    """The gradient is the slope of the value along a random direction of all parameters."""
+    x = on_device(leaf.batch(6))
+    model, _, prior_of, call = normalising(leaf, x)
+    prior = prior_of(model, way).eval()  # the same draws each time
+    parameters = [*model.parameters()]
+    directions, step, sides = [torch.randn_like(p) for p in parameters], 1e-5, []
+    found = gradients_of(prior(x, **call), parameters)
+    slope = torch.stack([(g * d).sum() for g, d in zip(found, directions, strict=True)]).sum()
+    for sign in (1, -2):
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p.add_(d, alpha=sign * step)
+            sides.append(prior(x, **call))
+    measured = (sides[0] - sides[1]) / (2 * step)
+    torch.testing.assert_close(slope, measured, rtol=1e-4, atol=1e-7)  # truncation
+
+
+# Kernels without a second derivative
+
+
+class Recurrent(nn.Module):
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.cell = cell(4, 5, num_layers=2, dropout=0.3, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.cell(x)[0].mean(1))
+        return out
+
+
+def ig_prior(model: Any, way: Any) -> AttributionPrior:
+    explainer = differentiable(IntegratedGradients(model), differentiation=way)
+    return AttributionPrior(explainer, l2, n_steps=4)
+
+
+def explained(model: Any, way: Any, x: Tensor, how: str) -> Tensor:
+    """The value of a prior on the module, on a function that hides it, or of the explainer."""
+    if how == "hidden":
+        return ig_prior(lambda z: model(1 * z), way)(x, target=1)
+    prior = ig_prior(model, way)
+    if how == "prior":
+        return prior(x, target=1)
+    attributions = prior.explainer.attribute(x, target=1, n_steps=4)
+    return l2(attributions).mean()
+
+
+@pytest.mark.parametrize("how", ["prior", "hidden", "explainer"])
+@pytest.mark.parametrize("cell", [nn.RNN, nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("way", DIFFERENTIATIONS)
+def test_cudnn_recurrent_modules(cell: Any, way: str, how: str) -> None:
+    """They are explained without cuDNN, with no choice for the user to make, and train with it."""
+    model, x = on_device(Recurrent(cell)), torch.randn(5, 6, 4, device=DEVICE)
+    if how == "explainer":  # which explains the model as it is, dropout and all
+        model.cell.dropout = 0.0
+    parameters = list(model.parameters())
+    enabled = torch.backends.cudnn.enabled
+    found = torch.autograd.grad(explained(model, way, x, how), parameters, allow_unused=True)
+    assert torch.backends.cudnn.enabled == enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        value = ig_prior(model, "double_backprop")(x, target=1)
+        expected = torch.autograd.grad(value, parameters, allow_unused=True)
+    finally:
+        torch.backends.cudnn.enabled = enabled
+    pairs = [(f, e) for f, e in zip(found, expected, strict=True) if e is not None]
+    limit = 1e-8 if way in EXACT else 1e-3  # truncation of a 0.2 % step
+    assert relative_error([f for f, _ in pairs], [e for _, e in pairs]) < limit
+
+
+def test_cudnn_recurrent_layers_of_token_ids() -> None:
     case = moved(tokens())
     explainer = LayerExpectedGradients(case.model, case.layer)
-    with pytest.raises(NotDifferentiableError, match=r"CudnnRnnBackwardBackward.*cudnn\.flags"):
-        explainer.attribute(case.inputs, case.baselines, target=1)
-    prior = AttributionPrior(
-        LayerExpectedGradients(case.model, case.layer, differentiation="finite_difference"),
-        l2,
-        baselines=case.baselines,
-    )
-    with torch.backends.cudnn.flags(enabled=False):
-        exact = AttributionPrior(explainer, l2, baselines=case.baselines)(case.inputs, target=1)
-        expected = parameter_gradients(exact, list(case.model.parameters()))
-    found = parameter_gradients(prior(case.inputs, target=1), list(case.model.parameters()))
-    assert relative_error(found, expected) < 1e-2  # truncation of a 0.2 % step
+    prior = AttributionPrior(explainer, l2, baselines=case.baselines)
+    with torch.no_grad():
+        value = prior.eval()(case.inputs, target=1)
+    assert prior(case.inputs, target=1).item() == pytest.approx(value.item())
+    prior(case.inputs, target=1).backward()
+    assert case.model.lstm.weight_hh_l0.grad is not None
 
 
-@pytest.mark.parametrize(
-    ("kernel", "name"),
-    [
-        (SDPBackend.FLASH_ATTENTION, "flash_attention"),
-        (SDPBackend.EFFICIENT_ATTENTION, "efficient_attention"),
-    ],
-)
-def test_fused_attention(kernel: Any, name: str) -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix, self.head = nn.Linear(32, 96), nn.Linear(32, 2)
+@needs_cuda
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch 2.9 has it")
+def test_precision_of_convolutions_is_left_alone() -> None:
+    """As the newer spelling says it, which not every part of torch's own code goes with."""
+    model, x = on_device(Recurrent(nn.LSTM)), torch.randn(5, 6, 4, device=DEVICE)
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    try:
+        ig_prior(model, "double_backprop")(x, target=1).backward()
+        assert convolutions.fp32_precision == "ieee"
+    finally:
+        convolutions.fp32_precision = before
 
-        def forward(self, x: Tensor) -> Tensor:
-            q, k, v = self.mix(x).unflatten(-1, (3, 2, 16)).transpose(1, 3).unbind(2)
-            mixed = F.scaled_dot_product_attention(q, k, v)
-            return self.head(mixed.transpose(1, 2).flatten(2).mean(1))
 
-    torch.manual_seed(0)
-    model, x = Attention().cuda().float(), torch.randn(4, 8, 32, device="cuda").float()
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(32, 96), nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.mix(x).unflatten(-1, (3, 2, 16)).transpose(1, 3).unbind(2)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.head(mixed.transpose(1, 2).flatten(2).mean(1))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(1))
+
+
+def eg_prior(model: Any, way: Any, x: Tensor) -> AttributionPrior:
+    explainer = ExpectedGradients(model, differentiation=way)
+    return AttributionPrior(explainer, l2, baselines=x, n_samples=2)
+
+
+def by_way(model: Any, x: Tensor, way: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of a way as things are, and by double backpropagation in plain products."""
     parameters = list(model.parameters())
-    with torch.autocast("cuda", dtype=torch.bfloat16), sdpa_kernel(kernel):
-        with pytest.raises(NotDifferentiableError, match=name):
-            attribute(model, x, "double_backprop", target=1)
-        value = attribute(model, x, "finite_difference", target=1)
-        found = parameter_gradients(value, parameters)
+    prior, plain = eg_prior(model, way, x), eg_prior(model, "double_backprop", x)
+    draw_alike(prior, plain)
+    found = parameter_gradients(prior(x, target=1), parameters)
     with sdpa_kernel(SDPBackend.MATH):
-        exact = parameter_gradients(attribute(model, x, "double_backprop", target=1), parameters)
+        return found, parameter_gradients(plain(x, target=1), parameters)
+
+
+@pytest.mark.parametrize("way", DIFFERENTIATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [Attention, Encoder])
+def test_fused_attention(make: Any, dtype: torch.dtype, way: str) -> None:
+    """Exact, though the kernel that trains has no second derivative."""
+    model = on_device(make(), dtype)
+    found, expected = by_way(model, torch.randn(4, 8, 32, device=DEVICE, dtype=dtype), way)
+    exact = 1e-6 if dtype == torch.float32 else 1e-12
+    assert relative_error(found, expected) < (exact if way in EXACT else 1e-2)
+
+
+@needs_cuda
+@pytest.mark.parametrize("kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
+@pytest.mark.parametrize("way", DIFFERENTIATIONS)
+def test_fused_attention_in_bfloat16(kernel: Any, way: str) -> None:
+    model, x = Attention().to(DEVICE).float(), torch.randn(4, 8, 32, device=DEVICE).float()
+    exact, _ = by_way(model, x, "double_backprop")
+    # finite_difference computes in float32, which flash attention does not take.
+    allowed = [kernel] if way in EXACT else [kernel, SDPBackend.EFFICIENT_ATTENTION]
+    with torch.autocast("cuda", dtype=torch.bfloat16), sdpa_kernel(allowed):
+        found, plain = by_way(model, x, way)
+        model(x).sum().backward()  # the fused kernel trains
+    if way in EXACT:
+        assert relative_error(found, plain) < 1e-6
     flat, flat_exact = (torch.cat([g.flatten() for g in each]) for each in (found, exact))
-    # bfloat16 attention against float32: the direction is kept.
     assert float(torch.cosine_similarity(flat, flat_exact, dim=0)) > 0.95
+
+
+# Generators
 
 
 @pytest.mark.parametrize("way", DIFFERENTIATIONS)
 def test_priors_train_and_leave_the_generators_alone(way: str) -> None:
     """Replays run in the device's thread while the calling thread may hold its turn."""
-    model = nn.Sequential(
-        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1)
-    ).cuda()
-    x = torch.randn(32, 6, device="cuda")
+    model = on_device(
+        nn.Sequential(
+            nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1)
+        )
+    )
+    x = torch.randn(32, 6, device=DEVICE)
     explainer = ExpectedGradients(model, differentiation=way)
 
     def shift(inputs: Tensor) -> Tensor:
@@ -144,23 +333,179 @@ def test_priors_train_and_leave_the_generators_alone(way: str) -> None:
         AttributionPrior(explainer, l2, **options)
         + Lazy(AttributionPrior(explainer, graph, **options), every=2)
         + 0.1 * Subsample(StabilityPrior(explainer, cosine, shift, **options), fraction=0.5)
-    ).cuda()
+    ).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
-    cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state()
-    buffers = [b.clone() for b in model.buffers()]
+    before, buffers = global_states(), [b.clone() for b in model.buffers()]
     for _ in range(4):
         value = prior(x)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        assert float(value) >= 0
-    assert torch.equal(cpu, torch.get_rng_state())
-    assert torch.equal(gpu, torch.cuda.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+        assert torch.isfinite(value)
+    assert all(map(torch.equal, before, global_states()))
+    assert all(map(torch.equal, buffers, model.buffers()))
     assert model.training
 
 
+def global_states() -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if ON_CUDA else [])]
+
+
+def test_training_with_weight_zero_is_training_without() -> None:
+    """Dropout's masks come from the device's generator, which priors seed and put back."""
+    ends = []
+    for weight in (None, 0.0):
+        torch.manual_seed(0)
+        model = on_device(nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 3)))
+        x, y = torch.randn(32, 6, device=DEVICE), torch.randint(3, (32,), device=DEVICE)
+        tunnel = differentiable(NoiseTunnel(Saliency(model)))  # draws from it, too
+        prior = AttributionPrior(tunnel, l2, nt_samples=2)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):
+            loss = F.cross_entropy(model(x), y)
+            if weight is not None:
+                loss = loss + weight * prior(x, target=y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize("of_inputs", [DEVICE.type, "cpu"])
+def test_generator_on_the_device(of_inputs: str) -> None:
+    """A user's own: a seed means the same again, and looking at a value moves nothing."""
+    model, x = nn.Linear(6, 1).to(of_inputs), torch.randn(8, 6, device=of_inputs)
+    table = torch.randn(50, 6, device=of_inputs)
+    explainer = ExpectedGradients(nn.Sequential(model, nn.Tanh()))
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    seen = []
+    for _ in range(20):
+        generator.manual_seed(3)
+        seen.append(explainer.attribute(x, table, 9, stdevs=0.1, generator=generator))
+    assert all(torch.equal(each, seen[0]) for each in seen)
+    prior = AttributionPrior(explainer, l2, baselines=table, generator=generator)
+    state = generator.get_state()
+    looked = prior.eval()(x).item()
+    assert torch.equal(generator.get_state(), state)
+    kept = prior.state_dict()
+    assert prior.train()(x).item() == looked
+    assert not torch.equal(generator.get_state(), state)
+    prior.load_state_dict(kept)
+    assert prior(x).item() == looked
+
+
+def test_drawing_priors_are_reproduced_by_a_seed() -> None:
+    model, x = on_device(nn.Sequential(nn.Linear(6, 3), nn.Tanh())), torch.randn(8, 6).to(DEVICE)
+    shap = differentiable(GradientShap(model))
+    ends = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        prior = AttributionPrior(shap, l2, baselines=x, n_samples=3, stdevs=0.1)
+        ends.append([prior(x, target=1).item() for _ in range(3)])
+        del prior
+    assert ends[0] == ends[1]
+    assert len({*ends[0]}) == 3
+
+
+def test_default_device() -> None:
+    """Draws and counters are made on the CPU whatever the default."""
+    with DEVICE:
+        model, x = nn.Sequential(nn.Linear(6, 3), nn.Tanh()), torch.randn(8, 6)
+        prior = eg_prior(model, "recompute", x) + StabilityPrior(
+            differentiable(Saliency(model)), cosine, lambda z: z + 0.1 * torch.randn_like(z)
+        )
+        prior(x, target=1).backward()
+        prior.load_state_dict(prior.state_dict())
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# Memory
+
+
+def images(n: int = 32) -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(16 * 784, 3)
+    )
+    return on_device(model, torch.float32), torch.randn(n, 1, 28, 28).to(DEVICE).float()
+
+
+def peak_of(step: Callable[[], object]) -> int:
+    """Bytes that a step adds at most to what is allocated."""
+    if not ON_CUDA:
+        from tests.engine.test_recompute_memory import PeakBytes
+
+        with PeakBytes() as memory:
+            step()
+        return memory.peak
+    step()  # workspaces
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("explainer", ["IntegratedGradients", "ExpectedGradients"])
+def test_memory_is_flat_under_recompute(explainer: str) -> None:
+    model, x = images(32 if ON_CUDA else 4)
+    parameters = list(model.parameters())
+
+    def step(way: Any, n: int) -> None:
+        if explainer == "IntegratedGradients":
+            ig = differentiable(IntegratedGradients(model), differentiation=way)
+            value = ig.attribute(x, target=1, n_steps=n)
+        else:
+            eg = ExpectedGradients(model, differentiation=way)
+            value = eg.attribute(x, x, n_samples=n, target=1)
+        parameter_gradients(value, parameters)
+
+    few, many = (peak_of(partial(step, "recompute", n)) for n in (8, 128))
+    assert many <= 1.3 * few
+    # The measurement sees memory where it does grow.
+    grown, less = (peak_of(partial(step, "double_backprop", n)) for n in (32, 8))
+    assert grown > 3 * less
+
+
+@needs_cuda
+@pytest.mark.parametrize("way", DIFFERENTIATIONS)
+def test_steps_leave_no_memory_behind(way: Any) -> None:
+    model, x = images()
+    prior, allocated = eg_prior(model, way, x), []
+    for _ in range(12):
+        model.zero_grad()
+        prior(x, target=1).backward()
+        torch.cuda.synchronize()
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[-1] == allocated[2]
+
+
+@needs_cuda
+def test_out_of_memory_stays_what_it_is() -> None:
+    model, x = images()
+
+    def too_large(z: Tensor) -> Tensor:
+        return model(z) + z.new_zeros(2**46).sum()
+
+    prior = eg_prior(too_large, "double_backprop", x)
+    with leaves_no_trace(model), pytest.raises(torch.cuda.OutOfMemoryError):
+        prior(x, target=1)
+
+
+# What lies elsewhere
+
+
+@needs_cuda
 def test_baselines_elsewhere_are_an_error() -> None:
-    model = nn.Linear(3, 1).cuda()
+    model = on_device(nn.Linear(3, 1))
     with pytest.raises(TypeError, match=r"on cuda:0 as in the inputs, found .* on cpu"):
-        ExpectedGradients(model).attribute(torch.randn(2, 3, device="cuda"), torch.randn(4, 3))
+        ExpectedGradients(model).attribute(torch.randn(2, 3, device=DEVICE), torch.randn(4, 3))
+
+
+@needs_cuda
+def test_a_batch_elsewhere_is_an_error() -> None:
+    model, x = on_device(nn.Linear(3, 2)), torch.randn(2, 3)
+    prior = AttributionPrior(differentiable(Saliency(model)), l2)
+    with pytest.raises(ValueError, match=r"parameters, cuda:0, found cpu.*\.to\(device\)"):
+        prior(x, target=1)
+    with pytest.raises(ValueError, match="device"):
+        prior(x.to(DEVICE), target=torch.tensor([0, 1]))
