@@ -408,12 +408,25 @@ def test_drawing_priors_are_reproduced_by_a_seed() -> None:
     assert len({*ends[0]}) == 3
 
 
-def test_default_device() -> None:
-    """Draws and counters are made on the CPU whatever the default."""
+class Ranked(nn.Module):
+    """Makes a tensor on the default device in its forward pass, as position ids are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x)) * torch.arange(1, 4)
+
+
+@pytest.mark.parametrize("way", DIFFERENTIATIONS)
+def test_default_device(way: str) -> None:
+    """Draws and counters are made on the CPU whatever the default, which replays find again."""
     with DEVICE:
-        model, x = nn.Sequential(nn.Linear(6, 3), nn.Tanh()), torch.randn(8, 6)
-        prior = eg_prior(model, "recompute", x) + StabilityPrior(
-            differentiable(Saliency(model)), cosine, lambda z: z + 0.1 * torch.randn_like(z)
+        model, x = Ranked(), torch.randn(8, 6)
+        saliency = differentiable(Saliency(model), differentiation=way)
+        prior = eg_prior(model, way, x) + StabilityPrior(
+            saliency, cosine, lambda z: z + 0.1 * torch.randn_like(z)
         )
         prior(x, target=1).backward()
         prior.load_state_dict(prior.state_dict())
