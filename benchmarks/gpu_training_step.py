@@ -5,14 +5,12 @@ Measured against the plain step, against the same step once more (what noise doe
 loops that people write by hand: expected gradients as published with the papers (Erion et al.
 2021), right for the right reasons (Ross et al. 2017), a Hessian penalty by Hutchinson's estimator
 (Dombrowski et al. 2022). Steps take turns; medians; peak memory of the device; the operators that
-take most of the time. And how far the parameter gradients of each way of differentiating are from
-those in double precision, on a small network of each kind.
+take most of the time.
 
 Without a GPU it says so and ends; ``--device cpu --quick`` runs everything in miniature there.
 ``benchmarks/gpu.sh`` runs it after the tests that need a GPU.
 """
 
-import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -33,7 +31,7 @@ from captum_priors.penalties import total_variation
 from captum_priors.priors import RightForTheRightReasons
 from captum_priors.stability import HessianPenalty
 
-WEIGHT, BACKGROUND = 1e-3, 256
+WEIGHT, BACKGROUND, EVERY = 1e-3, 256, 4
 WAYS = ("double_backprop", "recompute", "finite_difference")
 PLAIN = "plain"
 Step = Callable[[], None]
@@ -216,6 +214,7 @@ def penalties(model: nn.Module, batch: Batch) -> dict[str, Callable[[], Tensor |
         "EG: loop": partial(in_plain_products, loop_eg, model, batch),
         **{f"EG: {way}": eg(way) for way in WAYS},
         "EG: recompute, 4 samples": eg("recompute", 4),
+        f"EG: Lazy({EVERY})": eg(every=EVERY),
         "RRR: loop": partial(in_plain_products, loop_rrr, model, batch),
         **{f"RRR: {way}": rrr(way) for way in WAYS},
         "Hessian: loop, difference": partial(in_plain_products, loop_hessian, model, batch),
@@ -314,16 +313,18 @@ def working(steps: Mapping[str, Step], meter: Meter) -> tuple[dict[str, Any], di
 def measure(
     model: nn.Module, batch: Batch, meter: Meter, rounds: int, until: float
 ) -> dict[str, Any]:
-    """Time and memory of every step, as many rounds as fit but three at least."""
+    """Time and memory of every step, as many rounds as fit: whole turns of ``Lazy``."""
     steps = {name: step_of(model, batch, p) for name, p in penalties(model, batch).items()}
     found, good = working(steps, meter)
     one_round = sum(meter.seconds(step) for step in good.values())
-    rounds = max(3, min(rounds, int((until - time.monotonic()) / one_round)))
+    fit = int((until - time.monotonic()) / one_round)
+    rounds = max(EVERY, min(rounds, fit) // EVERY * EVERY)
     seconds = in_turns(good, rounds, meter.now)
     for name, each in seconds.items():
         low, _, high = statistics.quantiles(each, n=4)
         found[name] |= {
             "milliseconds": 1e3 * statistics.median(each),
+            "mean_over_plain": statistics.mean(each) / statistics.mean(seconds[PLAIN]),
             "quartiles": [1e3 * low, 1e3 * high],
             "over_plain": ratio(each, seconds[PLAIN]),
         }
@@ -337,102 +338,18 @@ def measure(
 _PROFILED = (PLAIN, "EG: loop", "EG: double_backprop", "EG: recompute", "RRR: double_backprop")
 
 
-def lazy_step(model: nn.Module, batch: Batch, meter: Meter, every: int, rounds: int) -> float:
-    """Time of a step whose prior is evaluated every so often, over the plain one."""
-    prior = AttributionPrior(
-        ExpectedGradients(model), total_variation, n_samples=1,
-        baselines=batch.background.to(batch.x.device),
-    )  # fmt: skip
-    lazy = Lazy(prior, every)
-    steps = {
-        PLAIN: step_of(model, batch, lambda: 0.0),
-        "lazy": step_of(model, batch, lambda: lazy(batch.x, target=batch.y)),
-    }
-    runs = {name: partial(_times, step, every) for name, step in steps.items()}
-    for run in runs.values():
-        run()
-    seconds = in_turns(runs, rounds, meter.now)
-    return ratio(seconds["lazy"], seconds[PLAIN])
-
-
-def _times(step: Step, n: int) -> None:
-    for _ in range(n):
-        step()
-
-
-# ---- Precision -----------------------------------------------------------------------------
-
-HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def precision(device: torch.device) -> dict[str, dict[str, dict[str, float | str]]]:
-    """Relative error of an EG prior's gradient in each precision, against float64.
-
-    With ReLU smoothed: finite differences see kinks that the others do not. TF32 is that of matrix
-    products and of cuDNN's convolutions, where torch has it by default.
-    """
-    found: dict[str, dict[str, dict[str, float | str]]] = {}
-    for name, make in MINIATURE.networks().items():
-        torch.manual_seed(0)
-        model, batch = make().to(device), Batch.of(16, MINIATURE, device)
-        exact = gradient_of(model.double(), batch, "double_backprop", torch.float64)
-        model = model.float()
-        found[name] = {
-            how: {way: _error(model, batch, way, how, exact) for way in WAYS}
-            for how in ("float32", *["TF32"] * (device.type == "cuda"), *HALF)
-        }
-    return found
-
-
-def _error(model: nn.Module, batch: Batch, way: str, how: str, exact: Tensor) -> float | str:
-    try:
-        with _computing(how, batch.x.device.type):
-            found = gradient_of(model, batch, way, torch.float32).double()
-    except Exception as error:  # a refusal is an answer, too
-        return f"{type(error).__name__}: {str(error)[:300]}"
-    return float((found - exact).norm() / exact.norm())
-
-
-@contextlib.contextmanager
-def _computing(how: str, device: str) -> Any:
-    """With TF32 or without, and under autocast where that is asked for."""
-    owners = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [owner.allow_tf32 for owner in owners]
-    try:
-        for owner in owners:
-            owner.allow_tf32 = how == "TF32"
-        with torch.autocast(device, HALF.get(how, torch.bfloat16), enabled=how in HALF):
-            yield
-    finally:
-        for owner, allowed in zip(owners, before, strict=True):
-            owner.allow_tf32 = allowed
-
-
-def gradient_of(model: nn.Module, batch: Batch, way: Any, dtype: torch.dtype) -> Tensor:
-    """Parameter gradient of a prior whose draws are the same each time, as one vector."""
-    generator = torch.Generator().manual_seed(0)
-    prior = AttributionPrior(
-        ExpectedGradients(model, differentiation=way), total_variation, n_samples=2, smooth=30,
-        baselines=batch.background.to(batch.x.device, dtype), generator=generator,
-    )  # fmt: skip
-    value = prior(batch.x.to(dtype), target=batch.y)
-    gradients = torch.autograd.grad(value, [*model.parameters()], materialize_grads=True,
-                                    allow_unused=True)  # fmt: skip
-    return torch.cat([g.flatten() for g in gradients])
-
-
 # ---- Report --------------------------------------------------------------------------------
 
 
 def report(name: str, n: int, found: dict[str, Any]) -> None:
     """Print the table of one network."""
-    columns = ["milliseconds", "over_plain", "loop_over_this", "peak_gb"]
+    columns = ["milliseconds", "over_plain", "mean_over_plain", "loop_over_this", "peak_gb"]
     rows = [
         [kind, *(f.get(column) or "" for column in columns), f.get("error", "").split(":")[0]]
         for kind, f in found["steps"].items()
     ]
     title = f"{name}, batch {n}, median of {found['rounds']}"
-    show(title, ["step", "ms", "/ plain", "loop / this", "peak GB", ""], rows)
+    show(title, ["step", "ms", "/ plain", "mean / plain", "loop / this", "peak GB", ""], rows)
 
 
 def main() -> None:
@@ -447,7 +364,7 @@ def main() -> None:
         return
     end = time.monotonic() + options.seconds
     device = torch.device(options.device)
-    size, rounds = (MINIATURE, 3) if options.quick else (WHOLE, 15)
+    size, rounds = (MINIATURE, EVERY) if options.quick else (WHOLE, 4 * EVERY)
     n = min(options.batch, 4) if options.quick else options.batch
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     results: dict[str, Any] = {"device": name, "batch": n}
@@ -455,27 +372,16 @@ def main() -> None:
     def keep() -> None:  # what there is, should the rest not fit
         save(options.output, "gpu_training_step", vars(options), results)
 
-    results["precision"] = precision(device)
-    keep()
     meter, networks = Meter(device), size.networks()
     for i, (name, make) in enumerate(networks.items()):
         torch.manual_seed(0)
         model, batch = make().to(device), Batch.of(n, size, device)
         left = end - time.monotonic()
         found = measure(model, batch, meter, rounds, time.monotonic() + left / (len(networks) - i))
-        results[name] = found | {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "Lazy(4) over plain": lazy_step(model, batch, meter, 4, 3 if options.quick else 5),
-        }
+        results[name] = found | {"parameters": sum(p.numel() for p in model.parameters())}
         keep()
         report(name, n, found)
         del model, batch
-    for name, by_precision in results["precision"].items():
-        rows = [
-            [how, *(str(e).split(":")[0] if isinstance(e, str) else e for e in by_way.values())]
-            for how, by_way in by_precision.items()
-        ]
-        show(f"{name} in miniature: gradient error", ["precision", *WAYS], rows)
 
 
 if __name__ == "__main__":
