@@ -13,7 +13,7 @@ Without a GPU it says so and ends; ``--device cpu --quick`` runs everything in m
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -296,42 +296,55 @@ class Meter:
         }
 
 
-def working(steps: Mapping[str, Step], meter: Meter) -> tuple[dict[str, Any], dict[str, Step]]:
-    """Run each twice; peak memory of those that work, or why they do not."""
-    found: dict[str, Any] = {}
-    good: dict[str, Step] = {}
-    for name, step in steps.items():
-        try:
-            step()
-            found[name] = {"peak_gb": meter.peak_gb(step)}
-            good[name] = step
-        except Exception as error:  # out of memory, for example
-            found[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
-    return found, good
+@dataclass
+class Attempt:
+    """A step until it fails, for want of memory or of precision; from then on nothing."""
+
+    step: Step
+    error: str = ""
+
+    def __call__(self) -> None:
+        """Run it."""
+        if not self.error:
+            try:
+                self.step()
+            except Exception as error:
+                self.error = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
 
 
 def measure(
     model: nn.Module, batch: Batch, meter: Meter, rounds: int, until: float
 ) -> dict[str, Any]:
     """Time and memory of every step, as many rounds as fit: whole turns of ``Lazy``."""
-    steps = {name: step_of(model, batch, p) for name, p in penalties(model, batch).items()}
-    found, good = working(steps, meter)
-    one_round = sum(meter.seconds(step) for step in good.values())
+    steps = {
+        name: Attempt(step_of(model, batch, penalty))
+        for name, penalty in penalties(model, batch).items()
+    }
+    for step in steps.values():
+        step()
+    peaks = {name: meter.peak_gb(step) for name, step in steps.items()}
+    one_round = sum(meter.seconds(step) for step in steps.values())
     fit = int((until - time.monotonic()) / one_round)
     rounds = max(EVERY, min(rounds, fit) // EVERY * EVERY)
-    seconds = in_turns(good, rounds, meter.now)
+    seconds = in_turns(steps, rounds, meter.now)
+    profiled = {n: meter.where_time_goes(steps[n]) for n in _PROFILED}
+    found: dict[str, Any] = {}
     for name, each in seconds.items():
+        if steps[name].error:
+            found[name] = {"error": steps[name].error}
+            continue
         low, _, high = statistics.quantiles(each, n=4)
-        found[name] |= {
+        found[name] = {
             "milliseconds": 1e3 * statistics.median(each),
-            "mean_over_plain": statistics.mean(each) / statistics.mean(seconds[PLAIN]),
             "quartiles": [1e3 * low, 1e3 * high],
             "over_plain": ratio(each, seconds[PLAIN]),
+            "mean_over_plain": statistics.mean(each) / statistics.mean(seconds[PLAIN]),
+            "peak_gb": peaks[name],
         }
-        loop = next((n for n in good if n.startswith(f"{name.split(':')[0]}: loop")), None)
-        if loop not in (None, name):
+        loop = next((n for n in steps if n.startswith(f"{name.split(':')[0]}: loop")), name)
+        if loop != name and not steps[loop].error:
             found[name]["loop_over_this"] = ratio(seconds[loop], each)
-    profiled = {n: meter.where_time_goes(good[n]) for n in _PROFILED if n in good}
+    profiled = {name: each for name, each in profiled.items() if not steps[name].error}
     return {"rounds": rounds, "steps": found, "profiles": profiled}
 
 
