@@ -30,7 +30,7 @@ while (($#)); do
     esac
     shift
 done
-mkdir -p "$OUTPUT"
+mkdir -p "$OUTPUT" || exit 1
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export CAPTUM_PRIORS_DEVICE=$DEVICE MPLCONFIGDIR=${MPLCONFIGDIR:-$(mktemp -d)}
 if [[ -n $WHEELS ]]; then
