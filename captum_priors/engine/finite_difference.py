@@ -157,6 +157,16 @@ class _Line:
         # At kinks slopes change by jumps, so that shorter steps come closer to the known slope, but
         # its derivative by the parameters no closer: the fewer the jumps, the larger each counts.
         kinked = (slopes.detach() - self.known).abs() > 4 * error
+        if bool(kinked.float().mean() > 0.5):
+            raise refusal(
+                NotDifferentiableError,
+                "finite_difference",
+                "a function that is smooth along each example's direction",
+                f"kinks (ReLU, max-pooling, abs) in {int(kinked.sum())} of {len(kinked)} examples, "
+                "where a difference is as good as noise",
+                "differentiation='double_backprop' is exact for them; or smooth them: smooth=30 of "
+                "the prior runs ReLU as Softplus.",
+            )
         if bool(kinked.any()):
             middle = _MIDDLE_HALF if half else _MIDDLE
             slopes = self.slopes(torch.where(kinked, middle, steps))

@@ -1,10 +1,9 @@
 """The door: everything that must hold while a model is explained, put back afterwards."""
 
 import functools
-import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -13,7 +12,6 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
@@ -21,7 +19,14 @@ from captum_priors._errors import NotDifferentiableError
 from captum_priors.engine._failures import cause_of
 from captum_priors.engine._torch import Normalisation, saved_tensors_hooks
 from captum_priors.engine.batch_norm import BATCH_NORMS, HeldStatistics
-from captum_priors.engine.modules import modules_of, plainly_in, submodules_of
+from captum_priors.engine.modules import (
+    enter_exact_kernels,
+    modules_of,
+    plainly_in,
+    run_eagerly,
+    submodules_of,
+    without_cudnn,
+)
 from captum_priors.engine.processes import wrapped, wrapper_classes
 from captum_priors.engine.random import GlobalState, seed_global
 
@@ -140,7 +145,8 @@ class AttributionPass:
                     if isinstance(module, wrapper_classes()):
                         raise wrapped(module)
             if self.exact:
-                enter_exact_kernels(stack, self.modules)
+                look = not self.holds and torch.cuda.is_initialized()
+                enter_exact_kernels(stack, submodules_of(*self.explained) if look else self.modules)
             if self.smooth is not None:
                 stack.enter_context(ReluMode(self.smooth))
             if self.holds and not self._replayed and torch.is_grad_enabled():
@@ -183,8 +189,8 @@ class AttributionPass:
         Returns:
             What ``run`` returns, if it is run now.
         """
-        if not self.exact:
-            run_eagerly(self._stack)  # compiled modules would not see the statistics
+        if not self.exact:  # compiled modules would not see the statistics
+            run_eagerly(self._stack)
         if self.statistics is None:
             self.statistics = HeldStatistics()
         self.seen.looked = True
@@ -241,6 +247,8 @@ class AttributionPass:
             if isinstance(module, nn.RNNBase):
                 self._undo.append((module, "dropout", module.dropout))
                 module.dropout = 0.0
+                if self.exact and torch.cuda.is_initialized() and current_pass() is self:
+                    without_cudnn(self._stack)  # a function has hidden it until now
             elif normalises and self.batch_norm == "batch" and not isinstance(module, BATCH_NORMS):
                 pass  # InstanceNorm trains on the statistics of each example by itself
             elif trains:
@@ -326,24 +334,6 @@ def out_of_inference(value: T) -> T:
     elif type(value) is dict:
         found = {name: out_of_inference(each) for name, each in found.items()}
     return found  # type: ignore[no-any-return]  # of the type that came in
-
-
-def enter_exact_kernels(stack: ExitStack, modules: Iterable[nn.Module]) -> None:
-    """Compute the same functions by kernels that can be differentiated twice, until the stack ends.
-
-    Which kernel computes a function is no part of the function: compiled modules run eagerly,
-    attention in plain matrix products, recurrent modules on a GPU without cuDNN.
-    """
-    run_eagerly(stack)
-    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    if torch.cuda.is_initialized() and any(isinstance(m, nn.RNNBase) for m in modules):
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-
-
-def run_eagerly(stack: ExitStack) -> None:
-    """Run compiled modules as they were written, until the stack ends."""
-    if "torch._dynamo" in sys.modules:  # nothing can be compiled where nobody imported it
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
 
 
 # ---- Activations ---------------------------------------------------------------------------

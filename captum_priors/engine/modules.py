@@ -1,13 +1,16 @@
-"""The modules behind what is explained: those that are plainly there, and those that run."""
+"""The modules behind what is explained, and the kernels that they run on."""
 
 import functools
+import sys
 import threading
 import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 # Attributes in which explainers, and objects around a model, keep what they run.
@@ -71,3 +74,30 @@ def run_modules() -> Iterator[list[nn.Module]]:
         yield roots
     finally:
         handle.remove()
+
+
+# ---- Kernels ---------------------------------------------------------------------------------
+
+
+def enter_exact_kernels(stack: ExitStack, modules: Iterable[nn.Module]) -> None:
+    """Compute the same functions by kernels that can be differentiated twice, until the stack ends.
+
+    Which kernel computes a function is no part of the function: compiled modules run eagerly,
+    attention in plain matrix products, recurrent modules on a GPU without cuDNN.
+    """
+    run_eagerly(stack)
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    if torch.cuda.is_initialized() and any(isinstance(m, nn.RNNBase) for m in modules):
+        without_cudnn(stack)
+
+
+def without_cudnn(stack: ExitStack) -> None:
+    """Run without cuDNN until the stack ends; its other flags are left alone."""
+    stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
+    torch.backends.cudnn.enabled = False
+
+
+def run_eagerly(stack: ExitStack) -> None:
+    """Run compiled modules as they were written, until the stack ends."""
+    if "torch._dynamo" in sys.modules:  # nothing can be compiled where nobody imported it
+        stack.enter_context(torch.compiler.set_stance("force_eager"))

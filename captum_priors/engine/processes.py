@@ -193,7 +193,7 @@ def part_of_whole(
     """
     processes = current_processes()
     if of_batch:
-        if processes is None and training:
+        if processes is None and training and world_size() > 1:
             raise refusal(
                 ValueError,
                 "statistic of a batch",

@@ -22,11 +22,14 @@ from captum_priors.engine.model import (
     ReluMode,
     current_beta,
     current_pass,
-    enter_exact_kernels,
     resumed,
-    run_eagerly,
 )
-from captum_priors.engine.modules import plainly_in, run_modules
+from captum_priors.engine.modules import (
+    enter_exact_kernels,
+    plainly_in,
+    run_eagerly,
+    run_modules,
+)
 from captum_priors.engine.random import GlobalState
 
 Pullback = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[bool]], Sequence[Tensor | None]]
@@ -220,6 +223,7 @@ class Conditions:
             for device in ("cpu", "cuda")
         ]
         self._autocast_cache = torch.is_autocast_cache_enabled()
+        self._device = torch.get_default_device()  # of this thread; backward passes have their own
 
     def __enter__(self) -> "Conditions":
         with ExitStack() as stack:
@@ -251,6 +255,8 @@ class Conditions:
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(resumed(self._pass))
+            if torch.get_default_device() != self._device:
+                stack.enter_context(self._device)
             if self.stochastic or len(self._streams) > 1:
                 stack.callback(GlobalState.now(self._streams).restore)
                 self._random.restore()

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +57,13 @@ def hold_statistics(term: "Term", explaining: AttributionPass, batch: Batch) -> 
         _compare(term, explaining, models, whole)
         return
     first = term.differentiates_first() and term.replayed is False
-    explaining.hold_statistics(
-        lambda: _outputs(models, whole), as_tuple(whole[0]) if first else None
-    )
+    device = as_tuple(whole[0])[0].device.type
+    # Finite differences are evaluated in full precision.
+    full = torch.is_autocast_enabled(device) and not explaining.exact
+    with torch.autocast(device, enabled=False) if full else nullcontext():
+        explaining.hold_statistics(
+            lambda: _outputs(models, whole), as_tuple(whole[0]) if first else None
+        )
 
 
 def _compare(

@@ -215,5 +215,8 @@ class SmoothSurface(_OutputsRegularizer):
         root = (log_p / 2).exp()  # whose derivative stays finite where p vanishes
         factor = torch.diag_embed(root) - log_p.exp().unsqueeze(2) * root.unsqueeze(1)
         half = factor.transpose(1, 2) @ w.to(factor.dtype)
-        eigenvalues: Tensor = torch.linalg.eigvalsh(half @ half.transpose(1, 2))
-        return eigenvalues[:, -1]
+        squared = half @ half.transpose(1, 2)
+        finite = squared.isfinite().all(2).all(1)
+        eigenvalues = torch.linalg.eigvalsh(torch.where(finite.reshape(-1, 1, 1), squared, 0))
+        # What is not finite comes out as such, for a loss scaler to see.
+        return torch.where(finite, eigenvalues[:, -1], squared.sum((1, 2)))
