@@ -29,7 +29,6 @@ from captum_priors.priors import PixelPrior
 BATCH = 64
 METHODS: dict[str, Callable[[nn.Module], PixelPrior]] = {
     "double_backprop": PixelPrior,
-    "finite_difference": functools.partial(PixelPrior, differentiation="finite_difference"),
     "smooth=30": functools.partial(PixelPrior, smooth=30.0),
     "smooth=100": functools.partial(PixelPrior, smooth=100.0),
 }
