@@ -162,8 +162,8 @@ class _Line:
                 NotDifferentiableError,
                 "finite_difference",
                 "a function that is smooth along each example's direction",
-                f"kinks (ReLU, max-pooling, abs), or outputs lost in rounding, in {int(kinked.sum())} "
-                f"of {len(kinked)} examples, where a difference is as good as noise",
+                f"kinks (ReLU, max-pooling, abs), or too much rounding, in {int(kinked.sum())} of "
+                f"{len(kinked)} examples, where a difference is as good as noise",
                 "differentiation='double_backprop' is exact for them; or smooth them: smooth=30 of "
                 "the prior runs ReLU as Softplus.",
             )
