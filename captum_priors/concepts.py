@@ -79,7 +79,8 @@ def fit(
             "a direction of length " + f"{float(length):.2g}",
             "Take another layer; flatten maps whose mean over places does not tell.",
         )
-    return (vector / length).to(activations.dtype)
+    direction: Tensor = (vector / length).to(activations.dtype)
+    return direction
 
 
 def from_captum(cavs: Any, layer: str, concept: Any) -> Tensor:
@@ -126,13 +127,15 @@ def from_captum(cavs: Any, layer: str, concept: Any) -> Tensor:
             f"{len(rows)}; at this layer there are {[cav.concepts for cav in known]}",
             "Call compute_cavs first, and pass a single CAV where the concept is in several.",
         )
-    vector: Tensor = rows[0].detach().flatten()
-    return vector / vector.norm()
+    vector = rows[0].detach().flatten()
+    direction: Tensor = vector / vector.norm()
+    return direction
 
 
 def over_places(maps: Tensor, channel_dim: int) -> Tensor:
     """Average over all axes but the first and that of the channels: ``(examples, channels)``."""
-    return maps.movedim(channel_dim, 1).flatten(2).mean(2)
+    means: Tensor = maps.movedim(channel_dim, 1).flatten(2).mean(2)
+    return means
 
 
 def _presence(activations: Any, labels: Any) -> Tensor:
@@ -150,7 +153,7 @@ def _presence(activations: Any, labels: Any) -> Tensor:
             shapes,
             "Stack the activations of all examples, and mark those with the concept.",
         )
-    present = labels.bool()
+    present: Tensor = labels.bool()
     if not present.any() or present.all() or bool((labels != present).any()):
         raise refusal(
             ValueError,
@@ -169,7 +172,8 @@ def _difference(centred: Tensor, present: Tensor, alpha: float) -> Tensor:
 def _ridge(centred: Tensor, present: Tensor, alpha: float) -> Tensor:
     u, s, v = torch.linalg.svd(centred, full_matrices=False)
     signs = 2 * present.to(centred.dtype) - 1
-    return v.T @ (s / (s.square() + alpha) * (u.T @ (signs - signs.mean())))
+    weights: Tensor = v.T @ (s / (s.square() + alpha) * (u.T @ signs))  # u is centred
+    return weights
 
 
 def _logistic(centred: Tensor, present: Tensor, alpha: float) -> Tensor:
@@ -189,7 +193,7 @@ def _logistic(centred: Tensor, present: Tensor, alpha: float) -> Tensor:
             search.zero_grad()
             margins = signs * (centred @ weights[:-1] + weights[-1])
             value = F.softplus(-margins).sum() + alpha / 2 * weights[:-1].square().sum()
-            value.backward()  # type: ignore[no-untyped-call]  # torch's
+            value.backward()
             return value
 
         search.step(loss)

@@ -71,8 +71,8 @@ class AgreementPrior(Term):
         batch_norm: BatchNorm = "batch",
     ) -> None:
         sides = _Side(explainer_a, options_a, 0), _Side(explainer_b, options_b, 1)
-        of_term = {"reduction": reduction, "smooth": smooth, "batch_norm": batch_norm}
-        super().__init__(sides[0].explainer, **of_term)
+        explainer = sides[0].explainer
+        super().__init__(explainer, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
         self.mix, self.strength = share("mix", mix), positive("strength", strength, example=10)
         self.options_a, self.options_b = options_a, options_b
         self.a, self.b = sides

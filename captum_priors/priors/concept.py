@@ -151,7 +151,7 @@ class ConceptPrior(Term):
         concept = self.concept.to(gradient).flatten()
         if self.form == "cosine":
             return (1 - cosine_distance(gradient, concept.expand_as(gradient))).abs()
-        along = gradient @ concept
+        along = (gradient * concept).sum(1)  # which autocast leaves in single precision
         return along.abs() if self.form == "abs" else along.square()
 
     def _pooled(self, gradient: Tensor) -> Tensor:
