@@ -33,8 +33,8 @@ class ConceptPrior(Term):
 
     The concept is that of the layer when it was found. The authors train only what comes after the
     layer; where what comes before is trained too, find it anew from time to time (``concept`` is a
-    buffer, to be assigned). A step costs three forward passes, and a backward pass from the output
-    to the layer.
+    buffer, to be assigned). A call costs two forward passes, and a backward pass from the output to
+    the layer.
 
     Args:
         forward_func: The model, whose outputs are logits in the paper.
@@ -43,7 +43,8 @@ class ConceptPrior(Term):
             of a map.
         target: Which output :math:`f` is: None, that of the call; or of all outputs the ``"max"``,
             the sum (``"all"``), or a sum with ``"random"`` signs, drawn for each example and step.
-            These do not look at the target of the call.
+            These do not look at the target of the call. Softmax does not see the sum, which may
+            stay the same along a concept that decides between classes: random signs find that.
         form: ``"abs"``, as above; its ``"square"``; or the absolute ``"cosine"`` of the two.
         channel_dim: The axis of the channels of a map: 1, or -1 for tokens.
         differentiation: As in :class:`ExpectedGradients`.
