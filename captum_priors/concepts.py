@@ -37,9 +37,9 @@ def fit(
     - ``"logistic"``: of :math:`\min_{w,b} \sum_i \log(1 + e^{-y_i (w^\top a_i + b)}) +
       \tfrac\alpha2 \lVert w\rVert^2`.
 
-    Maps are averaged over places first, which leaves one number for each channel, as Dreyer et al.
-    2024 do. For a concept that lies at some place, flatten them: ``fit(a.flatten(1), labels)``.
-    Activations are those of :class:`captum.attr.LayerActivation`.
+    Maps are averaged over places first, which leaves one number for each channel (the code of
+    Dreyer et al. 2024 takes this or the largest). For a concept that lies at some place, flatten
+    them: ``fit(a.flatten(1), labels)``. :class:`captum.attr.LayerActivation` gives activations.
 
     Args:
         activations: Shape ``(examples, features)``, or maps ``(examples, channels, ...)``.

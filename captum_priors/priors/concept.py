@@ -29,7 +29,7 @@ class ConceptPrior(Term):
     with the activation :math:`a` of a layer and a concept vector :math:`c` (RR-ClArC, Dreyer et al.
     2024), such as :func:`captum_priors.concepts.fit` finds: a shortcut that is known by examples
     and has no mask. Where the activation is a map and the concept has a number for each channel,
-    the gradient is averaged over places first, as in the authors' code.
+    the gradient is averaged over places first (the default of the authors' later code).
 
     The concept is that of the layer when it was found. The authors train only what comes after the
     layer; where what comes before is trained too, find it anew from time to time (``concept`` is a
