@@ -242,10 +242,11 @@ def draw(concepts: dict[str, Any], agreement: dict[str, Any]) -> Figure:
         left.bar(places, means, 0.4, yerr=spread, label=part)
     left.set_xticks(range(len(concepts)), list(concepts), rotation=20)
     left.set_ylabel("test accuracy")
-    left.legend()
+    left.legend(loc="lower right")
     for part in next(iter(agreement.values())):
         means = [r[part]["mean"] for r in agreement.values()]
         right.plot(list(agreement), means, "o-", label=part)
+    right.tick_params("x", rotation=20)
     right.legend()
     return figure
 

@@ -24,8 +24,10 @@ class AgreementPrior(Term):
     with Pearson's correlation :math:`\rho` and that of soft ranks :math:`\rho_s`
     (:func:`captum_priors.distances.pearson` and :func:`~captum_priors.distances.soft_spearman`),
     in [0, 1] (PEAR, Schwarzschild et al. 2023, who explain by gradients and integrated gradients).
-    Each explainer has random numbers of its own. The ``baselines`` of a call are for those that
-    take them and were not given their own. A tuple of attributions gives the sum over its tensors.
+    Take a pair that can agree: what is multiplied by the inputs changes sign with them, a gradient
+    does not. Each explainer has random numbers of its own. The ``baselines`` of a call are for
+    those that take them and were not given their own. A tuple of attributions gives the sum over
+    its tensors.
 
     Args:
         explainer_a: An explainer that :func:`captum_priors.differentiable` takes.
