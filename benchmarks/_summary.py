@@ -142,6 +142,20 @@ def _decoy_mnist(results: Any) -> Iterator[Row]:
         )
 
 
+def _concepts_and_agreement(results: Any) -> Iterator[Row]:
+    parts = {
+        "concepts": ("a tag on MNIST's 8", ("clean", "all tagged")),
+        "agreement": (
+            "agreement on NHANES I",
+            ("ROC-AUC", "gradient, average gradient", "input x gradient, IG"),
+        ),
+    }
+    for part, (title, keys) in parts.items():
+        for name, row in results[part].items():
+            each = (f"{row[key]['mean']:.3f} ± {row[key]['spread']:.3f}" for key in keys)
+            yield f"{title}, {name}: {'; '.join(keys)}", "; ".join(each), ""
+
+
 def _pixel_prior(results: Any) -> Iterator[Row]:
     for name, row in results.get("found", {}).items():
         shown = [
@@ -249,6 +263,7 @@ ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
     "fused_attention": _fused_attention,
     "pixel_prior": _pixel_prior,
     "decoy_mnist": _decoy_mnist,
+    "concepts_and_agreement": _concepts_and_agreement,
     "stability_study": _stability_study,
     "relu_differentiation": _relu_differentiation,
     "nhanes_sparsity": _nhanes_sparsity,

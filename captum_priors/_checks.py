@@ -5,7 +5,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from captum_priors._errors import TargetError, refusal, type_of
@@ -161,6 +161,13 @@ def check_forward_func(forward_func: Any) -> None:
         )
 
 
+def check_layer(layer: Any) -> None:
+    """Require a module, rather than its name."""
+    if not isinstance(layer, nn.Module):
+        found = repr(layer) if isinstance(layer, str) else type_of(layer)
+        raise refusal(TypeError, "`layer`", "a torch.nn.Module", found, "Pass model.some_layer.")
+
+
 def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:
     """Require an integer of at least ``least``."""
     if optional and value is None:
@@ -189,6 +196,11 @@ def nonnegative(name: str, value: Any) -> float:
 def fraction(name: str, value: Any) -> float:
     """Require a number in (0, 1], and return it."""
     return _number(name, value, lambda v: 0 < v <= 1, "a number in (0, 1]", 0.25)
+
+
+def share(name: str, value: Any) -> float:
+    """Require a number in [0, 1], and return it."""
+    return _number(name, value, lambda v: 0 <= v <= 1, "a number in [0, 1]", 0.5)
 
 
 def _number(

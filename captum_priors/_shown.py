@@ -48,6 +48,8 @@ def shown_value(value: Any) -> str:
     if isinstance(value, tuple):
         inside = ", ".join(map(shown_value, value))
         return f"({inside},)" if len(value) == 1 else f"({inside})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k!r}: {shown_value(v)}' for k, v in value.items())}}}"
     if callable(value) and not isinstance(value, type):
         return shown(value)
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

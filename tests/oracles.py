@@ -114,6 +114,19 @@ def pearson(a: Array, b: Array) -> Array:
     )
 
 
+def soft_spearman(a: Array, b: Array, strength: float) -> Array:
+    """One minus the correlation of soft ranks, which are counted pair by pair."""
+
+    def ranks(x: Array) -> Array:
+        flat, found = x.ravel(), []
+        for entry in flat:
+            apart = [strength * (entry - other) / flat.std() for other in flat]
+            found.append(0.5 + sum(1 / (1 + math.exp(-z)) for z in apart))
+        return np.array(found)
+
+    return pearson(np.array([ranks(x) for x in a]), np.array([ranks(x) for x in b]))
+
+
 def ssim(a: Array, b: Array) -> Array:
     """Wang et al. 2004 window by window, on maps ``(batch, height, width)``."""
     totals = []

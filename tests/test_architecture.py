@@ -24,7 +24,7 @@ LAYERS = [
     ["engine"],
     ["_rows"],
     ["penalties", "distances"],
-    ["_probe", "attr"],
+    ["_probe", "attr", "concepts"],
     ["adapters"],
     ["priors", "testing"],
     ["attacks"],

@@ -36,6 +36,7 @@ from captum_priors.attacks import (
     RandomAttack,
     TopKAttack,
 )
+from captum_priors.concepts import fit
 from captum_priors.distances import SoftTopK, mse
 from captum_priors.metrics import (
     local_lipschitz,
@@ -58,6 +59,8 @@ from captum_priors.penalties import (
 )
 from captum_priors.priors import (
     HINT,
+    AgreementPrior,
+    ConceptPrior,
     EnergyPrior,
     GraphPrior,
     PixelPrior,
@@ -170,6 +173,8 @@ EXPLAINED: dict[str, Call] = {
     "EnergyPrior": annotated(EnergyPrior),
     "HINT": annotated(lambda model: HINT(model, model.conv)),
     "RRRGradCAM": annotated(lambda model: RRRGradCAM(model, model.conv)),
+    "ConceptPrior": regularizer(lambda model: ConceptPrior(model, model.conv, torch.ones(2))),
+    "AgreementPrior": regularizer(lambda model: AgreementPrior(Saliency(model), DeepLift(model))),
     "ATEX": regularizer(lambda model: ATEX(model, radius=0.1)),
     "HessianPenalty": regularizer(lambda model: HessianPenalty(model, smooth=30)),
     "CurvatureRegularization": regularizer(CurvatureRegularization),
@@ -285,6 +290,16 @@ def averaging(penalty: Any = l1, **options: Any) -> AttributionPrior:
     return AttributionPrior(ExpectedGradients(net()), penalty, baselines=x(), **options)
 
 
+def concept(direction: Any, **options: Any) -> ConceptPrior:
+    model = Net()
+    return ConceptPrior(model, model.conv, direction, **options)
+
+
+def agreement(**options: Any) -> AgreementPrior:
+    model = net()
+    return AgreementPrior(Saliency(model), IntegratedGradients(model), **options)
+
+
 def gradient_maps(perturbation: Any, distance: Any = mse) -> StabilityPrior:
     return StabilityPrior(Saliency(net()), distance, perturbation)
 
@@ -390,6 +405,48 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "NumPy adjacency": (lambda: GraphPrior(net(), np.eye(3)), "ndarray"),
     "layer by name": (lambda: HINT(Net(), "conv"), "torch.nn.Module"),
+    "concept of another layer": (lambda: concept(torch.ones(3))(images(), target=1), "(2, 4, 4)"),
+    "concept of zeros": (lambda: concept(torch.zeros(2)), "not all zero"),
+    "concept of NaN": (lambda: concept(torch.full((2,), torch.nan)), "finite"),
+    "NumPy concept": (lambda: concept(np.ones(2)), "ndarray"),
+    "concept of integers": (lambda: concept(torch.ones(2).long()), "int64"),
+    "concept of a layer by name": (
+        lambda: ConceptPrior(Net(), "conv", torch.ones(2)),
+        "'conv'. Pass model.some_layer",
+    ),
+    "target by word": (lambda: concept(torch.ones(2), target="true"), "'random'"),
+    "unknown form": (lambda: concept(torch.ones(2), form="l1"), "'cosine'"),
+    "axis that is none": (
+        lambda: concept(torch.ones(2), channel_dim=4)(images(), target=1),
+        "(2,)",
+    ),
+    "layer of an LSTM": (
+        lambda: (lambda lstm: ConceptPrior(lambda z: lstm(z)[0], lstm, torch.ones(2)))(
+            nn.LSTM(3, 2)
+        )(x()),
+        "tuple",
+    ),
+    "labels of one kind": (lambda: fit(x(), torch.ones(5)), "some of each"),
+    "labels of three kinds": (lambda: fit(x(), torch.arange(5)), "zeros and ones"),
+    "labels of other examples": (lambda: fit(x(), torch.ones(4)), "a label for each"),
+    "NumPy activations": (lambda: fit(x().numpy(), torch.ones(5)), "ndarray"),
+    "nothing to tell": (lambda: fit(torch.ones(5, 3), labels() > 0), "mean changes"),
+    "unknown fit": (lambda: fit(x(), labels() > 0, "svm"), "'logistic'"),
+    "no penalty of the norm": (lambda: fit(x(), labels() > 0, "ridge", alpha=0), "alpha"),
+    "agreement with a model": (lambda: AgreementPrior(Saliency(net()), net()), "Sequential"),
+    "agreement of more than all": (lambda: agreement(mix=2), "[0, 1]"),
+    "option of the other explainer": (
+        lambda: agreement(options_a={"n_steps": 3}),
+        "an option of DifferentiableSaliency",
+    ),
+    "agreement of maps of two layers": (
+        lambda: (
+            lambda model: AgreementPrior(Saliency(model), LayerGradCam(model, model.conv))(
+                images(), target=1
+            )
+        )(Net()),
+        "(5, 1, 4, 4)",
+    ),
     # Stability
     "class as perturbation": (lambda: gradient_maps(RandomAttack), "class RandomAttack"),
     "number as perturbation": (lambda: gradient_maps(0.1), "float"),

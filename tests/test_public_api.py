@@ -9,6 +9,7 @@ import captum_priors
 from captum_priors import (
     attacks,
     attr,
+    concepts,
     distances,
     integrations,
     metrics,
@@ -23,6 +24,7 @@ MODULES = [
     captum_priors,
     attacks,
     attr,
+    concepts,
     distances,
     integrations,
     accelerate,

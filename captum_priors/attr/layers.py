@@ -10,7 +10,7 @@ from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, forward_args
-from captum_priors._checks import check_inputs, check_target
+from captum_priors._checks import check_inputs, check_layer, check_target
 from captum_priors._errors import refusal
 from captum_priors._rows import Rows, run_forward, take, tile
 from captum_priors._types import Differentiation, TensorOrTuple
@@ -63,14 +63,7 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         *,
         differentiation: Differentiation = "double_backprop",
     ) -> None:
-        if not isinstance(layer, nn.Module):
-            raise refusal(
-                TypeError,
-                "`layer`",
-                "a torch.nn.Module",
-                type(layer).__name__,
-                "Pass model.some_layer.",
-            )
+        check_layer(layer)
         ExpectedGradients.__init__(
             self, forward_func, multiply_by_inputs, differentiation=differentiation
         )
@@ -114,7 +107,7 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         check_target(target, batch)
         table = reference_rows(baselines, inputs)
         args = forward_args(additional_forward_args)
-        layer = _Layer(self.forward_func, self.layer, attribute_to_layer_input)
+        layer = Layer(self.forward_func, self.layer, attribute_to_layer_input)
         activations, times = layer.activations(tensors, args)
         own = [isinstance(arg, Tensor) and arg.shape[:1] == (batch,) for arg in args]
         alike = len({*map(len, table)}) == 1 and not any(own)
@@ -147,12 +140,12 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """A layer of a model: what it deals in, and the model with that replaced."""
 
     forward_func: Any
     layer: nn.Module
-    to_input: bool
+    to_input: bool = False
 
     def activations(self, inputs: Tensors, args: tuple[Any, ...]) -> tuple[Tensors, int]:
         """Return what the layer returns (or receives), by examples, and how many rows each has."""
@@ -213,7 +206,7 @@ class _Layer:
 class _LayerRows(Rows):
     """The explained output as a function of what the layer deals in."""
 
-    layer: _Layer
+    layer: Layer
     inputs: Tensors
     times: int
 

@@ -4,6 +4,6 @@ A distance maps two attributions ``(batch, ...)``, or two tuples of them, to ``(
 equal ones, and symmetric. A tuple gives the sum over its tensors.
 """
 
-from captum_priors.distances.distances import SoftTopK, cosine, mse, pearson, ssim
+from captum_priors.distances.distances import SoftTopK, cosine, mse, pearson, soft_spearman, ssim
 
-__all__ = ["SoftTopK", "cosine", "mse", "pearson", "ssim"]
+__all__ = ["SoftTopK", "cosine", "mse", "pearson", "soft_spearman", "ssim"]

@@ -6,8 +6,10 @@ make them cheaper, and :class:`Guarded` keeps what has gone wrong out of the los
 priors stand here under their own names.
 """
 
+from captum_priors.priors.agreement import AgreementPrior
 from captum_priors.priors.attribution import AttributionPrior
 from captum_priors.priors.base import Call, Prior, Term
+from captum_priors.priors.concept import ConceptPrior
 from captum_priors.priors.named import (
     HINT,
     EnergyPrior,
@@ -22,8 +24,10 @@ from captum_priors.priors.wrappers import Guarded, Lazy, Subsample
 
 __all__ = [
     "HINT",
+    "AgreementPrior",
     "AttributionPrior",
     "Call",
+    "ConceptPrior",
     "EnergyPrior",
     "GraphPrior",
     "Guarded",

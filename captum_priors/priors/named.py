@@ -15,8 +15,8 @@ from captum.attr import InputXGradient, LayerGradCam, Saliency
 from torch import Tensor, nn
 
 from captum_priors._captum import select_error
-from captum_priors._checks import check_forward_func
-from captum_priors._errors import refusal, type_of
+from captum_priors._checks import check_forward_func, check_layer
+from captum_priors._errors import refusal
 from captum_priors._shown import same, shown_value
 from captum_priors._types import Differentiation, TensorOrTuple
 from captum_priors.adapters import differentiable
@@ -223,10 +223,7 @@ class _OfGradCAM(_Named):
         **options: Any,
     ) -> None:
         check_forward_func(forward_func)
-        if not isinstance(layer, nn.Module):
-            raise refusal(
-                TypeError, "`layer`", "a torch.nn.Module", type_of(layer), "Pass model.some_layer."
-            )
+        check_layer(layer)
         grad_cam = LayerGradCam(forward_func, layer)
         explainer = differentiable(grad_cam, differentiation=differentiation)
         super().__init__(explainer, self._penalty, relu_attributions=True, **options)

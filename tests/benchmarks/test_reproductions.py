@@ -177,6 +177,25 @@ def test_decoys_run(small_mnist: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["decoy, weight 0"][patch] > found["decoy, weight 1000"][patch] + 0.2
 
 
+def test_concepts_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("concepts_and_agreement")
+    noise = 0.1 * torch.rand(400, 1, 28, 28), torch.arange(400) % 10
+    monkeypatch.setattr(module, "SHARE", 1.0)
+    monkeypatch.setattr(module, "mnist", lambda source: noise)
+    found = module.run_concepts(0, "", 14, True)
+    # Noise tells nothing but the tag does: it is learnt unless its direction is forbidden.
+    plain, prior = (found[name]["taken for an 8"] for name in ("no prior", "difference, random"))
+    assert plain > prior + 0.5
+
+
+def test_agreement_runs(small_nhanes: Path) -> None:
+    module = script("concepts_and_agreement")
+    found = module.run_agreement(0, f"nhanes={small_nhanes}", 30, True)
+    pair = "gradient, average gradient"
+    assert found["weight 2"][pair] > found["no prior"][pair]
+    assert found["weight 2"]["ROC-AUC"] > 0.8
+
+
 def test_pixel_prior_runs(small_mnist: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("pixel_prior")
     monkeypatch.setattr(module, "N_TRAIN", 128)

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.stats import spearmanr
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from captum_priors.distances import SoftTopK, cosine, mse, pearson, ssim
+from captum_priors.distances import SoftTopK, cosine, mse, pearson, soft_spearman, ssim
 from tests import oracles
 from tests.cases import rows
 
@@ -59,6 +60,12 @@ DISTANCES = [
     Row("mse", mse, oracles.mse, high=lambda size: 4 * size**2, ignores_scale=False),
     Row("cosine", cosine, oracles.cosine, ignores_each_scale=True),
     Row("pearson", pearson, oracles.pearson, ignores_each_scale=True),
+    Row(
+        "soft-spearman",
+        partial(soft_spearman, strength=3),
+        partial(oracles.soft_spearman, strength=3),
+        ignores_each_scale=True,
+    ),
     # Variances as a difference of moments lose the digits that mean^2 / variance costs.
     Row("ssim", ssim, _ssim_over_channels, (3, 2, 9, 10), tolerance=1e-10),
     Row("ssim-maps", MAPS, oracles.ssim, (3, 8, 7), tolerance=1e-10),
@@ -205,6 +212,35 @@ def test_pearson_of_constant_maps_has_no_direction(constant: float) -> None:
     assert pearson(flat, varied).item() == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_soft_spearman_tends_to_spearmans_correlation(ties: bool) -> None:
+    a, b = torch.randn(2, 4, 12)
+    if ties:
+        a, b = a.round(), b.round()
+    expected = torch.as_tensor([1 - spearmanr(*pair).statistic for pair in zip(a, b, strict=True)])
+    # The smallest gap is above 1e-4 standard deviations: tanh(50) is 1 to rounding.
+    value = soft_spearman(a, b, strength=1e6)
+    torch.testing.assert_close(value, expected, rtol=ROUNDING, atol=0)
+    nearer = [(soft_spearman(a, b, strength=s) - expected).abs().max() for s in (1, 10, 100)]
+    assert nearer[0] > nearer[1] > nearer[2] > 0 or ties
+    # tanh(z) is z up to its cube.
+    torch.testing.assert_close(soft_spearman(a, b, strength=1e-4), pearson(a, b), rtol=1e-6, atol=0)
+
+
+def test_soft_spearman_ignores_offsets_and_sees_order_alone() -> None:
+    a, b = torch.randn(2, 3, 9)
+    # Adding 5 costs one digit of the deviations.
+    torch.testing.assert_close(
+        soft_spearman(a + 5, 2 * b - 3), soft_spearman(a, b), rtol=1e-11, atol=0
+    )
+    flat = torch.full((3, 9), 0.3)
+    assert soft_spearman(flat, flat + 0.4).tolist() == [0, 0, 0]
+    torch.testing.assert_close(soft_spearman(a, flat), torch.ones(3), rtol=ROUNDING, atol=0)
+    torch.testing.assert_close(
+        soft_spearman(a, -(a**3), strength=1e9), torch.full((3,), 2.0), rtol=ROUNDING, atol=0
+    )
+
+
 def test_ssim_is_that_of_torchmetrics() -> None:
     a, b = torch.rand(3, 1, 24, 20), torch.rand(3, 1, 24, 20)
     for i in range(3):
@@ -269,6 +305,9 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
     r"`window`: expected an integer of at least 1, found 0\.": lambda: ssim(ONES, ONES, window=0),
     r"`k`: expected an integer of at least 1, found 0\. Pass k=1": lambda: SoftTopK(0),
     r"`k`: expected fewer than the 3 features, found 3\. Lower k": lambda: SoftTopK(3)(ONES, ONES),
+    r"`strength`: expected a positive finite number, found 0\.": lambda: soft_spearman(
+        ONES, ONES, strength=0
+    ),
     **{
         rf"`temperature`: expected a positive finite number, found {value}\. Pass": (
             lambda value=value: SoftTopK(1, temperature=value)

@@ -26,6 +26,8 @@ from captum_priors.distances import mse
 from captum_priors.penalties import l2
 from captum_priors.priors import (
     HINT,
+    AgreementPrior,
+    ConceptPrior,
     EnergyPrior,
     PixelPrior,
     RightForTheRightReasons,
@@ -164,6 +166,20 @@ def _attacked(model: Any, differentiation: str = "double_backprop", **options: A
     return StabilityPrior(explainer, mse, climb, **options)
 
 
+def _concept(model: Any, layer: int, **options: Any) -> Any:
+    direction = torch.tensor([0.6, -0.8, *[0.0] * 5])
+    return ConceptPrior(model, model[layer], direction[: 2 if layer == 0 else 7], **options)
+
+
+def _agreement(model: Any, differentiation: str = "double_backprop", **options: Any) -> Any:
+    a, b = (
+        differentiable(cls(model), differentiation=differentiation)
+        for cls in (ca.Saliency, ca.IntegratedGradients)
+    )
+    given = {"options_a": {"abs": False}, "options_b": {"n_steps": 4}}
+    return AgreementPrior(a, b, **{**given, **options})
+
+
 REGULARIZERS = [
     regularizer("ATEX", ATEX, {"n_samples": 2, "radius": 0.3}),
     regularizer("Hessian", HessianPenalty, {"n_samples": 2}, stacks=False),
@@ -249,6 +265,23 @@ NAMED = [
         stacks=False,
         ways=WAYS,
     ),
+    Leaf(
+        "Concept",
+        lambda m, **options: _concept(m, 1, **options),
+        ConceptPrior,
+        stacks=False,
+        draws=False,
+        ways=WAYS,
+    ),
+    Leaf(
+        "Concept-maps-random",
+        lambda m, **options: _concept(m, 0, **{"target": "random", "form": "square", **options}),
+        ConceptPrior,
+        stacks=False,
+        images=True,
+        ways=WAYS,
+    ),
+    Leaf("Agreement", _agreement, AgreementPrior, draws=False, ways=WAYS),
 ]
 LEAVES = [*REGULARIZERS, *EXPLAINED, *STABLE, *NAMED]
 LEAVES_AND_WAYS = [(leaf, way) for leaf in LEAVES for way in leaf.ways]

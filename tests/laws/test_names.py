@@ -22,7 +22,14 @@ from captum_priors import (
 from captum_priors.attacks import RandomAttack, TopKAttack
 from captum_priors.distances import SoftTopK, mse
 from captum_priors.penalties import alignment, l1, l2, total_variation
-from captum_priors.priors import HINT, GraphPrior, RRRGradCAM, SparsityPrior
+from captum_priors.priors import (
+    HINT,
+    AgreementPrior,
+    ConceptPrior,
+    GraphPrior,
+    RRRGradCAM,
+    SparsityPrior,
+)
 from captum_priors.stability import smooth_activations
 from tests.laws.leaves import LEAVES, background, net, options_of
 
@@ -31,6 +38,8 @@ OTHER: dict[str, Any] = {
     "layers": ["1"],
     "lower_bound": -3.0,
     "n_samples": 3,
+    "options_a": {"abs": False},
+    "options_b": {"n_steps": 5},
     "positions": (-1.0, 0.0),
     "radius": 0.123,
     "scale": None,
@@ -43,6 +52,7 @@ MORE = {  # with what they are made of, besides a model
     SparsityPrior: (),
     GraphPrior: (torch.ones(5, 5) - torch.eye(5),),
 }
+WITH = {**MORE, ConceptPrior: (torch.ones(7),)}
 HELD = ("explainer", "teacher")  # objects, which a formula names and cannot write out
 
 
@@ -71,9 +81,11 @@ def _words(hint: Any) -> list[Any]:
 
 
 def build(cls: Any, model: nn.Module, **options: Any) -> Any:
-    layer = [model[0]] if cls in (HINT, RRRGradCAM) else []
+    if cls is AgreementPrior:
+        return cls(ca.Saliency(model), ca.IntegratedGradients(model), **options)
+    layer = [model[0]] if cls in (HINT, RRRGradCAM, ConceptPrior) else []
     extra = {} if cls not in MORE else {"baselines": background()}
-    return cls(model, *layer, *MORE.get(cls, ()), **{**extra, **options})
+    return cls(model, *layer, *WITH.get(cls, ()), **{**extra, **options})
 
 
 ROWS = [

@@ -1,0 +1,184 @@
+"""The agreement prior against correlations of stock attributions, and what each side is given."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import InputXGradient, IntegratedGradients, Saliency
+from torch import Tensor, nn
+
+from captum_priors import ExpectedGradients, Subsample, differentiable
+from captum_priors.priors import AgreementPrior
+from captum_priors.testing import check_differentiable
+from tests import oracles
+from tests.cases import DIFFERENTIATIONS, TwoInputs
+
+# Sums in another order.
+ROUNDING = 1e-10
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def agreement(a: Tensor, b: Tensor, mix: float, strength: float) -> float:
+    a, b = (side.detach().numpy() for side in (a, b))
+    ranks, values = oracles.soft_spearman(a, b, strength), oracles.pearson(a, b)
+    return float(np.mean(mix * ranks / 2 + (1 - mix) * values / 2))
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("way", DIFFERENTIATIONS)
+def test_equals_the_correlations_of_captums_attributions(way: Any, mix: float) -> None:
+    model, x, y = network(), torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    a, b = Saliency(model), IntegratedGradients(model)
+    baselines = torch.randn(1, 6)
+    prior = AgreementPrior(
+        differentiable(a, differentiation=way),
+        differentiable(b, differentiation=way),
+        mix=mix,
+        strength=4,
+        options_a={"abs": False},
+        options_b={"n_steps": 7},
+    )
+    expected = agreement(
+        a.attribute(x, target=y, abs=False),
+        b.attribute(x, baselines, target=y, n_steps=7),
+        mix,
+        4,
+    )
+    assert prior(x, baselines, y).item() == pytest.approx(expected, rel=ROUNDING)
+    assert 0 <= expected <= 1
+
+
+def test_sums_over_several_inputs() -> None:
+    model, x = TwoInputs(), (torch.randn(4, 2, 2), torch.randn(4, 3))
+    args = (torch.rand(4) + 0.5, 2.0)
+    a, b = InputXGradient(model), IntegratedGradients(model)
+    prior = AgreementPrior(a, b, options_b={"n_steps": 5})
+    left = a.attribute(x, target=1, additional_forward_args=args)
+    right = b.attribute(x, target=1, additional_forward_args=args, n_steps=5)
+    expected = sum(agreement(p, q, 0.5, 10) for p, q in zip(left, right, strict=True))
+    value = prior(x, target=1, additional_forward_args=args)
+    assert value.item() == pytest.approx(expected, rel=ROUNDING)
+
+
+class Asked:
+    """An explainer that keeps what it is given and what it draws."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.forward_func = model
+        self.given: list[Any] = []
+        self.drawn: list[Tensor] = []
+
+    def attribute(self, inputs: Tensor, baselines: Any = None, target: Any = None) -> Tensor:
+        self.given.append(baselines)
+        self.drawn.append(torch.randn(4))
+        return inputs * self.forward_func(inputs)[:, target : target + 1]
+
+
+def test_baselines_are_for_those_that_take_them_and_have_none() -> None:
+    model, x, background = network(), torch.randn(4, 6), torch.randn(9, 6)
+    a, b = Asked(model), Asked(model)
+    AgreementPrior(a, b)(x, background, 0)
+    AgreementPrior(a, b, options_b={"baselines": 0})(x, background, 0)
+    AgreementPrior(InputXGradient(model), b)(x, background, 0)
+    expected = [(a, [background, background]), (b, [background, 0, background])]
+    for asked, wanted in expected:
+        assert list(map(id, asked.given)) == list(map(id, wanted))
+    given = {"options_a": {"baselines": 0}, "options_b": {"baselines": 1}}
+    for prior in (AgreementPrior(a, b, **given), AgreementPrior(Saliency(model), Saliency(model))):
+        assert not prior.takes("baselines")
+        with pytest.raises(TypeError, match="'baselines'"):
+            prior(x, background, 0)
+    needed = AgreementPrior(ExpectedGradients(model), Saliency(model))
+    with pytest.raises(TypeError, match="reference rows"):
+        needed(x, target=0)
+
+
+def test_each_explainer_draws_from_a_child_of_the_priors_stream() -> None:
+    model, x = network(), torch.randn(4, 6)
+    a, b = Asked(model), Asked(model)
+    prior = AgreementPrior(a, b)
+    state = prior.state_dict()
+    for _ in range(2):
+        prior(x, target=0)
+    prior.load_state_dict(state)
+    prior(x, target=0)
+    first, second, again = zip(a.drawn, b.drawn, strict=True)
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(torch.stack(again), torch.stack(first))
+
+
+def test_the_users_generator_moves_in_training_alone() -> None:
+    model, x = network(), torch.randn(4, 6)
+    generator = torch.Generator().manual_seed(1)
+    given = {"generator": generator, "n_samples": 2, "baselines": torch.randn(7, 6)}
+    prior = AgreementPrior(ExpectedGradients(model), Saliency(model), options_a=given)
+    before = generator.get_state()
+    prior.eval()(x, target=0)
+    assert torch.equal(generator.get_state(), before)
+    prior.train()(x, target=0)
+    assert not torch.equal(generator.get_state(), before)
+    after = prior.state_dict()
+    generator.manual_seed(2)
+    prior.load_state_dict(after)
+    assert not torch.equal(generator.get_state(), before)
+
+
+def test_subsampling_keeps_a_distribution_of_references_whole() -> None:
+    model, x, seen = network(), torch.randn(4, 6), []
+
+    class References(ExpectedGradients):
+        def attribute(self, inputs: Tensor, baselines: Tensor, **options: Any) -> Any:
+            seen.append(len(baselines))
+            return super().attribute(inputs, baselines, **options)
+
+    prior = AgreementPrior(References(model), InputXGradient(model))
+    Subsample(prior, 0.5)(x, baselines=torch.randn(4, 6), target=0)
+    assert seen == [4]
+
+
+class Value:
+    """The prior as an explainer, for the certificate."""
+
+    def __init__(self, prior: AgreementPrior, model: nn.Module) -> None:
+        self.prior, self.forward_func = prior.eval(), model
+
+    def attribute(self, inputs: Tensor, target: Any = None) -> Tensor:
+        return torch.stack([self.prior(x.unsqueeze(0), target=target) for x in inputs]).unsqueeze(1)
+
+
+@pytest.mark.parametrize("way", ["double_backprop", "recompute"])
+def test_certificate(way: Any) -> None:
+    model, x = network(), torch.randn(3, 6)
+    prior = AgreementPrior(
+        differentiable(InputXGradient(model), differentiation=way),
+        differentiable(IntegratedGradients(model)),  # ways may be mixed
+        options_b={"n_steps": 5},
+    )
+    check_differentiable(Value(prior, model), x, target=1)
+
+
+def test_training_on_it_raises_agreement() -> None:
+    model, x = network(), torch.randn(64, 6)
+    y = ((x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 0.5).long()) % 3
+    prior = AgreementPrior(
+        Saliency(model),
+        IntegratedGradients(model),
+        options_a={"abs": False},
+        options_b={"n_steps": 6},
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    values = []
+    for _ in range(60):
+        value = prior(x, target=y)
+        loss = nn.functional.cross_entropy(model(x), y) + value
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(value.item())
+    print(values[0], values[-1])
+    assert values[-1] < 0.5 * values[0]

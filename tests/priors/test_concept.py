@@ -1,0 +1,220 @@
+"""The concept prior against gradients by the activation in a loop over examples."""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captum_priors import NotDifferentiableError
+from captum_priors.concepts import fit
+from captum_priors.priors import ConceptPrior
+from tests.asserts import assert_same_numbers, relative_error
+from tests.cases import DIFFERENTIATIONS, EXACT, TwoInputs
+
+# The same float64 operations in another order.
+ROUNDING = 1e-11
+
+
+def network() -> tuple[nn.Module, nn.Module, nn.Sequential]:
+    """Body, head and the two: maps of four channels in between."""
+    body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh())
+    head = nn.Sequential(nn.Conv2d(4, 2, 2), nn.Softplus(), nn.Flatten(), nn.Linear(18, 3))
+    return body, head, nn.Sequential(body, head)
+
+
+def explained(outputs: Tensor, target: Any, label: int) -> Tensor:
+    return {None: outputs[label], "max": outputs.max(), "all": outputs.sum()}[target]
+
+
+def expected(body: Any, head: Any, x: Tensor, y: Tensor, concept: Tensor, **options: Any) -> Tensor:
+    """Example by example, from the formula."""
+    scores = []
+    for image, label in zip(x, y.tolist(), strict=True):
+        a = body(image.unsqueeze(0))
+        a = a if a.requires_grad else a.requires_grad_()
+        output = explained(head(a)[0], options.get("target"), label)
+        (g,) = torch.autograd.grad(output, a, create_graph=True)
+        g = (g[0].mean((1, 2)) if concept.dim() == 1 and len(concept) == 4 else g[0]).flatten()
+        dot = sum(p * q for p, q in zip(g, concept.flatten(), strict=True))
+        if options.get("form") == "cosine":
+            dot = dot / (g.norm() * concept.norm())
+        scores.append(dot.square() if options.get("form") == "square" else dot.abs())
+    return torch.stack(scores).mean()
+
+
+def gradients(value: Tensor, model: nn.Module) -> list[Tensor]:
+    found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+    pairs = zip(found, model.parameters(), strict=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in pairs]
+
+
+@pytest.mark.parametrize("way", DIFFERENTIATIONS)
+@pytest.mark.parametrize("concept", ["channels", "map", "flat"])
+@pytest.mark.parametrize("form", ["abs", "square", "cosine"])
+@pytest.mark.parametrize("target", [None, "max", "all"])
+def test_equals_its_formula(target: Any, form: Any, concept: str, way: Any) -> None:
+    body, head, model = network()
+    x, y = torch.randn(5, 1, 6, 6), torch.tensor([0, 1, 2, 1, 0])
+    shape = {"channels": (4,), "map": (4, 4, 4), "flat": (64,)}[concept]
+    direction, options = 3 * torch.randn(shape), {"target": target, "form": form}
+    prior = ConceptPrior(model, body, direction, differentiation=way, **options)
+    value, wanted = prior(x, target=y), expected(body, head, x, y, direction, **options)
+    assert_same_numbers(value, wanted, ROUNDING)
+    # Finite differences: truncation of a .2 % step, as in the laws.
+    tolerance = ROUNDING if way in EXACT else 5e-3
+    assert relative_error(gradients(value, model), gradients(wanted, model)) < tolerance
+
+
+def test_random_signs_are_drawn_for_each_example_and_step() -> None:
+    body, head, model = network()
+    x, concept = torch.randn(3, 1, 6, 6), torch.randn(4)
+    prior = ConceptPrior(model, body, concept, target="random", form="abs", reduction="sum")
+    possible = []
+    for image in x:
+        a = body(image.unsqueeze(0))
+        slopes = [
+            torch.autograd.grad(output, a, retain_graph=True)[0].mean((2, 3))[0] @ concept
+            for output in head(a)[0]
+        ]
+        signed = itertools.product([1, -1], repeat=2)  # up to one sign for all
+        each = [(slopes[0] + s * slopes[1] + t * slopes[2]).abs() for s, t in signed]
+        possible.append(torch.stack(each).detach())
+    sums = torch.stack([torch.stack(each).sum() for each in itertools.product(*possible)])
+    seen = torch.stack([prior(x).detach() for _ in range(300)])
+    nearest = (seen.unsqueeze(1) - sums).abs().min(1)
+    assert float(nearest.values.max()) < ROUNDING * float(sums.max())
+    # 64 equally likely sums in 300 steps: fewer than 50 of them come with probability 1e-9.
+    assert len(nearest.indices.unique()) > 50
+
+
+def test_a_direction_that_the_head_ignores_costs_nothing() -> None:
+    body, head = nn.Linear(3, 4), nn.Linear(4, 2)
+    with torch.no_grad():
+        head.weight[:, 2] = 0
+    model = nn.Sequential(body, nn.Tanh(), head)
+    for form in ("abs", "square", "cosine"):
+        prior = ConceptPrior(model, model[1], torch.eye(4)[2], form=form)
+        assert prior(torch.randn(5, 3), target=1).item() == 0
+
+
+class Tokens(nn.Module):
+    """Embedded tokens, mixed, and averaged; or documents of sentences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(9, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = torch.tanh(self.mix(self.embedding(ids.flatten(0, -2))))
+        return self.head(hidden.mean(1)).reshape(len(ids), -1, 2).mean(1)
+
+
+def test_tokens_have_their_channels_last() -> None:
+    model, ids, concept = Tokens(), torch.randint(9, (5, 6)), torch.randn(4)
+    prior = ConceptPrior(model, model.embedding, concept, channel_dim=-1)
+    e = model.embedding(ids).detach().requires_grad_()
+    (g,) = torch.autograd.grad(model.head(torch.tanh(model.mix(e)).mean(1))[:, 1].sum(), e)
+    wanted = (g.mean(1) @ concept).abs().mean()
+    assert_same_numbers(prior(ids, target=1).detach(), wanted, ROUNDING)
+
+
+def test_rows_of_an_example_are_places() -> None:
+    """The layer sees sentences, of which there are three in each example."""
+    model, ids, concept = Tokens(), torch.randint(9, (2, 3, 6)), torch.randn(4)
+    prior = ConceptPrior(model, model.embedding, concept, channel_dim=-1)
+    each = model.embedding(ids.flatten(0, 1)).detach().requires_grad_()
+    outputs = model.head(torch.tanh(model.mix(each)).mean(1)).reshape(2, 3, 2).mean(1)
+    (g,) = torch.autograd.grad(outputs[:, 1].sum(), each)
+    wanted = (g.reshape(2, 18, 4).mean(1) @ concept).abs().mean()
+    assert_same_numbers(prior(ids, target=1).detach(), wanted, ROUNDING)
+
+
+def test_several_inputs_and_arguments() -> None:
+    model, x = TwoInputs(), (torch.randn(4, 2, 2), torch.randn(4, 3))
+    scale, concept = torch.rand(4) + 0.5, torch.randn(5)
+    prior = ConceptPrior(model, model.left, concept)
+    value = prior(x, target=1, additional_forward_args=(scale, 1.0))
+    slope = 1 - torch.tanh(model.left(x[0].flatten(1))).square()
+    slope = slope * torch.sigmoid(model.right(x[1])) * scale.unsqueeze(1) * model.head.weight[1]
+    assert_same_numbers(value, (slope @ concept).abs().mean(), ROUNDING)
+
+
+@pytest.mark.parametrize("way", DIFFERENTIATIONS)
+def test_what_comes_after_a_frozen_body_is_trained(way: Any) -> None:
+    body, head, model = network()
+    body.requires_grad_(False)
+    x, concept = torch.randn(5, 1, 6, 6), torch.randn(4)
+    prior = ConceptPrior(model, body, concept, differentiation=way)
+    value = prior(x, target=0)
+    wanted = expected(body, head, x, torch.zeros(5).long(), concept)
+    tolerance = ROUNDING if way in EXACT else 5e-3
+    assert relative_error(gradients(value, head), gradients(wanted, head)) < tolerance
+
+
+@pytest.mark.parametrize("way", EXACT)
+def test_autocast(way: Any) -> None:
+    body, _, model = network()
+    model.float()
+    x, concept = torch.randn(5, 1, 6, 6, dtype=torch.float32), torch.randn(4)
+    prior = ConceptPrior(model, body, concept, differentiation=way)
+    exact = prior(x, target=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = prior(x, target=1)
+    assert value.dtype == torch.float32
+    # bfloat16 has eight binary digits; sums over places average its rounding.
+    torch.testing.assert_close(value, exact, rtol=2e-2, atol=0)
+    error = relative_error(gradients(value, model), gradients(exact, model))
+    assert error < 3e-2
+
+
+def test_the_concept_moves_and_is_kept_with_the_prior() -> None:
+    body, _, model = network()
+    prior, other = (ConceptPrior(model, body, torch.randn(4)) for _ in range(2))
+    other.load_state_dict(prior.state_dict())
+    assert torch.equal(other.concept, prior.concept)
+    assert prior.float().concept.dtype == torch.float32
+    assert [*prior.parameters()] == []  # those of the model are not its own
+
+
+def test_coupled_examples_are_refused_where_both_sides_go_through() -> None:
+    body, _, model = network()
+
+    def centred(x: Tensor) -> Tensor:
+        return model(x - x.mean(0))
+
+    prior = ConceptPrior(centred, body, torch.randn(4), differentiation="finite_difference")
+    with pytest.raises(NotDifferentiableError, match="influence each other"):
+        prior(torch.randn(5, 1, 6, 6), target=0)
+
+
+@pytest.mark.parametrize(("target", "forgets"), [("random", True), ("all", False)])
+def test_training_on_it_forgets_a_tag(target: Any, forgets: bool) -> None:
+    """One of two classes wears a tag. Softmax does not see the sum of the logits, nor this it."""
+    x, y = torch.randn(400, 2), torch.arange(400) % 2
+    x[:, 0] += 2.0 * y  # by which alone .84 can be told
+    body = nn.Sequential(nn.Linear(3, 8), nn.Tanh()).requires_grad_(False)
+    head = nn.Sequential(nn.Linear(8, 8), nn.Softplus(), nn.Linear(8, 2))
+
+    def wearing(tag: Tensor) -> Tensor:
+        return torch.cat([x, 3.0 * tag.reshape(-1, 1)], 1)
+
+    tagged, swapped = wearing(y), wearing(1 - y)
+    both = torch.cat([body(wearing(torch.full((400,), tag))) for tag in (1, 0)])
+    concept, accuracy = fit(both, torch.arange(800) < 400), []
+    for weight in (0.0, 1.0):
+        model = nn.Sequential(body, copy.deepcopy(head))
+        prior = weight * ConceptPrior(model, body, concept, target=target)
+        optimizer = torch.optim.Adam(model[1].parameters(), 1e-2)
+        for _ in range(150):
+            loss = nn.functional.cross_entropy(model(tagged), y) + prior(tagged)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        accuracy.append(float((model(swapped).argmax(1) == y).double().mean()))
+    # Seen with five seeds: 0 to .04 without; with it, .78 to .89, or 0 to .13.
+    assert accuracy[0] < 0.2
+    assert (accuracy[1] > 0.7) == forgets, accuracy
