@@ -156,6 +156,20 @@ def _concepts_and_agreement(results: Any) -> Iterator[Row]:
             yield f"{title}, {name}: {'; '.join(keys)}", "; ".join(each), ""
 
 
+def _batch_norm(results: Any) -> Iterator[Row]:
+    for part in ("core", "beyond the core"):
+        for name, row in results[part].items():
+            within, beside = row["within"], row["test, batch less loop"]
+            yield (
+                f"BatchNorm in training mode, {part}, {name}: of {row['runs']} runs, those whose "
+                "accuracy in evaluation mode is within a point of that with recomputed statistics "
+                "(running statistics; published loop); test accuracy less that of the loop",
+                f"{within['batch']} ({within['running']}; {within['loop']}); "
+                f"{beside['mean']:+.3f} ± {beside['error']:.3f} (standard error)",
+                "all; ≥ 0",
+            )
+
+
 def _pixel_prior(results: Any) -> Iterator[Row]:
     for name, row in results.get("found", {}).items():
         shown = [
@@ -264,6 +278,7 @@ ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
     "pixel_prior": _pixel_prior,
     "decoy_mnist": _decoy_mnist,
     "concepts_and_agreement": _concepts_and_agreement,
+    "batch_norm": _batch_norm,
     "stability_study": _stability_study,
     "relu_differentiation": _relu_differentiation,
     "nhanes_sparsity": _nhanes_sparsity,

@@ -26,12 +26,14 @@ N_TRAIN, BATCH, PATCH, L2 = 8000, 256, 4, 1e-4
 PUBLISHED = {"clean data": 0.961, "decoy, weight 0": 0.5155, "decoy, weight 1000": 0.9607}
 
 
-def decoys(x: Tensor, y: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def decoys(
+    x: Tensor, y: Tensor, *, generator: torch.Generator, size: int = PATCH
+) -> tuple[Tensor, Tensor]:
     """Images with a patch that tells ``y``, and where they may be looked at."""
     x, allowed = x.clone(), torch.ones_like(x)
-    corners = torch.randint(2, (2, len(x)), generator=generator) * (x.shape[-1] - PATCH)
+    corners = torch.randint(2, (2, len(x)), generator=generator) * (x.shape[-1] - size)
     for i, (top, left) in enumerate(corners.T.tolist()):
-        patch = (i, 0, slice(top, top + PATCH), slice(left, left + PATCH))
+        patch = (i, 0, slice(top, top + size), slice(left, left + size))
         x[patch] = (255 - 25 * y[i]) / 255
         allowed[patch] = 0
     return x, allowed

@@ -3,10 +3,11 @@
     python benchmarks/run_all.py --data-dir DIR
 
 ``DIR`` has a folder for each data set that a script takes as ``--data NAME=...`` (``DIR/mnist``,
-``DIR/nhanes``). Scripts whose data are not there are skipped, and the summary says so; a script
-that fails does not keep the others from running. Heavy scripts run at a reduced size unless
-``--full`` is given. The table is ``summary.md`` in the output folder. Times are of the processor,
-and runs take turns within a script, so that a neighbour moves ratios little; ``--jobs 1`` for none.
+``DIR/nhanes``). Scripts whose data are not there are skipped, unless their docstring has them in
+brackets, and the summary says so; a script that fails does not keep the others from running. Heavy
+scripts run at a reduced size unless ``--full`` is given. The table is ``summary.md`` in the output
+folder. Times are of the processor, and runs take turns within a script, so that a neighbour moves
+ratios little; ``--jobs 1`` for none.
 """
 
 import argparse
@@ -28,14 +29,15 @@ REDUCED = {
         *("decoy_mnist", "fused_attention", "recompute_memory"),
         *("relu_differentiation", "stability_study"),
     )
-}
+} | {"batch_norm": ["--core"]}
 # Those that take longest go first, so that none of them is left to run alone.
-FIRST = ("pixel_prior", "nhanes_sparsity", "training_step", "stability_study")
+FIRST = ("batch_norm", "pixel_prior", "nhanes_sparsity", "training_step", "stability_study")
 
 
-def data_sets(script: Path) -> list[str]:
+def data_sets(script: Path, *, optional: bool = False) -> list[str]:
     """Names of the data sets that a script wants, from the command line in its docstring."""
-    return re.findall(r"--data (\w+)=DIR", script.read_text(encoding="utf-8"))
+    written = r"\[--data (\w+)=DIR\]" if optional else r"(?<!\[)--data (\w+)=DIR"
+    return re.findall(written, script.read_text(encoding="utf-8"))
 
 
 def command(script: Path, data_dir: Path | None, options: list[str]) -> list[str] | None:
@@ -43,10 +45,12 @@ def command(script: Path, data_dir: Path | None, options: list[str]) -> list[str
     found = [sys.executable, str(script), *options]
     if re.search(r"(args|options)\.jobs", script.read_text(encoding="utf-8")):
         found += ["--jobs", "1"]
-    for name in data_sets(script):
-        if data_dir is None or not (data_dir / name).is_dir():
-            return None
-        found += ["--data", f"{name}={data_dir / name}"]
+    for optional in (False, True):
+        for name in data_sets(script, optional=optional):
+            if data_dir is not None and (data_dir / name).is_dir():
+                found += ["--data", f"{name}={data_dir / name}"]
+            elif not optional:
+                return None
     return found
 
 

@@ -196,6 +196,91 @@ def test_agreement_runs(small_nhanes: Path) -> None:
     assert found["weight 2"]["ROC-AUC"] > 0.8
 
 
+BATCH_NORM_PRIORS = (
+    *("RRR", "InputXGradient + l1", "PixelPrior"),
+    *("RRR-GradCAM", "StabilityPrior"),
+)
+
+
+@pytest.mark.parametrize("layers", [2, 5, 17])
+def test_networks_have_as_many_batch_norm_layers_as_they_say(layers: int) -> None:
+    model = script("_batch_norm").Network(layers)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == layers
+    seen: list[torch.Tensor] = []
+    model.maps.register_forward_hook(lambda *found: seen.append(found[2]))
+    assert model(torch.rand(3, 1, 28, 28)).shape == (3, 10)
+    assert seen[0].shape[2:] == (7, 7)
+
+
+@pytest.mark.parametrize("name", BATCH_NORM_PRIORS)
+def test_loops_by_hand_are_the_priors_where_no_statistics_move(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("_batch_norm")
+    monkeypatch.setattr(module, "noisy", lambda x: x + 0.1)
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, 0.3))
+    data = module.load("digits", "", 0)
+    model = module.Network(5)
+    model(data.x[:100])
+    model.eval()
+    x, y, allowed = data.x[:20], data.y[:20], data.allowed[:20]
+    background = data.x[:1].expand(20, -1, -1, -1)  # whatever is drawn from it
+    alike = module.Data(background, data.y, allowed, data.test_x, data.test_y)
+    prior = module.PRIORS[name].make(model)
+    given = {"baselines": background, "annotation": allowed}
+    value = prior(x, target=y, **{k: v for k, v in given.items() if prior.takes(k)})
+    by_hand = module.PRIORS[name].loop(model, x.clone().requires_grad_(), y, allowed, alike)
+    torch.testing.assert_close(by_hand[0], model(x))
+    torch.testing.assert_close(by_hand[1].mean(), value, rtol=1e-5, atol=1e-12)
+
+
+def test_batch_norm_runs_are_paired_and_judged() -> None:
+    module = script("batch_norm")
+    network = module.Setting("digits", 2, "Adam")
+    setting = module.Setting("digits", 2, "Adam", "RRR", 0.01)
+    found = {(s, 0): module.run((s, 0), "", 3, float("inf")) for s in (network, setting)}
+    assert module.run((setting, 0), "", 3, -1.0) is None
+    without = module.run((module.Setting("digits", 2, "Adam", "RRR", 0.0), 0), "", 3, float("inf"))
+    plain = found[network, 0]["none"]
+    for way in module.WAYS:  # with a weight of zero
+        assert {part: without[way][part] for part in module.PARTS} == {
+            part: plain[part] for part in module.PARTS
+        }
+    figures = {"train": 0.9, "train, recomputed": 0.9, "test": 0.7, "test, recomputed": 0.7}
+    found[network, 0] = {"none": {**figures, "train": 0.88}}
+    found[setting, 0] = {
+        "batch": {**figures, "train": 0.885, "test": 0.6901},
+        "running": {**figures, "train": 0.2, "warned": 1.0},
+        "loop": {**figures, "train": 0.91},
+    }
+    judged = module.results_of(found, 2)["core"]["RRR"]
+    assert judged["within"] == {"batch": 1, "running": 0, "loop": 1}
+    assert judged["largest gap"]["running"] == 0.7
+    assert judged["test, batch less loop"]["mean"] == -0.0099
+    assert [*judged["missed"]["loop"]] == [str(setting)]
+    assert judged["missed"]["within"] == []
+
+
+def test_core_comes_first_and_networks_before_their_priors() -> None:
+    module = script("batch_norm")
+    core = module.grid(("digits",), range(3), core=True)
+    whole = module.grid(("digits", "mnist"), range(3), core=False)
+    assert len(core) == 3 * (2 + 2 * 3 * 3)
+    assert len(whole) == len(set(whole)) == 3 * 12 * (1 + 5 * 3)
+    assert set(whole[: len(core)]) == set(core)
+    for i, (setting, seed) in enumerate(whole):
+        assert whole.index((setting.network, seed)) <= i
+
+
+def test_data_in_brackets_may_be_missing(tmp_path: Path) -> None:
+    module = script("run_all")
+    (tmp_path / "mnist").mkdir()
+    for name, runs_without in (("batch_norm", True), ("decoy_mnist", False)):
+        path = BENCHMARKS / f"{name}.py"
+        assert (module.command(path, None, []) is not None) == runs_without
+        assert f"mnist={tmp_path / 'mnist'}" in module.command(path, tmp_path, [])
+
+
 def test_pixel_prior_runs(small_mnist: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("pixel_prior")
     monkeypatch.setattr(module, "N_TRAIN", 128)
