@@ -158,6 +158,20 @@ def check_annotation(name: str, value: Any, n: int) -> None:
             )
 
 
+def check_keywords(prior: Any, baselines: Any, annotations: dict[str, Any]) -> None:
+    """Refuse baselines or annotations that nobody would look at."""
+    given = [*annotations] if baselines is None else ["baselines", *annotations]
+    for name in given:
+        if not prior.takes(name):
+            raise refusal(
+                TypeError,
+                f"prior {prior!r}",
+                "keywords that a term of it takes",
+                repr(name),
+                "Leave it out, or use a penalty that declares it.",
+            )
+
+
 # ---- Options -------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from captum_priors._captum import output_error
 from captum_priors._checks import (
     check_annotation,
     check_inputs,
+    check_keywords,
     check_labels,
     check_target,
     positive,
@@ -424,17 +425,3 @@ class Term(Prior):
         if modules and not self._told and self.training_step():
             refuse_spread_parameters(modules, twice=self._way() != "finite_difference")
             self._told = True
-
-
-def check_keywords(prior: Prior, baselines: Any, annotations: dict[str, Any]) -> None:
-    """Refuse baselines or annotations that nobody would look at."""
-    given = [*annotations] if baselines is None else ["baselines", *annotations]
-    for name in given:
-        if not prior.takes(name):
-            raise refusal(
-                TypeError,
-                f"prior {prior!r}",
-                "keywords that a term of it takes",
-                repr(name),
-                "Leave it out, or use a penalty that declares it.",
-            )
