@@ -232,6 +232,37 @@ def test_dense_outputs(make: Any, chunk: int | None, way: str) -> None:
     assert_same(numbers(found), numbers(torch.stack(expected, 1)), way)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_inputs_in_a_tuple(way: Any) -> None:
+    left, right = nn.Linear(3, 2), nn.Linear(4, 2)
+
+    def model(a: Tensor, b: Tensor) -> Tensor:
+        return torch.tanh(left(a)) * right(b)
+
+    x = torch.randn(5, 3), torch.randn(5, 4)
+    made: list[tuple[Any, dict[str, Any]]] = [
+        (ExpectedGradients(model, differentiation=way), {"baselines": x, "n_samples": 2}),
+        (differentiable(ca.IntegratedGradients(model), differentiation=way), {"n_steps": 3}),
+    ]
+    for explainer, options in made:
+
+        def numbers(
+            target: Any, explainer: Any = explainer, options: Any = options
+        ) -> list[Tensor]:
+            torch.manual_seed(2)
+            maps = explainer.attribute(x, target=target, **options)
+            value = sum(m.square().sum() for m in maps)
+            return [
+                *(m.detach() for m in maps),
+                *with_gradients(value, nn.ModuleList([left, right])),
+            ]
+
+        of_a, of_b, *others = zip(numbers(0), numbers(1), strict=True)
+        stacked = [torch.stack(maps, 1) for maps in (of_a, of_b)]
+        added = [first + second for first, second in others]
+        assert_same(numbers(each()), [*stacked, *added], way)
+
+
 def test_all_outputs_of_a_dense_model_are_in_their_order() -> None:
     model, x, scale = Dense(), torch.randn(2, 1, 3, 3), torch.ones(2)
     maps = differentiable(ca.Saliency(model)).attribute(
@@ -257,7 +288,8 @@ def test_deltas_of_each_are_complete() -> None:
         )
         assert maps.shape == (4, 2, 3)
         assert delta.shape == (4 * options.get("n_samples", 1), 2)
-        assert float(delta.detach().abs().max()) < 1e-12  # rounding: a linear model's are zero
+        # A linear model's are zero, up to the weights of Captum's quadrature in single precision.
+        assert float(delta.detach().abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("target", [each(), total(), weighted(shared(torch.tensor([1.0, -2.0])))])
