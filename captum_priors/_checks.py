@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from captum_priors._errors import TargetError, refusal, type_of
+from captum_priors._types import OutputTarget
 
 # ---- The batch -----------------------------------------------------------------------------
 
@@ -69,9 +70,20 @@ def check_floating(tensors: Sequence[Tensor]) -> None:
             )
 
 
-def check_target(target: Any, n_examples: int) -> None:
-    """Require one target for all examples, or one for each."""
+def check_target(target: Any, n_examples: int, *, several: bool = True) -> None:
+    """Require one target for all examples, or one for each; or ``several``, a map for each."""
     if target is None or (isinstance(target, (int, tuple)) and not isinstance(target, bool)):
+        return
+    if isinstance(target, OutputTarget):
+        if not several and target.several:
+            raise refusal(
+                TargetError,
+                "`target`",
+                "one output, or one sum of them, for each example",
+                repr(target),
+                "Call it for one output after another.",
+            )
+        target.check(n_examples)
         return
     if isinstance(target, Tensor):
         if target.dtype == torch.long and target.shape == (n_examples,):
@@ -116,19 +128,19 @@ def _several_targets(target: Tensor) -> TargetError:
         "target.flatten() for shape (batch, 1)."
         if one_column or one_hot
         else "It selects one output for each example. For labels of several classes or of each "
-        "pixel, pass the index of one output, target=(class, row, column), or let forward_func "
-        "return the sum of those that are meant.",
+        "pixel, pass the index of one output, target=(class, row, column), or a sum of those that "
+        "are meant, captum_priors.outputs.weighted(labels) or total(mask).",
     )
 
 
 def check_labels(target: Any) -> None:
     """Require class labels as the target."""
-    if target is None or isinstance(target, tuple):
+    if target is None or isinstance(target, (tuple, OutputTarget)):
         raise refusal(
             ValueError,
             "`target`",
             "the class labels",
-            "none" if target is None else "a tuple",
+            "none" if target is None else "a tuple" if isinstance(target, tuple) else repr(target),
             "Pass target=y, shape (batch,).",
         )
 
@@ -143,6 +155,20 @@ def check_annotation(name: str, value: Any, n: int) -> None:
                 f"an entry for each of the {n} examples",
                 f"shape {tuple(each.shape)}",
                 "Wrap what is one for the whole batch: captum_priors.shared(...).",
+            )
+
+
+def check_keywords(prior: Any, baselines: Any, annotations: dict[str, Any]) -> None:
+    """Refuse baselines or annotations that nobody would look at."""
+    given = [*annotations] if baselines is None else ["baselines", *annotations]
+    for name in given:
+        if not prior.takes(name):
+            raise refusal(
+                TypeError,
+                f"prior {prior!r}",
+                "keywords that a term of it takes",
+                repr(name),
+                "Leave it out, or use a penalty that declares it.",
             )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors._captum import output_error, run_function, select_error, select_targets
+from captum_priors._types import OutputTarget
 from captum_priors.engine import current_pass, refuse_coupled_examples, submodules_of
 from captum_priors.engine.gradients import refuse_batch_statistics
 from captum_priors.engine.model import ReluMode, current_beta
@@ -46,6 +47,8 @@ def take(value: Any, rows: slice | Tensor, n_examples: int) -> Any:
         if isinstance(rows, slice):
             return value[rows]
         return [value[i] for i in rows.tolist()]
+    if isinstance(value, OutputTarget):
+        return value.mapped(lambda own: take(own, rows, n_examples))
     return value
 
 
@@ -73,6 +76,8 @@ def tile(value: Any, times: int, n_examples: int) -> Any:
         if value.dim() > 0 and value.shape[0] == n_examples:
             return torch.cat([value] * times)
         return value
+    if isinstance(value, OutputTarget):
+        return value.mapped(lambda own: tile(own, times, n_examples))
     return value * times if isinstance(value, list) and len(value) == n_examples else value
 
 
@@ -93,8 +98,8 @@ class Rows:
     args: tuple[Any, ...]
     n: int
 
-    def __call__(self, points: tuple[Any, ...]) -> Tensor:
-        """Return the target output of each row, selected as Captum does."""
+    def __call__(self, points: tuple[Any, ...]) -> Any:
+        """Return the target output of each row, selected as Captum does; a tuple of several."""
         times = points[0].shape[0] // self.n if self.args or self.target is not None else 1
         args = tuple([tile(arg, times, self.n) for arg in self.args]) if self.args else ()
         run, k = self.forward_func, len(points)
@@ -159,7 +164,7 @@ class Rows:
 
         def run(rows: slice) -> Tensor:
             points = (x[rows].detach() for x in inputs)
-            found = self.of(rows)(
+            found: Tensor = self.of(rows)(
                 tuple(p.requires_grad_() if p.is_floating_point() else p for p in points)
             )
             return found.detach()
@@ -173,11 +178,14 @@ def run_forward(
 ) -> Tensor:
     """Run a model on copies of its inputs, and select the target outputs."""
     n = inputs[0].shape[0] if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() else 1
-    return Rows(forward_func, target, args, n)(inputs)
+    outputs: Tensor = Rows(forward_func, target, args, n)(inputs)
+    return outputs
 
 
-def selected(output: Tensor, target: Any) -> Tensor:
+def selected(output: Tensor, target: Any) -> Any:
     """Select the target outputs as Captum does, or say what does not fit."""
+    if isinstance(target, OutputTarget):
+        return target.select(output)
     if isinstance(target, Tensor) and target.numel() > 1 and target.device != output.device:
         raise select_error(output, target)
     try:

@@ -22,7 +22,7 @@ ROOT = Path(captum_priors.__file__).parent
 LAYERS = [
     ["_types", "_errors", "_extras", "_captum", "_checks", "_shown"],
     ["engine"],
-    ["_rows"],
+    ["_rows", "outputs"],
     ["penalties", "distances"],
     ["_probe", "attr", "concepts"],
     ["adapters"],

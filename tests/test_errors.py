@@ -18,6 +18,7 @@ from captum.attr import (
     LayerGradCam,
     Saliency,
 )
+from captum.robust import FGSM
 from torch import Tensor, nn
 
 from captum_priors import (
@@ -45,6 +46,7 @@ from captum_priors.metrics import (
     top_k_intersection,
     wrong_reason_rate,
 )
+from captum_priors.outputs import each, total, weighted
 from captum_priors.penalties import (
     GraphLaplacian,
     alignment,
@@ -328,7 +330,42 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "class index of a dense model": (
         lambda: AttributionPrior(Saliency(nn.Conv2d(1, 3, 1)), l1)(images(), target=1),
-        "target=(class, row, column)",
+        "target=(class, row, column), or a sum of them, captum_priors.outputs.total(mask)",
+    ),
+    # Sums of outputs, and several
+    "mask of numbers": (lambda: total(torch.ones(5, 2)), "mask.bool()"),
+    "weights in a list": (lambda: weighted([0.5, 0.5]), "a tensor, or shared(...) of one"),
+    "weights for all that do not say so": (
+        lambda: averaging()(x(), target=weighted(torch.ones(2))),
+        "captum_priors.shared",
+    ),
+    "mask without classes": (
+        lambda: AttributionPrior(Saliency(nn.Conv2d(1, 3, 1)), l1)(
+            images(), target=total(torch.ones(N, 6, 6).bool())
+        ),
+        "mask.unsqueeze(1)",
+    ),
+    "weights of other labels, in Captum's own code": (
+        lambda: AttributionPrior(DeepLift(net()), l1)(x(), target=weighted(torch.ones(5, 3))),
+        "goes with outputs of shape (5, 2)",
+    ),
+    "a sum where labels are": (
+        lambda: CurvatureRegularization(net())(x(), target=each()),
+        "the class labels, found each()",
+    ),
+    "several where a map is one": (
+        lambda: TopKAttack(Saliency(net()), 2, radius=0.1).perturb(x(), target=each([0, 1])),
+        "found each([0, 1])",
+    ),
+    "several of several": (lambda: each([each()]), "one output or a sum"),
+    "no outputs": (lambda: each([]), "at least one"),
+    "a number of outputs": (lambda: each(3), "each([0, 2])"),
+    "an index too many": (lambda: averaging()(x(), target=each([0, 2])), "from 0 to outputs - 1"),
+    "sums in a perturbation that knows indices": (
+        lambda: StabilityPrior(
+            Saliency(net()), mse, lambda z, target: FGSM(net()).perturb(z, 0.1, target)
+        )(x(), target=total()),
+        "total()",
     ),
     "stock explainer in the certificate": (
         lambda: check_differentiable(IntegratedGradients(net().double()), x().double(), target=1),

@@ -19,10 +19,12 @@ from captum_priors._captum import (
 from captum_priors._checks import check_distribution, check_floating, check_target, check_tensors
 from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors._rows import Rows
-from captum_priors._types import DIFFERENTIATIONS, Differentiation
+from captum_priors._types import DIFFERENTIATIONS, Differentiation, OutputTarget
+from captum_priors.adapters.selecting import selecting
 from captum_priors.attr import ExpectedGradients
 from captum_priors.attr.layers import copied
 from captum_priors.engine import attribution_call
+from captum_priors.outputs import SeveralOutputs
 
 ADAPTERS: dict[type, type["CaptumAdapter"]] = {}
 """The adapter of each class, by its exact type: a subclass may override the very step that keeps
@@ -68,6 +70,7 @@ class CaptumAdapter:
     draws: ClassVar[tuple[str, ...]] = ()
     draws_baselines: ClassVar[bool] = False
     takes_tensors: ClassVar[bool] = True
+    takes_several_outputs: ClassVar[bool] = True
     differentiation: Differentiation = "double_backprop"
 
     @classmethod
@@ -107,6 +110,8 @@ class CaptumAdapter:
                 given.update(given.pop(name, {}))
             if self._stock is not cls._stock:  # by a method that builds on it, within its own call
                 return inspect.unwrap(cls._stock.attribute)(self, **given)
+            if isinstance(given.get("target"), OutputTarget):
+                return self._attribute_outputs(given)
             return self._attribute_with_graph(given)
 
         attribute.__doc__ = f"As :meth:`captum.attr.{cls._stock.__name__}.attribute`."
@@ -170,6 +175,29 @@ class CaptumAdapter:
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
         raise NotImplementedError
+
+    def _attribute_outputs(self, given: dict[str, Any]) -> Any:
+        """Attribute sums of outputs, or several: Captum knows indices alone."""
+        check_tensors(given["inputs"])
+        tensors, target = as_tuple(given["inputs"]), given["target"]
+        check_target(target, tensors[0].shape[0])
+        if isinstance(target, SeveralOutputs):
+            args = forward_args(given.get("additional_forward_args"))
+            target = target.known(forward_func_of(self), tensors, args)
+            return self._attribute_each(given, target)
+        twin, more = selecting(self, target)
+        args = (*forward_args(given.get("additional_forward_args")), *more)
+        given = {**given, "target": None, "additional_forward_args": args or None}
+        return twin._attribute_with_graph(given)
+
+    def _attribute_each(self, given: dict[str, Any], target: SeveralOutputs) -> Any:
+        def explain(one: Any) -> Any:
+            alone = {**given, "target": one}
+            if isinstance(one, OutputTarget):
+                return self._attribute_outputs(alone)
+            return self._attribute_with_graph(alone)
+
+        return target.explained(explain, self.draws)
 
     def _run_stock(self, **given: Any) -> Any:
         return inspect.unwrap(self._stock.attribute)(self, **given)

@@ -10,16 +10,19 @@ from torch import Tensor
 
 from captum_priors._captum import as_tuple, forward_args, like_inputs
 from captum_priors._checks import check_inputs
-from captum_priors._rows import Rows
+from captum_priors._rows import Rows, tile
 from captum_priors.adapters.captum import CaptumAdapter
 from captum_priors.adapters.keep_graph import KeepGraph
 from captum_priors.engine import Visit, input_gradients, keep_graph, recompute
+from captum_priors.outputs import SeveralOutputs
 
 
 class SeamAdapter(CaptumAdapter):
     """Swaps Captum's ``gradient_func`` for the engine's, and leaves everything else to Captum."""
 
     _visit: Visit = staticmethod(keep_graph)
+    _outputs: SeveralOutputs | None = None  # if several are explained, of
+    _n: int  # examples
     gradient_func: Any
     forward_func: Any
     compute_convergence_delta: Any
@@ -44,6 +47,8 @@ class SeamAdapter(CaptumAdapter):
             result = recompute(program, tensors, forward_func=self.forward_func)
         else:
             result = worker._evaluate(self._copies(given, tensors))
+        if self._outputs is not None:
+            result = self._outputs.grouped(result)
         attributions = like_inputs(inputs, result)
         if not wants_delta:
             return attributions
@@ -58,10 +63,24 @@ class SeamAdapter(CaptumAdapter):
             )
         return attributions, delta
 
+    def _attribute_each(self, given: dict[str, Any], target: SeveralOutputs) -> Any:
+        """Explain several outputs from one forward pass, but for deltas, which are of one."""
+        if given.get("return_convergence_delta"):
+            return super()._attribute_each(given, target)
+        worker = copy.copy(self)
+        worker._outputs = target
+        return worker._attribute_with_graph({**given, "target": None})
+
     def _evaluate(self, given: dict[str, Any]) -> tuple[Tensor, ...]:
         """Run Captum's algorithm with the engine's gradients."""
         worker = copy.copy(self)
         worker.gradient_func = self._gradients  # the worker's own would be a cycle of references
+        if self._outputs is not None:
+            # For Captum, inputs: it does the same to the gradients of each, by each output.
+            self._n, times = len(as_tuple(given["inputs"])[0]), len(self._outputs)
+            for name in {"inputs", "baselines"} & {*given}:
+                if given[name] is not None:
+                    given[name] = as_tuple(given[name]) * times
         return self._visit(as_tuple(worker._run_stock(**given)))
 
     def _gradients(
@@ -73,8 +92,12 @@ class SeamAdapter(CaptumAdapter):
     ) -> tuple[Tensor, ...]:
         """Stand in for Captum's ``compute_gradients``; its names, because Captum uses them."""
         args, n = forward_args(additional_forward_args), as_tuple(inputs)[0].shape[0]
+        points, target = as_tuple(inputs), target_ind
+        if self._outputs is not None:
+            points = points[: len(points) // len(self._outputs)]
+            target = tile(self._outputs, n // self._n, self._n)
         way = "double_backprop" if self.differentiation == "recompute" else self.differentiation
-        return input_gradients(Rows(forward_fn, target_ind, args, n), as_tuple(inputs), way)
+        return input_gradients(Rows(forward_fn, target, args, n), points, way)
 
 
 class DifferentiableSaliency(SeamAdapter, Saliency):

@@ -193,7 +193,7 @@ class DifferentiableLayerFeaturePermutation(ModeAdapter, LayerFeaturePermutation
         if target is not None:
             n_rows = as_tuple(given["inputs"])[0].shape[0]
 
-            def selected(*inputs: Any) -> Tensor:
+            def selected(*inputs: Any) -> Any:
                 return Rows(self.forward_func, target, (), n_rows)(inputs)
 
             worker.forward_func = selected

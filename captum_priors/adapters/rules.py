@@ -18,6 +18,7 @@ from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors.adapters.keep_graph import KeepGraph, calling_module, functions
 from captum_priors.adapters.methods import ModeAdapter, adapters_of
 from captum_priors.adapters.modules import path_of, warn_once
+from captum_priors.adapters.selecting import without_sum
 
 # What bends a network: torch's functions that rules have to cover.
 NONLINEAR = functions(
@@ -53,7 +54,7 @@ class KeepRules(KeepGraph):
         return type(module) in self._rules_for
 
     def _warn(self, function: str, module: Any) -> None:
-        model = self.explainer.forward_func
+        model = without_sum(self.explainer.forward_func)
         kinds = ", ".join(kind.__name__ for kind in self._rules_for)
         warn_once(
             model,

@@ -121,7 +121,7 @@ class BoundedPerturbation(Perturbation, ABC):
         """
         check_inputs(inputs)
         check_floating(as_tuple(inputs))
-        check_target(target, len(as_tuple(inputs)[0]))
+        check_target(target, len(as_tuple(inputs)[0]), several=False)
         call = {"inputs": inputs, "target": target, "baselines": baselines}
         explaining = AttributionPass(
             self.explainer,

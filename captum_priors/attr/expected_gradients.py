@@ -1,5 +1,6 @@
 """Expected gradients (Erion et al. 2021) as a Captum attribution method."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from captum_priors._rows import Rows
 from captum_priors._types import DIFFERENTIATIONS, Differentiation, TensorOrTuple
 from captum_priors.attr.path_sum import Draws, PathSum
 from captum_priors.engine import attribution_call
+from captum_priors.outputs import SeveralOutputs
 
 Estimator = Literal["control_variate", "monte_carlo"]
 ESTIMATORS = ("control_variate", "monte_carlo")
@@ -57,6 +59,7 @@ class ExpectedGradients(GradientAttribution):
     """
 
     draws_baselines = True
+    takes_several_outputs = True
     draws: tuple[str, ...] = ()  # from its generator alone, which a prior hands to it
 
     def __init__(
@@ -97,7 +100,9 @@ class ExpectedGradients(GradientAttribution):
             n_samples: Samples for each example; each draws its reference without replacement as
                 long as the rows last.
             stdevs: Standard deviation of Gaussian noise added to the inputs, for each tensor.
-            target: Which output to explain, in any form that Captum takes.
+            target: Which output to explain, in any form that Captum takes; or sums of outputs, or
+                :func:`captum_priors.outputs.each` of them, which adds their dimension behind the
+                first of attributions and deltas.
             additional_forward_args: Further arguments of ``forward_func``; tensors with one entry
                 for each example are repeated along with it.
             return_convergence_delta: Also return, for each sample of each example, the sum of its
@@ -124,14 +129,18 @@ class ExpectedGradients(GradientAttribution):
         check_target(target, n)
         table = reference_rows(baselines, inputs)
         args = () if additional_forward_args is None else forward_args(additional_forward_args)
+        if isinstance(target, SeveralOutputs):
+            target = target.known(self.forward_func, tensors, args)
         rows = Rows(self.forward_func, target, args, n)
         options = (n_samples, stdevs, estimator, internal_batch_size, generator)
         path_sum = self._path_sum(rows, tensors, tensors, table, options)
         found = path_sum.attributions(tensors, table)
+        if isinstance(target, SeveralOutputs):
+            found = target.grouped(found)
         attributions = found if isinstance(inputs, tuple) else found[0]
         if not return_convergence_delta:
             return attributions
-        return attributions, path_sum.convergence_delta(tensors, table)
+        return attributions, convergence_delta(path_sum, tensors, table)
 
     def _path_sum(
         self,
@@ -179,7 +188,8 @@ class ExpectedGradients(GradientAttribution):
         if internal_batch_size is not None and self.differentiation == "finite_difference":
             internal_batch_size = max(1, internal_batch_size // 2)  # rows go through in pairs
         if n_samples > 1 or (internal_batch_size or rows.n) < rows.n:  # others', or several of one
-            whole = Rows(rows.forward_func, rows.target, rows.args, rows.n)
+            target = None if isinstance(rows.target, SeveralOutputs) else rows.target
+            whole = Rows(rows.forward_func, target, rows.args, rows.n)
             whole.refuse_coupled(inputs, always=self.differentiation == "recompute")
         return PathSum(
             rows,
@@ -199,6 +209,18 @@ class ExpectedGradients(GradientAttribution):
     def multiplies_by_inputs(self) -> bool:
         """Whether attributions are multiplied by the displacement (Captum's protocol)."""
         return self._multiply_by_inputs
+
+
+def convergence_delta(
+    path_sum: PathSum, explained: tuple[Tensor, ...], table: tuple[Tensor, ...]
+) -> Tensor:
+    """What the attributions of each sample miss, of several outputs side by side."""
+    target = path_sum.rows.target
+    if not isinstance(target, SeveralOutputs):
+        return path_sum.convergence_delta(explained, table)
+    single = (replace(path_sum.rows, target=one) for one in target.targets or ())
+    each = [replace(path_sum, rows=rows).convergence_delta(explained, table) for rows in single]
+    return torch.stack(each, 1)
 
 
 def reference_rows(baselines: Any, inputs: TensorOrTuple) -> tuple[Tensor, ...]:

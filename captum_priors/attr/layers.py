@@ -14,8 +14,14 @@ from captum_priors._checks import check_inputs, check_layer, check_target
 from captum_priors._errors import refusal
 from captum_priors._rows import Rows, run_forward, take, tile
 from captum_priors._types import Differentiation, TensorOrTuple
-from captum_priors.attr.expected_gradients import Estimator, ExpectedGradients, reference_rows
+from captum_priors.attr.expected_gradients import (
+    Estimator,
+    ExpectedGradients,
+    convergence_delta,
+    reference_rows,
+)
 from captum_priors.engine import attribution_call, current_pass
+from captum_priors.outputs import SeveralOutputs
 
 Tensors = tuple[Tensor, ...]
 
@@ -107,6 +113,8 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         check_target(target, batch)
         table = reference_rows(baselines, inputs)
         args = forward_args(additional_forward_args)
+        if isinstance(target, SeveralOutputs):
+            target = target.known(self.forward_func, tensors, args)
         layer = Layer(self.forward_func, self.layer, attribute_to_layer_input)
         activations, times = layer.activations(tensors, args)
         own = [isinstance(arg, Tensor) and arg.shape[:1] == (batch,) for arg in args]
@@ -133,10 +141,12 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         values = path_sum.attributions(activations, references)
         if times > 1:
             values = tuple(v.flatten(0, 1) for v in values)
+        if isinstance(target, SeveralOutputs):
+            values = target.grouped(values)
         attributions = values[0] if len(values) == 1 else values
         if not return_convergence_delta:
             return attributions
-        return attributions, path_sum.convergence_delta(activations, references)
+        return attributions, convergence_delta(path_sum, activations, references)
 
 
 @dataclass(frozen=True)
@@ -210,7 +220,7 @@ class _LayerRows(Rows):
     inputs: Tensors
     times: int
 
-    def __call__(self, points: Tensors) -> Tensor:
+    def __call__(self, points: Tensors) -> Any:
         """Return the target output of each example, with the layer's values replaced."""
         repeats = points[0].shape[0] // self.n
         around = tuple(tile(x, repeats, self.n) for x in self.inputs)

@@ -149,7 +149,7 @@ class _Terms(NamedTuple):
 
     ends: list[Tensor]
     references: list[Tensor]
-    products: list[Tensor]
+    products: list[Tensor]  # of several outputs, those of one after those of another
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,10 @@ class PathSum:
             tuple(points),
             "double_backprop" if self.differentiation == "recompute" else self.differentiation,
         )
-        for gradient, weight, reference in zip(flat, weights, terms.references, strict=True):
+        # Of several outputs, the gradients of one follow those of another.
+        times = len(flat) // len(points)
+        around = zip(weights * times, terms.references * times, strict=True)
+        for gradient, (weight, reference) in zip(flat, around, strict=True):
             each = gradient.reshape(reference.shape)
             terms.products.append(each if weight is None else weight * each)
         return terms

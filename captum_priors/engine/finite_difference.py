@@ -12,6 +12,7 @@ the accumulators of its matrix products, before their results are rounded.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +64,17 @@ def finite_difference(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor,
     ) -> Sequence[Tensor | None]:
         with conditions.again():
             at = tuple(sources[i].detach().requires_grad_(wanted[i]) for i in range(n_points))
-            slopes = _Line.along(field, at, cotangents, gradients).checked_slopes(half)
-            slope = slopes.sum()
+            slopes = []
+            for i in range(0, len(gradients), n_points):  # of one output, or one after another
+                own = slice(i, i + n_points)
+                one = field if len(gradients) == n_points else _part(field, i // n_points)
+                line = _Line.along(one, at, cotangents[own], gradients[own])
+                slopes.append(line.checked_slopes(half).sum())
+            slope = torch.stack(slopes).sum()
             return pull([slope], [*at, *leaves], wanted, [torch.ones_like(slope)])
 
     found = with_pullback(gradients, [*exact, *conditions.sources(leaves)], pullback)
-    return tuple([g.to(p.dtype) for g, p in zip(found, points, strict=True)])
+    return tuple([g.to(p.dtype) for g, p in zip(found, cycle(points), strict=False)])
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,11 @@ class _Line:
                 "origin; differentiation='double_backprop' takes the backward pass as it is.",
             )
         return slopes
+
+
+def _part(field: Field, which: int) -> Field:
+    """One of the outputs of a field of several."""
+    return lambda points: field(points)[which]
 
 
 def _rows(tensor: Tensor) -> Tensor:

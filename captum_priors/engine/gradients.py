@@ -25,8 +25,8 @@ from captum_priors.engine._torch import (
 from captum_priors.engine.model import Seen, current_pass
 from captum_priors.engine.random import GlobalState
 
-Field = Callable[[tuple[Tensor, ...]], Tensor]
-"""The explained output, one number for each row, as a function of the points.
+Field = Callable[[tuple[Tensor, ...]], Any]
+"""The explained output, one number for each row, as a function of the points; or a tuple of such.
 
 It is made for some number of rows, and takes any multiple of them as that many repetitions.
 """
@@ -47,7 +47,8 @@ def input_gradients(
             forward and with one coming back.
 
     Returns:
-        Gradients like the points.
+        Gradients like the points; of several outputs those of one after those of another, from one
+        forward pass.
 
     Raises:
         TypeError: If a point is no floating-point tensor.
@@ -89,15 +90,21 @@ def values(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         current = recording()
         if current is None:
             return differentiate(outputs, points, create_graph=False)
-        current.reach([outputs], points)
+        current.reach(outputs if isinstance(outputs, tuple) else [outputs], points)
         gradients = differentiate(outputs, points, create_graph=current.tries_graph())
         return tuple(g.detach() for g in gradients)
 
 
 def differentiate(
-    outputs: Tensor, points: tuple[Tensor, ...], *, create_graph: bool
+    outputs: Any, points: tuple[Tensor, ...], *, create_graph: bool, retain_graph: bool = False
 ) -> tuple[Tensor, ...]:
     """Differentiate the summed outputs, with errors that say what to do."""
+    if isinstance(outputs, tuple):
+        found: list[Tensor] = []
+        for i, output in enumerate(outputs, 1):
+            keep = i < len(outputs)
+            found += differentiate(output, points, create_graph=create_graph, retain_graph=keep)
+        return tuple(found)
     if outputs.shape != points[0].shape[:1]:
         check_rows(outputs, points[0].shape[0])
     if not outputs.requires_grad:
@@ -110,7 +117,9 @@ def differentiate(
     else:
         ones = torch.ones_like(outputs)
         try:
-            gradients = torch.autograd.grad(outputs, points, ones, allow_unused=True)
+            gradients = torch.autograd.grad(
+                outputs, points, ones, retain_graph=retain_graph, allow_unused=True
+            )
         except RuntimeError as error:
             raise _worded(error) from error
     for i, gradient in enumerate(gradients):
@@ -190,8 +199,8 @@ def check_rows(outputs: Tensor, n_rows: int) -> None:
         f"it to select one output for each of the {n_rows} rows",
         f"outputs of shape {tuple(outputs.shape)}",
         "Pass target=..., a class index, or one for each example; for outputs of several "
-        "dimensions a tuple, target=(class, row, column); or let forward_func return shape "
-        "(batch,).",
+        "dimensions a tuple, target=(class, row, column), or a sum of them, "
+        "captum_priors.outputs.total(mask); or let forward_func return shape (batch,).",
     )
 
 

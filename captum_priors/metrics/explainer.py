@@ -58,7 +58,7 @@ def local_lipschitz(
         [2.0, 2.0]
     """
     n = check_inputs(inputs)
-    check_target(target, n)
+    check_target(target, n, several=False)
     check_count("n_samples", n_samples)
     positive("radius", radius)
     seed = seed_from_global_state() if seed is None else seed

@@ -1,6 +1,7 @@
 """The attribution prior: an explainer and a penalty on what it says."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from inspect import Parameter, signature
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from captum_priors.engine import current_processes, derive
 from captum_priors.engine.model import BatchNorm
 from captum_priors.engine.processes import is_distributed
 from captum_priors.engine.random import STREAMS, GeneratorState
+from captum_priors.outputs import SeveralOutputs, mean_of, taken
 from captum_priors.priors.base import Call, Reduction, Term
 
 Parameters = Mapping[str, Parameter]
@@ -122,6 +124,15 @@ class ExplainerPrior(Term):
             return {**options, "generator": torch.Generator().manual_seed(seed)}
         return options
 
+    def _scores_of_each(self, call: Call) -> Any:
+        """Ask the explainer once, if it takes several outputs."""
+        if not self._takes_several():
+            return super()._scores_of_each(call)
+        return self._scores(replace(call, target=self._outputs(call)))
+
+    def _takes_several(self) -> bool:
+        return bool(getattr(self.explainer, "takes_several_outputs", False))
+
     def _maps(self, attributions: Any, call: Call) -> Any:
         """Attributions as tensors; insist on a graph where there is one to have."""
         if hasattr(self.explainer, "tensors_of"):  # Captum's result object for language models
@@ -142,7 +153,14 @@ class ExplainerPrior(Term):
         return attributions
 
     def _score(self, maps: tuple[Any, ...], call: Call) -> Any:
-        """Score attributions, over all processes where it is the batch that is scored."""
+        """Score attributions, over all processes where it is the batch that is scored.
+
+        Maps of several outputs are scored one output after another.
+        """
+        if isinstance(call.target, SeveralOutputs):
+            alone = replace(call, target=None)
+            each = (tuple(taken(m, k) for m in maps) for k in range(len(call.target)))
+            return mean_of([self._score(maps_of_one, alone) for maps_of_one in each])
         scores = self.score(*maps, **call.keywords())
         detached = isinstance(scores, Tensor) and not scores.requires_grad and _has_graph(maps[0])
         if detached and scores.any():  # zeros: nothing in this batch that the penalty speaks of

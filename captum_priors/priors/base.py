@@ -4,8 +4,8 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from captum_priors._captum import forward_func_of, output_error
 from captum_priors._checks import (
     check_annotation,
     check_inputs,
+    check_keywords,
     check_labels,
     check_target,
     positive,
@@ -30,6 +31,7 @@ from captum_priors.engine.processes import (
     rank_of_draws,
     refuse_spread_parameters,
 )
+from captum_priors.outputs import SeveralOutputs, mean_of
 from captum_priors.priors.batch_norm import compares, hold_statistics
 
 Reduction = Literal["mean", "sum"]
@@ -169,7 +171,8 @@ class Call:
         """Run the model at points that repeat the batch, after a look at whether it may be."""
         if points[0].shape[0] != self.n:
             self.refuse_coupled()
-        return Rows(self.forward_func, target, self.args, self.n)(points)
+        found: Tensor = Rows(self.forward_func, target, self.args, self.n)(points)
+        return found
 
     def refuse_coupled(self) -> None:
         """Refuse examples that influence each other, where points of theirs go through together.
@@ -255,6 +258,18 @@ class Term(Prior):
     def _scores(self, call: Call) -> Tensor:
         """Return one number for each example, or one for the batch."""
 
+    def _scores_of_each(self, call: Call) -> Any:
+        """Return the mean over several outputs of the scores of each, with the same draws."""
+        scores = []
+        for one in self._outputs(call).targets or ():
+            call.explaining.seed(call.seed)
+            scores.append(self._scores(replace(call, target=one)))
+        return mean_of(scores)
+
+    def _outputs(self, call: Call) -> SeveralOutputs:
+        model = next(iter(self.models()), None)
+        return cast("SeveralOutputs", call.target).known(model, call.inputs, call.args)
+
     def _explained(self) -> tuple[Any, ...]:
         """Return what refers to the modules that run."""
         return (self.forward_func,)
@@ -280,7 +295,8 @@ class Term(Prior):
         with evaluating as call:
             if is_distributed():
                 self._check_spread(call)  # before a graph is built
-            scores = self._scores(call)
+            several = isinstance(target, SeveralOutputs)
+            scores = self._scores_of_each(call) if several else self._scores(call)
         return self._reduce(scores, call)
 
     @contextmanager
@@ -402,17 +418,3 @@ class Term(Prior):
         if modules and not self._told and self.training_step():
             refuse_spread_parameters(modules, twice=self._way() != "finite_difference")
             self._told = True
-
-
-def check_keywords(prior: Prior, baselines: Any, annotations: dict[str, Any]) -> None:
-    """Refuse baselines or annotations that nobody would look at."""
-    given = [*annotations] if baselines is None else ["baselines", *annotations]
-    for name in given:
-        if not prior.takes(name):
-            raise refusal(
-                TypeError,
-                f"prior {prior!r}",
-                "keywords that a term of it takes",
-                repr(name),
-                "Leave it out, or use a penalty that declares it.",
-            )

@@ -6,10 +6,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from captum_priors._checks import check_keywords
 from captum_priors._errors import refusal, type_of
 from captum_priors._shown import shown_options
 from captum_priors._types import TensorOrTuple
-from captum_priors.priors.base import Prior, check_keywords
+from captum_priors.priors.base import Prior
 
 
 class Wrapper(Prior):

@@ -100,6 +100,11 @@ class StabilityPrior(ExplainerPrior):
         explainer, distance, *options = super()._described()
         return [explainer, distance, shown(self.perturbation), *options]
 
+    def _takes_several(self) -> bool:
+        # A perturbation that is told the target is another for each output.
+        told = "target" in parameters_of(_perturb_of(self.perturbation))
+        return not told and super()._takes_several()
+
     def _scores(self, call: Call) -> Any:
         options, seed = self.options_of(call), derive(call.seed, 0)
         moved = self._moved(call, options)

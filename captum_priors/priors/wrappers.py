@@ -8,14 +8,14 @@ from torch import Tensor
 
 from captum_priors import _checks
 from captum_priors._captum import as_tuple
-from captum_priors._checks import check_annotation, check_inputs, check_target
+from captum_priors._checks import check_annotation, check_inputs, check_keywords, check_target
 from captum_priors._errors import expected_found, one_of, refusal
 from captum_priors._rows import for_each, take, take_each
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine import Stream, any_process
 from captum_priors.engine.processes import rank_of_draws
 from captum_priors.engine.random import Counter
-from captum_priors.priors.base import Prior, Term, check_keywords
+from captum_priors.priors.base import Prior, Term
 from captum_priors.priors.batch_norm import part_of
 from captum_priors.priors.combined import Wrapper, weighted_priors
 

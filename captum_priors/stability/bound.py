@@ -15,6 +15,7 @@ from captum_priors._types import TensorOrTuple
 from captum_priors.attacks.ball import Tensors, broadcast
 from captum_priors.engine import AttributionPass, check_rows, input_gradients
 from captum_priors.engine.model import current_beta
+from captum_priors.outputs import SumOfOutputs
 from captum_priors.stability.base import flat_rows
 from captum_priors.stability.hessian import hessian_vector_product, rademacher
 from captum_priors.stability.smooth import smooth_activations
@@ -93,7 +94,7 @@ def manipulability_bound(
     check_inputs(inputs)
     start = tuple(t.detach() for t in as_tuple(inputs))
     check_floating(start)
-    check_target(target, len(start[0]))
+    check_target(target, len(start[0]), several=False)
     pairs = zip(as_tuple(perturbed), start, strict=True)
     end = tuple(broadcast("`perturbed`", b, a).detach() for b, a in pairs)
     distance = (flat_rows(end) - flat_rows(start)).norm(dim=1)
@@ -205,7 +206,12 @@ def _product(model: Any, inputs: tuple[Any, ...], target: Any, norm: Norm) -> Te
         slope, inputs = slope * gain, (outputs,)
     if target is not None:
         check_rows(selected(outputs, target), len(outputs))
-        if isinstance(layer, nn.Linear) and outputs.dim() == 2 and not isinstance(target, tuple):
+        last = isinstance(layer, nn.Linear) and outputs.dim() == 2
+        if isinstance(target, SumOfOutputs):
+            weights = target.spread(outputs).flatten(1)
+            sizes = (weights @ layer.weight if last else weights).norm(dim=1)
+            curvature = (before if last else curvature) * sizes
+        elif last and not isinstance(target, tuple):
             row: Tensor = layer.weight.norm(dim=1)[torch.as_tensor(target).flatten()]
             curvature = before * row  # of the last linear map, this row alone counts
     return curvature

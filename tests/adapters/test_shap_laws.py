@@ -14,9 +14,11 @@ from captum_priors import (
     ShapAdapter,
     StabilityPrior,
     differentiable,
+    shared,
 )
 from captum_priors.adapters.shap import ROWS
 from captum_priors.distances import mse
+from captum_priors.outputs import each, total, weighted
 from captum_priors.penalties import l2
 from captum_priors.testing import check_differentiable
 from tests.adapters.shap_cases import (
@@ -254,3 +256,27 @@ def test_is_a_plain_object_around_an_explainer_that_stays_as_it_is(name: str) ->
     assert type(explainer) is getattr(shap, name)
     assert vars(explainer) == kept
     assert vars(getattr(explainer, "explainer", explainer)) == inner
+
+
+@every_pair
+def test_targets_of_many_outputs(name: str, outputs: int) -> None:
+    """SHAP's values are linear in the outputs, and the same draws serve all of them."""
+    _, _, adapter, x = set_up(name, outputs)
+    options = QUICK.get(name, {})
+
+    def maps(target: Any) -> Tensor:
+        found = seeded(lambda: adapter.attribute(torch.as_tensor(x), target=target, **options))
+        assert found.requires_grad
+        return found.detach()
+
+    alone = torch.stack([maps(k) for k in range(outputs)], 1)
+    weights = torch.arange(3.0 * outputs).reshape(3, outputs) - 1
+    sums = (weights.unsqueeze(2) * alone).sum(1)
+    # SHAP picks the features of each output by itself only beyond a number that is not here.
+    close = {"rtol": 1e-8, "atol": 1e-10}
+    torch.testing.assert_close(maps(each()), alone, **close)
+    torch.testing.assert_close(maps(weighted(weights)), sums, **close)
+    torch.testing.assert_close(maps(total()), alone.sum(1), **close)
+    both = each([outputs - 1, weighted(shared(weights[0]))])
+    expected = torch.stack([alone[:, -1], (weights[0, :, None] * alone).sum(1)], 1)
+    torch.testing.assert_close(maps(both), expected, **close)

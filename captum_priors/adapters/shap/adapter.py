@@ -22,6 +22,7 @@ from captum_priors.adapters.shap.model import (
     stock_function,
 )
 from captum_priors.engine import attribution_call, check_rows
+from captum_priors.outputs import SeveralOutputs, SumOfOutputs, stacked
 
 Tensors = tuple[Tensor, ...]
 Options = dict[str, Any]
@@ -65,6 +66,7 @@ class ShapAdapter:
 
     differentiations: ClassVar[tuple[str, ...]] = ("double_backprop",)
     draws: ClassVar[tuple[str, ...]] = ("numpy",)
+    takes_several_outputs: ClassVar[bool] = True
     # For the documentation: how, and what the gradient takes as constant.
     mechanism: ClassVar[str]
     held_fixed: ClassVar[str] = "nothing"
@@ -149,7 +151,8 @@ class ShapAdapter:
 
         Args:
             inputs: A tensor ``(batch, ...)``, or a tuple of them.
-            target: The output, or one for each example; none where there is one.
+            target: The output, or one for each example; none where there is one. Of sums of
+                outputs SHAP's values are added up, in the units of its link.
             options: Those of SHAP's ``__call__`` or ``shap_values``.
 
         Returns:
@@ -166,20 +169,30 @@ class ShapAdapter:
         check_target(target, check_inputs(inputs))
         tensors = as_tuple(inputs)
         quiet = {"silent": True} if "silent" in self.options else {}
-        values = self._values(tensors, target, {**quiet, **self.defaults, **options})
+        targets: Sequence[Target] = [target]
+        if isinstance(target, SeveralOutputs):
+            targets = target.known(self.forward_func, tensors, ()).targets or ()
+        each = self._values(tensors, targets, {**quiet, **self.defaults, **options})
+        values = stacked(each) if isinstance(target, SeveralOutputs) else each[0]
         like = tensors[0] if tensors[0].is_floating_point() else tensors[0].device
         found = tuple(value.to(like) for value in values)
         return found if isinstance(inputs, tuple) or len(found) > 1 else found[0]
 
-    def _values(self, tensors: Tensors, target: Target, options: Options) -> Tensors:
-        """Return the target's attributions, one tensor for each input."""
-        return (select_output(self._explain(tensors[0], options).tensor, tensors[0], target),)
+    def _values(
+        self, tensors: Tensors, targets: Sequence[Target], options: Options
+    ) -> list[Tensors]:
+        """Return the attributions of each target, one tensor for each input."""
+        values = self._explain(tensors[0], options).tensor
+        return [(select_output(values, tensors[0], target),) for target in targets]
 
 
 def select_output(values: Tensor, like: Tensor, target: Target) -> Tensor:
     """Pick the target's attributions off the last axis, where SHAP has one for the outputs."""
     if values.dim() == like.dim():
         values = values.unsqueeze(-1)
+    if isinstance(target, SumOfOutputs):
+        weights = target.spread(values.new_zeros(len(like), values.shape[-1]))
+        return (values * weights.reshape(len(like), *[1] * (values.dim() - 2), -1)).sum(-1)
     given: Any = target.cpu() if isinstance(target, Tensor) else target
     index = selected(torch.arange(values.shape[-1]).expand(len(like), -1), given)
     check_rows(index, len(like))

@@ -77,11 +77,13 @@ class ModuleAdapter(ShapAdapter):
         arrays = [numbers(p) for p in self._all(X, options)[0]]
         return arrays if len(arrays) > 1 else arrays[0]
 
-    def _values(self, tensors: Tensors, target: Target, options: Options) -> Tensors:
+    def _values(
+        self, tensors: Tensors, targets: Sequence[Target], options: Options
+    ) -> list[Tensors]:
         given = tuple(map(self._torch.convert, tensors))
         if self.layer is None:
             check_floating(given)
-        return self._phi(given, [target], options)[0]
+        return self._phi(given, targets, options)
 
     def _phi(self, inputs: Tensors, targets: Sequence[Target], options: Options) -> list[Tensors]:
         """Attributions of the explained tensors, for each target."""
