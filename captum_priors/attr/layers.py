@@ -114,7 +114,7 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         check_target(target, batch)
         table = reference_rows(baselines, inputs)
         args = forward_args(additional_forward_args)
-        layer = _Layer(self.forward_func, self.layer, attribute_to_layer_input)
+        layer = Layer(self.forward_func, self.layer, attribute_to_layer_input)
         activations, times = layer.activations(tensors, args)
         own = [isinstance(arg, Tensor) and arg.shape[:1] == (batch,) for arg in args]
         alike = len({*map(len, table)}) == 1 and not any(own)
@@ -147,12 +147,12 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """A layer of a model: what it deals in, and the model with that replaced."""
 
     forward_func: Any
     layer: nn.Module
-    to_input: bool
+    to_input: bool = False
 
     def activations(self, inputs: Tensors, args: tuple[Any, ...]) -> tuple[Tensors, int]:
         """Return what the layer returns (or receives), by examples, and how many rows each has."""
@@ -213,7 +213,7 @@ class _Layer:
 class _LayerRows(Rows):
     """The explained output as a function of what the layer deals in."""
 
-    layer: _Layer
+    layer: Layer
     inputs: Tensors
     times: int
 
