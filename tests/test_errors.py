@@ -47,6 +47,7 @@ from captum_priors.metrics import (
 from captum_priors.penalties import (
     GraphLaplacian,
     alignment,
+    background,
     energy_outside,
     entropy,
     gini,
@@ -496,7 +497,7 @@ def test_penalties(penalty: Any) -> None:
     fails(penalty)
 
 
-@pytest.mark.parametrize("penalty", [outside, energy_outside, alignment])
+@pytest.mark.parametrize("penalty", [outside, energy_outside, background, alignment])
 def test_penalties_of_an_annotation(penalty: Any) -> None:
     for wrong in (x().numpy(), None, x()[:, :2], x()[:3], x().to("meta")):
         fails(lambda wrong=wrong: penalty(x(), annotation=wrong))

@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from captum_priors.penalties import alignment, energy_outside, group_sparsity, outside
+from captum_priors.penalties import (
+    alignment,
+    background,
+    energy_outside,
+    group_sparsity,
+    outside,
+)
 from tests.laws.leaves import FEATURES, REFUSALS, Leaf, net, those
 
 BAD_LABELS = {
@@ -47,6 +53,7 @@ bad_annotations = pytest.mark.parametrize(
 ANNOTATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "outside": lambda a, m: outside(a, annotation=m),
     "energy_outside": lambda a, m: energy_outside(a, annotation=m),
+    "background": lambda a, m: background(a, annotation=m),
     "alignment": lambda a, m: alignment(a, annotation=m),
     "alignment-mse": lambda a, m: alignment(a, annotation=m, measure="mse"),
     "group_sparsity": lambda a, m: group_sparsity(a, groups=m[0]),
