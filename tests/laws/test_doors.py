@@ -1,20 +1,24 @@
-"""What one method refuses, every sibling refuses: labels that are no classes, NaN annotations."""
+"""What one method refuses, every sibling refuses: bad labels, NaN annotations, lost graphs."""
 
 from collections.abc import Callable
 from typing import Any
 
+import captum.attr as ca
 import pytest
 import torch
 from torch import Tensor
 
+from captum_priors import AttributionPrior, NotDifferentiableError, StabilityPrior
+from captum_priors.distances import mse
 from captum_priors.penalties import (
     alignment,
     background,
     energy_outside,
     group_sparsity,
+    l2,
     outside,
 )
-from tests.laws.leaves import FEATURES, REFUSALS, Leaf, net, those
+from tests.laws.leaves import FEATURES, REFUSALS, Leaf, net, noise, those
 
 BAD_LABELS = {
     "above": torch.tensor([0, 1, 2, 3]),
@@ -82,3 +86,13 @@ def test_annotations_of_priors(leaf: Leaf, bad: float) -> None:
     call["annotation"].flatten()[3] = bad
     with pytest.raises(REFUSALS, match="`annotation`"):
         prior(x, **call)
+
+
+def test_scores_that_detach() -> None:
+    explainer, x = ca.Saliency(net()), torch.randn(4, FEATURES)
+    for prior in (
+        AttributionPrior(explainer, lambda a: l2(a).detach()),
+        StabilityPrior(explainer, lambda a, b: mse(a, b).detach(), noise),
+    ):
+        with pytest.raises(NotDifferentiableError, match="a graph to the attributions"):
+            prior(x, target=0)
