@@ -124,15 +124,16 @@ class Relevance(TorchFunctionMode):
     # ---- The rules -----------------------------------------------------------------------
 
     def _elementwise(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        own = x.clone()
+        given, own = x, x.clone()
         value = func(own, *args, **kwargs)
+        x = x.clone() if value is own else x  # which will be written over
         at = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         # Where a quotient would be noise, that of a number next to it.
         near = math.sqrt(torch.finfo(at.dtype).eps)
         at = torch.where(at.abs() < near, near, at)
         zero = func(torch.zeros_like(at), *args, **kwargs)
         slope = (func(at.clone(), *args, **kwargs) - zero) / at
-        return self._result(x, own, value, x * self._held(slope.to(x.dtype)))
+        return self._result(given, own, value, x * self._held(slope.to(x.dtype)))
 
     def _power(self, func: Any, x: Any, exponent: Any, **kwargs: Any) -> Any:
         if not isinstance(exponent, (int, float)):

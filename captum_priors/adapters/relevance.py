@@ -68,7 +68,7 @@ class KeepRelevance(KeepRules):
 
     def __init__(self, explainer: Any, n_rows: int) -> None:
         super().__init__(explainer, n_rows)
-        self.propagating = False
+        self.propagating = self._joined = False
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
         self._replaced: list[Tensor] = []
 
@@ -81,9 +81,10 @@ class KeepRelevance(KeepRules):
     ) -> Any:
         if self._written and func not in (_SET, Tensor.register_hook):
             args, kwargs = self._read(args), self._read(kwargs or {})
-        if func in _JOINS and sum(map(_is_hidden, args)) > 1:
+        if not self._joined and func in _JOINS and sum(map(_is_hidden, args)) > 1:
             module = calling_module(self.explainer.forward_func)
             if module is not None and not self._has_rule(module):
+                self._joined = True
                 self._warn_of_join(func.__name__, module)
         return super().__torch_function__(func, types, args, kwargs)
 
