@@ -65,7 +65,7 @@ class Attention(nn.Module):
 class ViT(nn.Module):
     """Patches, a class token, positions, two blocks with GELU."""
 
-    def __init__(self, *, fused: bool = True, classes: int = 3) -> None:
+    def __init__(self, *, fused: bool = True) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, 8, 4, stride=4)
         self.token = nn.Parameter(torch.randn(1, 1, 8))
@@ -76,7 +76,7 @@ class ViT(nn.Module):
             nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Dropout(0.1), nn.Linear(12, 8))
             for _ in range(2)
         )
-        self.head = nn.Linear(8, classes)
+        self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.patches(x).flatten(2).transpose(1, 2)
