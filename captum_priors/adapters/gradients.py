@@ -61,7 +61,7 @@ class SeamAdapter(CaptumAdapter):
     def _evaluate(self, given: dict[str, Any]) -> tuple[Tensor, ...]:
         """Run Captum's algorithm with the engine's gradients."""
         worker = copy.copy(self)
-        worker.gradient_func = worker._gradients
+        worker.gradient_func = self._gradients  # the worker's own would be a cycle of references
         return self._visit(as_tuple(worker._run_stock(**given)))
 
     def _gradients(

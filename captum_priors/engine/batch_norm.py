@@ -53,7 +53,7 @@ class HeldStatistics(TorchFunctionMode):
         self.alone: list[str] = []  # layers that have been given a single row
         self._later: tuple[Callable[[], Any], tuple[Tensor, ...], bool] | None = None
         self._shared = False  # the forward pass that is explained is recorded, too
-        self.over = False  # the pass in which the points are differentiated by
+        self.over: list[bool] = []  # empty while the points are differentiated by
 
     def take(self, module: Any, undo: list[tuple[nn.Module, str, Any]], *, begun: bool) -> None:
         """Hold this layer, whose running mean is a tensor of the pass's own.
@@ -177,7 +177,7 @@ class HeldStatistics(TorchFunctionMode):
 
     def _keep(self, layer: _Layer, found: Statistics) -> None:
         if self._shared:
-            found = tuple(_ConstantInPass.apply(s, self) for s in found)  # type: ignore[no-untyped-call]  # torch's
+            found = tuple(_ConstantInPass.apply(s, self.over) for s in found)  # type: ignore[no-untyped-call]  # torch's
         mean, variance = (s.detach().requires_grad_() for s in found)
         layer.found.append(found)
         layer.leaves.append((mean, variance))
@@ -230,13 +230,13 @@ class _ConstantInPass(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, statistic: Tensor, held: HeldStatistics) -> Tensor:
-        ctx.held = held
+    def forward(ctx: Any, statistic: Tensor, over: list[bool]) -> Tensor:
+        ctx.over = over
         return statistic.view_as(statistic)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient if ctx.held.over else None, None
+        return gradient if ctx.over else None, None
 
 
 class _SumOverProcesses(torch.autograd.Function):

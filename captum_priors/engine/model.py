@@ -188,7 +188,7 @@ class AttributionPass:
         if self.statistics is None:
             self.statistics = HeldStatistics()
         self.seen.looked = True
-        self._stack.callback(setattr, self.statistics, "over", True)
+        self._stack.callback(self.statistics.over.append, True)
         if batch is not None and len(batch[0]) > 1:
             self.statistics.record_later(run, batch)
             self._stack.enter_context(self.statistics)

@@ -1,10 +1,12 @@
 """The engine on a GPU, where backward passes run in threads of their own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from captum.attr import IntegratedGradients, Saliency
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -12,36 +14,32 @@ from captum_priors import (
     AttributionPrior,
     ExpectedGradients,
     LayerExpectedGradients,
-    Lazy,
     NotDifferentiableError,
-    StabilityPrior,
-    Subsample,
+    differentiable,
 )
-from captum_priors.distances import cosine
-from captum_priors.penalties import GraphLaplacian, l2
+from captum_priors.penalties import l2
+from captum_priors.stability import ATEX
 from captum_priors.testing import check_differentiable
-from tests.asserts import assert_same_numbers, parameter_gradients, relative_error
+from tests.adapters.captum_table import ROWS as CAPTUM
+from tests.adapters.captum_table import Flat, in_double, set_up
+from tests.asserts import (
+    assert_same_numbers,
+    draw_alike,
+    parameter_gradients,
+    relative_error,
+)
 from tests.cases import DIFFERENTIATIONS, EXACT, EXPLAINERS, NONLINEAR, Case, Row, rows, tokens
+from tests.gpu.device import DEVICE, needs_cuda, needs_device, on_device
+from tests.laws.leaves import Leaf, background, every_leaf_and_way, leaves_and_ways_but, net
+from tests.laws.leaves import way_options as options_of_way
+from tests.laws.test_batch_norm import CLOSE, DIFFERENCE, assert_same, gradients_of, pair
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def on_gpu(value: Any) -> Any:
-    if isinstance(value, (Tensor, nn.Module)):
-        return value.cuda()
-    return tuple(map(on_gpu, value)) if isinstance(value, tuple) else value
+pytestmark = needs_device
 
 
-def moved(case: Case) -> Case:
-    return Case(
-        on_gpu(case.model),
-        on_gpu(case.inputs),
-        on_gpu(case.baselines),
-        on_gpu(case.target),
-        on_gpu(case.args),
-        case.layer,
-        case.smooth,
-    )
+def moved(case: Case, dtype: torch.dtype = torch.float64) -> Case:
+    each = (case.model, case.inputs, case.baselines, case.target, case.args)
+    return Case(*(on_device(value, dtype) for value in each), case.layer, case.smooth)
 
 
 def attribute(model: Any, x: Tensor, way: str, **call: Any) -> Tensor:
@@ -50,13 +48,48 @@ def attribute(model: Any, x: Tensor, way: str, **call: Any) -> Tensor:
     return value
 
 
+# Certificates
+
+
 @pytest.mark.parametrize("row", rows(EXPLAINERS))
 @pytest.mark.parametrize("make_case", rows(NONLINEAR))
 @pytest.mark.parametrize("way", EXACT)
 def test_certificate(row: Row, make_case: Any, way: str) -> None:
     case = moved(make_case())
-    with torch.backends.cudnn.flags(enabled=False):  # cuDNN's LSTM has no second derivative
-        check_differentiable(row.make(case, way), case.inputs, **row.call(case))
+    check_differentiable(row.make(case, way), case.inputs, **row.call(case))
+
+
+@pytest.mark.parametrize("row", rows([row for row in EXPLAINERS if "noise" not in row.name]))
+@pytest.mark.parametrize("make_case", rows(NONLINEAR))
+@pytest.mark.parametrize("way", EXACT)
+def test_certificate_in_single_precision(row: Row, make_case: Any, way: str) -> None:
+    """Gradients are those of double precision, which are certified."""
+    case, gradients = make_case(), []
+    for dtype in (torch.float64, torch.float32):
+        case = moved(case, dtype)
+        call = row.call(case)
+        if row.name.startswith("EG"):
+            call["generator"] = torch.Generator().manual_seed(0)
+        value = row.make(case, way).attribute(case.inputs, **call)
+        gradients.append(parameter_gradients(value, list(case.model.parameters())))
+    expected, found = gradients
+    assert all(g.dtype == torch.float32 for g in found)
+    assert relative_error([g.double() for g in found], expected) < 1e-4
+
+
+# What is no batch of tensors, and one that draws on the CPU.
+_ELSEWHERE = ("LLM", "DataLoader", "LimeBase")
+
+
+@pytest.mark.filterwarnings("ignore:You are providing multiple inputs for Lime / Kernel SHAP")
+@pytest.mark.filterwarnings("ignore:Objective did not converge")
+@pytest.mark.parametrize("name", [n for n in CAPTUM if not n.startswith(_ELSEWHERE)])
+def test_captum_classes(name: str) -> None:
+    row, model, x = set_up(name, CAPTUM[name].model)
+    model, x, call = (on_device(each) for each in (model, x, row.call(model)))
+    explainer = Flat(differentiable(row.make(model)), row)
+    with in_double(needed=row.single_precision):
+        check_differentiable(explainer, x, parameters=model.named_parameters(), **call)
 
 
 @pytest.mark.parametrize("way", DIFFERENTIATIONS)
@@ -72,95 +105,249 @@ def test_same_numbers_and_gradients_as_on_the_cpu(way: str) -> None:
     assert relative_error([g.cpu() for g in found], gradients) < 1e-8  # other summation order
 
 
-def test_cudnn_recurrent_modules() -> None:
+# BatchNorm in training mode, and every prior
+
+
+def normalising(leaf: Leaf, x: Tensor) -> tuple[Any, Any, Callable[[Any, str], Any], Any]:
+    """A model that normalises, its explicit twin, their priors, and the call."""
+    model, explicit = (on_device(each) for each in pair(leaf, x))
+    call = on_device(leaf.call(x))
+
+    def prior_of(model: Any, way: str) -> Any:
+        more: dict[str, Any] = {"teacher": on_device(net())} if leaf.cls is ATEX else {}
+        prior = leaf.make(model, **options_of_way(leaf, way), **more)
+        if getattr(prior, "draws_baselines", False):
+            call["baselines"] = on_device(background())
+        return prior
+
+    return model, explicit, prior_of, call
+
+
+@every_leaf_and_way
+def test_priors_explain_the_function_that_is_trained(leaf: Leaf, way: str) -> None:
+    """On the statistics of the batch, as the network that takes them explicitly."""
+    x = on_device(leaf.batch(6))
+    model, explicit, prior_of, call = normalising(leaf, x)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    torch.manual_seed(0)
+    prior = prior_of(model, way)
+    torch.manual_seed(0)  # a teacher with the same weights
+    twin = prior_of(explicit, way)
+    twin.load_state_dict(prior.state_dict())  # the same draws
+    tolerance = DIFFERENCE if way == "finite_difference" else CLOSE
+    assert_same(prior(x, **call), model, twin(x, **call), explicit, **tolerance)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    assert all(m.training for m in model.modules())
+
+
+@leaves_and_ways_but("ATEX")  # whose explanation is a constant, though the model makes it
+def test_certificate_in_training_mode(leaf: Leaf, way: str) -> None:
+    """The gradient is the slope of the value along a random direction of all parameters."""
+    x = on_device(leaf.batch(6))
+    model, _, prior_of, call = normalising(leaf, x)
+    prior = prior_of(model, way).eval()  # the same draws each time
+    parameters = [*model.parameters()]
+    directions, step, sides = [torch.randn_like(p) for p in parameters], 1e-5, []
+    found = gradients_of(prior(x, **call), parameters)
+    slope = torch.stack([(g * d).sum() for g, d in zip(found, directions, strict=True)]).sum()
+    for sign in (1, -2):
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p.add_(d, alpha=sign * step)
+            sides.append(prior(x, **call))
+    measured = (sides[0] - sides[1]) / (2 * step)
+    torch.testing.assert_close(slope, measured, rtol=1e-4, atol=1e-7)  # truncation
+
+
+# Kernels without a second derivative
+
+
+class Recurrent(nn.Module):
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.cell = cell(4, 5, num_layers=2, dropout=0.3, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.cell(x)[0].mean(1))
+        return out
+
+
+def ig_prior(model: Any, way: Any) -> AttributionPrior:
+    explainer = differentiable(IntegratedGradients(model), differentiation=way)
+    return AttributionPrior(explainer, l2, n_steps=4)
+
+
+def explained(model: Any, way: Any, x: Tensor, how: str) -> Tensor:
+    """The value of a prior on the module, on a function that hides it, or of the explainer."""
+    if how == "hidden":
+        return ig_prior(lambda z: model(1 * z), way)(x, target=1)
+    prior = ig_prior(model, way)
+    if how == "prior":
+        return prior(x, target=1)
+    attributions = prior.explainer.attribute(x, target=1, n_steps=4)
+    return l2(attributions).mean()
+
+
+@pytest.mark.parametrize("how", ["prior", "hidden", "explainer"])
+@pytest.mark.parametrize("cell", [nn.RNN, nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("way", DIFFERENTIATIONS)
+def test_cudnn_recurrent_modules(cell: Any, way: str, how: str) -> None:
+    """They are explained without cuDNN, with no choice for the user to make, and train with it."""
+    model, x = on_device(Recurrent(cell)), torch.randn(5, 6, 4, device=DEVICE)
+    if how == "explainer":  # which explains the model as it is, dropout and all
+        model.cell.dropout = 0.0
+    parameters = list(model.parameters())
+    enabled = torch.backends.cudnn.enabled
+    found = torch.autograd.grad(explained(model, way, x, how), parameters, allow_unused=True)
+    assert torch.backends.cudnn.enabled == enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        value = ig_prior(model, "double_backprop")(x, target=1)
+        expected = torch.autograd.grad(value, parameters, allow_unused=True)
+    finally:
+        torch.backends.cudnn.enabled = enabled
+    pairs = [(f, e) for f, e in zip(found, expected, strict=True) if e is not None]
+    limit = 1e-8 if way in EXACT else 1e-3  # truncation of a 0.2 % step
+    assert relative_error([f for f, _ in pairs], [e for _, e in pairs]) < limit
+
+
+def test_cudnn_recurrent_layers_of_token_ids() -> None:
     case = moved(tokens())
     explainer = LayerExpectedGradients(case.model, case.layer)
-    with pytest.raises(NotDifferentiableError, match=r"CudnnRnnBackwardBackward.*cudnn\.flags"):
-        explainer.attribute(case.inputs, case.baselines, target=1)
-    prior = AttributionPrior(
-        LayerExpectedGradients(case.model, case.layer, differentiation="finite_difference"),
-        l2,
-        baselines=case.baselines,
-    )
-    with torch.backends.cudnn.flags(enabled=False):
-        exact = AttributionPrior(explainer, l2, baselines=case.baselines)(case.inputs, target=1)
-        expected = parameter_gradients(exact, list(case.model.parameters()))
-    found = parameter_gradients(prior(case.inputs, target=1), list(case.model.parameters()))
-    assert relative_error(found, expected) < 1e-2  # truncation of a 0.2 % step
+    prior = AttributionPrior(explainer, l2, baselines=case.baselines)
+    with torch.no_grad():
+        value = prior.eval()(case.inputs, target=1)
+    assert prior(case.inputs, target=1).item() == pytest.approx(value.item())
+    prior(case.inputs, target=1).backward()
+    assert case.model.lstm.weight_hh_l0.grad is not None
 
 
-@pytest.mark.parametrize(
-    ("kernel", "name"),
-    [
-        (SDPBackend.FLASH_ATTENTION, "flash_attention"),
-        (SDPBackend.EFFICIENT_ATTENTION, "efficient_attention"),
-    ],
-)
-def test_fused_attention(kernel: Any, name: str) -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix, self.head = nn.Linear(32, 96), nn.Linear(32, 2)
+@needs_cuda
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch 2.9 has it")
+def test_precision_of_convolutions_is_left_alone() -> None:
+    """As the newer spelling says it, which not every part of torch's own code goes with."""
+    model, x = on_device(Recurrent(nn.LSTM)), torch.randn(5, 6, 4, device=DEVICE)
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    try:
+        ig_prior(model, "double_backprop")(x, target=1).backward()
+        assert convolutions.fp32_precision == "ieee"
+    finally:
+        convolutions.fp32_precision = before
 
-        def forward(self, x: Tensor) -> Tensor:
-            q, k, v = self.mix(x).unflatten(-1, (3, 2, 16)).transpose(1, 3).unbind(2)
-            mixed = F.scaled_dot_product_attention(q, k, v)
-            return self.head(mixed.transpose(1, 2).flatten(2).mean(1))
 
-    torch.manual_seed(0)
-    model, x = Attention().cuda().float(), torch.randn(4, 8, 32, device="cuda").float()
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(32, 96), nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.mix(x).unflatten(-1, (3, 2, 16)).transpose(1, 3).unbind(2)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.head(mixed.transpose(1, 2).flatten(2).mean(1))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(1))
+
+
+def eg_prior(model: Any, way: Any, x: Tensor) -> AttributionPrior:
+    explainer = ExpectedGradients(model, differentiation=way)
+    return AttributionPrior(explainer, l2, baselines=x, n_samples=2)
+
+
+def by_way(model: Any, x: Tensor, way: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of a way as things are, and by double backpropagation in plain products."""
     parameters = list(model.parameters())
-    with torch.autocast("cuda", dtype=torch.bfloat16), sdpa_kernel(kernel):
-        with pytest.raises(NotDifferentiableError, match=name):
-            attribute(model, x, "double_backprop", target=1)
-        value = attribute(model, x, "finite_difference", target=1)
-        found = parameter_gradients(value, parameters)
+    prior, plain = eg_prior(model, way, x), eg_prior(model, "double_backprop", x)
+    draw_alike(prior, plain)
+    found = parameter_gradients(prior(x, target=1), parameters)
     with sdpa_kernel(SDPBackend.MATH):
-        exact = parameter_gradients(attribute(model, x, "double_backprop", target=1), parameters)
-    flat, flat_exact = (torch.cat([g.flatten() for g in each]) for each in (found, exact))
-    # bfloat16 attention against float32: the direction is kept.
-    assert float(torch.cosine_similarity(flat, flat_exact, dim=0)) > 0.95
+        return found, parameter_gradients(plain(x, target=1), parameters)
 
 
 @pytest.mark.parametrize("way", DIFFERENTIATIONS)
-def test_priors_train_and_leave_the_generators_alone(way: str) -> None:
-    """Replays run in the device's thread while the calling thread may hold its turn."""
-    model = nn.Sequential(
-        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1)
-    ).cuda()
-    x = torch.randn(32, 6, device="cuda")
-    explainer = ExpectedGradients(model, differentiation=way)
-
-    def shift(inputs: Tensor) -> Tensor:
-        """A perturbation that differentiates attributions, as attacks do, inside a prior."""
-        moving = inputs.detach().requires_grad_()
-        drift = l2(explainer.attribute(moving, x, 2)).sum()
-        (gradient,) = torch.autograd.grad(drift, moving)
-        return inputs + 0.01 * gradient.sign()
-
-    graph = GraphLaplacian(torch.ones(6, 6))
-    options: dict[str, Any] = {"baselines": x, "smooth": 10.0}
-    prior = (
-        AttributionPrior(explainer, l2, **options)
-        + Lazy(AttributionPrior(explainer, graph, **options), every=2)
-        + 0.1 * Subsample(StabilityPrior(explainer, cosine, shift, **options), fraction=0.5)
-    ).cuda()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
-    cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state()
-    buffers = [b.clone() for b in model.buffers()]
-    for _ in range(4):
-        value = prior(x)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        assert float(value) >= 0
-    assert torch.equal(cpu, torch.get_rng_state())
-    assert torch.equal(gpu, torch.cuda.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
-    assert model.training
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [Attention, Encoder])
+def test_fused_attention(make: Any, dtype: torch.dtype, way: str) -> None:
+    """Exact, though the kernel that trains has no second derivative."""
+    model = on_device(make(), dtype)
+    found, expected = by_way(model, torch.randn(4, 8, 32, device=DEVICE, dtype=dtype), way)
+    exact = 1e-6 if dtype == torch.float32 else 1e-12
+    assert relative_error(found, expected) < (exact if way in EXACT else 1e-2)
 
 
+@needs_cuda
+@pytest.mark.parametrize("kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
+@pytest.mark.parametrize("way", DIFFERENTIATIONS)
+def test_fused_attention_in_bfloat16(kernel: Any, way: str) -> None:
+    model, x = Attention().to(DEVICE).float(), torch.randn(4, 8, 32, device=DEVICE).float()
+    exact, _ = by_way(model, x, "double_backprop")
+    # finite_difference computes in float32, which flash attention does not take.
+    allowed = [kernel] if way in EXACT else [kernel, SDPBackend.EFFICIENT_ATTENTION]
+    with torch.autocast("cuda", dtype=torch.bfloat16), sdpa_kernel(allowed):
+        found, plain = by_way(model, x, way)
+        model(x).sum().backward()  # the fused kernel trains
+    if way in EXACT:
+        assert relative_error(found, plain) < 1e-6
+    flat, flat_exact = (torch.cat([g.flatten() for g in each]) for each in (found, exact))
+    assert float(torch.cosine_similarity(flat, flat_exact, dim=0)) > 0.95
+
+
+class Convolutions(nn.Module):
+    """On tokens as on pixels of one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(1, 16, 3), nn.GELU(), nn.Conv2d(16, 16, 3), nn.GELU()),
+            *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 2)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x.unsqueeze(1))
+        return out
+
+
+@needs_cuda
+@pytest.mark.parametrize("make", [Convolutions, Encoder])
+@pytest.mark.parametrize("way", DIFFERENTIATIONS)
+def test_tf32(make: Any, way: str) -> None:
+    """Eleven bits, which cuDNN's convolutions have by default: near, or refused."""
+    model, x = on_device(make(), torch.float32), torch.randn(16, 8, 32, device=DEVICE).float()
+    expected, _ = by_way(model, x, "double_backprop")
+    for owner in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        owner.allow_tf32 = True  # the fixture of these tests puts it back
+    try:
+        found, _ = by_way(model, x, way)
+    except NotDifferentiableError:
+        assert way == "finite_difference"
+        return
+    assert relative_error(found, expected) < (0.02 if way in EXACT else 0.1)
+
+
+# What lies elsewhere
+
+
+@needs_cuda
 def test_baselines_elsewhere_are_an_error() -> None:
-    model = nn.Linear(3, 1).cuda()
+    model = on_device(nn.Linear(3, 1))
     with pytest.raises(TypeError, match=r"on cuda:0 as in the inputs, found .* on cpu"):
-        ExpectedGradients(model).attribute(torch.randn(2, 3, device="cuda"), torch.randn(4, 3))
+        ExpectedGradients(model).attribute(torch.randn(2, 3, device=DEVICE), torch.randn(4, 3))
+
+
+@needs_cuda
+def test_a_batch_elsewhere_is_an_error() -> None:
+    model, x = on_device(nn.Linear(3, 2)), torch.randn(2, 3)
+    prior = AttributionPrior(differentiable(Saliency(model)), l2)
+    with pytest.raises(ValueError, match=r"parameters, cuda:0, found cpu.*\.to\(device\)"):
+        prior(x, target=1)
+    with pytest.raises(ValueError, match="device"):
+        prior(x.to(DEVICE), target=torch.tensor([0, 1]))

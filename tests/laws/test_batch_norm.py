@@ -5,6 +5,7 @@ part of its function: values and gradients are equal, for every prior and way of
 """
 
 import copy
+import gc
 import warnings
 from typing import Any
 
@@ -100,6 +101,24 @@ def test_priors_explain_the_function_that_is_trained(leaf: Leaf, way: str) -> No
     assert_same(value, model, expected, explicit, **tolerance)
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
     assert all(m.training for m in model.modules())
+
+
+@every_leaf_and_way
+def test_a_call_leaves_no_tensors_behind(leaf: Leaf, way: str) -> None:
+    """No cycle of references, which only the garbage collector would find."""
+    x = leaf.batch(6)
+    model, _ = pair(leaf, x)
+    prior = leaf.make(model, **way_options(leaf, way))
+    alive = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            prior(x, **leaf.call(x)).backward()
+            alive.append(sum(type(each) is Tensor for each in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert alive[1:] == [alive[1]] * 3  # the first call checks more
 
 
 class Block(nn.Module):
