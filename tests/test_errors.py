@@ -21,6 +21,7 @@ from captum.attr import (
 from torch import Tensor, nn
 
 from captum_priors import (
+    AttnLRP,
     AttributionPrior,
     ExpectedGradients,
     LayerExpectedGradients,
@@ -412,6 +413,10 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "differentiation that Occlusion lacks": (
         lambda: differentiable(FeatureAblation(net()), differentiation="finite_difference"),
+        "recompute",
+    ),
+    "AttnLRP by differences": (
+        lambda: AttnLRP(net(), differentiation="finite_difference"),
         "recompute",
     ),
     "differentiable(model)": (lambda: differentiable(net()), "ExpectedGradients(model)"),

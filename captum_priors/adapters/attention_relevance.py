@@ -8,14 +8,14 @@ relevance:
 
 - linear steps, sums, BatchNorm in evaluation mode, pooling, ReLU and softmax (its first-order
   Taylor expansion): as they are;
-- :math:`a(x)`, one of ``ELEMENTWISE``: :math:`a(0) + x\,[(a(x) - a(0)) / x]` (identity rule);
+- activations: :math:`a(0) + x\,[(a(x) - a(0)) / x]` (identity rule);
 - products and matrix products: :math:`1/n` of the relevance to each factor (uniform rule), so
   in attention a quarter to queries and keys each and half to values;
 - LayerNorm, RMSNorm, GroupNorm, InstanceNorm, quotients: what divides is constant.
 
 These constants depend on the parameters, and the training gradient has to go through them. Each
-rule therefore joins two graphs by ``splice``: one that relevance takes and one that
-every later derivative takes.
+rule therefore joins two graphs by ``splice``: one for relevance, and one for every derivative that
+is taken afterwards.
 """
 
 import math
@@ -221,14 +221,9 @@ class Relevance(TorchFunctionMode):
         return self._normalised(x, value, x.shape[:2], _by_channel(weight, x), eps)
 
     def _normalize(
-        self,
-        func: Any,
-        x: Tensor,
-        p: float = 2.0,
-        dim: Any = 1,
-        eps: float = 1e-12,
+        self, func: Any, x: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12,
         out: Any = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         length = x.norm(p, dim, keepdim=True).clamp_min(eps)
         return self._result(x, None, func(x, p, dim, eps, out=out), x / self._held(length))
 

@@ -201,6 +201,49 @@ def test_activations_near_zero_have_the_slope_there() -> None:
         assert found[0, 5].item() == pytest.approx(float((bend(x) - bend(0 * x))[0, 5]))
 
 
+class Step(nn.Module):
+    """One function of a hidden layer, without anything that is added."""
+
+    def __init__(self, step: Any) -> None:
+        super().__init__()
+        self.first, self.step = nn.Linear(5, 8, bias=False), step
+        self.weight, self.last = nn.Parameter(torch.rand(4) + 0.5), nn.Linear(8, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).reshape(-1, 4, 2)
+        return self.last(self.step(hidden, self.weight).flatten(1))
+
+
+STEPS: dict[str, Any] = {
+    "rms_norm": lambda h, w: F.rms_norm(h.mT, (4,), w),
+    "rms_norm-eps": lambda h, w: F.rms_norm(h.mT, (4,), weight=w, eps=0.1),
+    "layer_norm": lambda h, w: F.layer_norm(h.mT, (4,), weight=w, eps=0.1),
+    "group_norm": lambda h, w: F.group_norm(h, 2, w, eps=0.1),
+    "instance_norm": lambda h, w: F.instance_norm(h, weight=w, eps=0.1),
+    "normalize": lambda h, w: F.normalize(h, 3.0, (1, 2)),
+    "by hand": lambda h, w: h * (h.square().mean(1, keepdim=True) + 0.1).pow(-0.5),
+    "reciprocal": lambda h, w: h * (1 / (1 + h.norm(dim=1, keepdim=True))),
+    "in-place quotient": lambda h, w: h.clone().div_(1 + h.exp().sum(1, keepdim=True)),
+    "powers": lambda h, w: h**3 + (h.pow(2.0) * h).erf(),
+    "three factors": lambda h, w: torch.einsum("bij,bij,bkj->bij", [h, h.tanh(), h]),
+    "keywords": lambda h, w: torch.matmul(input=h @ h.mT, other=h).mul(other=h.abs()),
+    "made matrix": lambda h, w: torch.bmm(h, h.mT.relu() @ h),
+    "attention": lambda h, w: F.scaled_dot_product_attention(
+        w.reshape(1, 1, 4, 1).expand(len(h), 1, 4, 2).detach(),
+        key=torch.ones(1, 1, 3, 2),
+        value=h[:, None, :3],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_each_rule_conserves_relevance_and_is_certified(name: str) -> None:
+    model, x = Step(STEPS[name]).double(), torch.randn(4, 5)
+    relevance = AttnLRP(model).attribute(x, target=1)
+    assert_same_numbers(relevance.sum(1), model(x)[:, 1])
+    assert check_differentiable(AttnLRP(model), x, target=1).passed
+
+
 # ---- The graph -----------------------------------------------------------------------------
 
 
