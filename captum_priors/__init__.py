@@ -24,7 +24,7 @@ papers' priors in :mod:`captum_priors.priors`, what keeps explanations from bein
 
 from captum_priors._errors import NotDifferentiableError
 from captum_priors._rows import shared
-from captum_priors.adapters import CaptumAdapter, ShapAdapter, differentiable
+from captum_priors.adapters import AttnLRP, CaptumAdapter, ShapAdapter, differentiable
 from captum_priors.attr import ExpectedGradients, LayerExpectedGradients
 from captum_priors.integrations import check_synchronised
 from captum_priors.priors import (
@@ -38,6 +38,7 @@ from captum_priors.priors import (
 )
 
 __all__ = [
+    "AttnLRP",
     "AttributionPrior",
     "CaptumAdapter",
     "ExpectedGradients",

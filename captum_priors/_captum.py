@@ -21,6 +21,7 @@ from captum._utils.progress import progress
 from captum.attr._core.dataloader_attr import SUPPORTED_METHODS
 from captum.attr._core.deep_lift import SUPPORTED_NON_LINEAR
 from captum.attr._core.llm_attr import GradientForwardFunc
+from captum.attr._core.lrp import SUPPORTED_LAYERS_WITH_RULES, SUPPORTED_NON_LINEAR_LAYERS
 from captum.attr._utils.lrp_rules import (
     Alpha1_Beta0_Rule,
     EpsilonRule,
@@ -37,6 +38,7 @@ __all__ = [
     "CAPTUM_RULES",
     "RESCALED",
     "SUPPORTED_METHODS",
+    "WITH_RULES",
     "GradientForwardFunc",
     "PropagationRule",
     "SkLearnLasso",
@@ -57,6 +59,8 @@ __all__ = [
 CAPTUM_RULES = (EpsilonRule, GammaRule, Alpha1_Beta0_Rule, IdentityRule)
 # The modules that DeepLIFT has a rule for, by their exact types.
 RESCALED = tuple(SUPPORTED_NON_LINEAR)
+# Likewise those of LRP.
+WITH_RULES = (*SUPPORTED_LAYERS_WITH_RULES, *SUPPORTED_NON_LINEAR_LAYERS)
 
 
 as_tuple: Callable[[Any], tuple[Tensor, ...]] = _format_tensor_into_tuples

@@ -90,6 +90,16 @@ def energy_outside(attributions: Array, mask: Array) -> Array:
     return np.array(totals)
 
 
+def background(attributions: Array, mask: Array) -> Array:
+    totals = []
+    for example, allowed in zip(
+        attributions, np.broadcast_to(mask, attributions.shape), strict=True
+    ):
+        inside = sum(m * abs(v) for m, v in zip(allowed.flat, example.flat, strict=True))
+        totals.append(np.log(sum(abs(v) for v in example.flat) / inside))
+    return np.array(totals)
+
+
 def alignment(attributions: Array, given: Array, *, measure: str = "cosine") -> Array:
     given = np.broadcast_to(given, attributions.shape)
     return cosine(attributions, given) if measure == "cosine" else mse(attributions, given)

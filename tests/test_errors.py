@@ -22,6 +22,7 @@ from captum.robust import FGSM
 from torch import Tensor, nn
 
 from captum_priors import (
+    AttnLRP,
     AttributionPrior,
     ExpectedGradients,
     LayerExpectedGradients,
@@ -50,6 +51,7 @@ from captum_priors.outputs import each, total, weighted
 from captum_priors.penalties import (
     GraphLaplacian,
     alignment,
+    background,
     energy_outside,
     entropy,
     gini,
@@ -507,6 +509,10 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: differentiable(FeatureAblation(net()), differentiation="finite_difference"),
         "recompute",
     ),
+    "AttnLRP by differences": (
+        lambda: AttnLRP(net(), differentiation="finite_difference"),
+        "recompute",
+    ),
     "differentiable(model)": (lambda: differentiable(net()), "ExpectedGradients(model)"),
     "differentiable of a subclass": (
         lambda: differentiable(type("Mine", (Saliency,), {})(net())),
@@ -590,7 +596,7 @@ def test_penalties(penalty: Any) -> None:
     fails(penalty)
 
 
-@pytest.mark.parametrize("penalty", [outside, energy_outside, alignment])
+@pytest.mark.parametrize("penalty", [outside, energy_outside, background, alignment])
 def test_penalties_of_an_annotation(penalty: Any) -> None:
     for wrong in (x().numpy(), None, x()[:, :2], x()[:3], x().to("meta")):
         fails(lambda wrong=wrong: penalty(x(), annotation=wrong))

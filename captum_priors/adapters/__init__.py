@@ -10,6 +10,7 @@ from captum_priors.adapters import (  # noqa: F401  # each adds its adapters to 
 )
 from captum_priors.adapters.captum import CaptumAdapter
 from captum_priors.adapters.differentiable import differentiable
+from captum_priors.adapters.relevance import AttnLRP
 from captum_priors.adapters.shap import ShapAdapter
 
-__all__ = ["CaptumAdapter", "ShapAdapter", "differentiable"]
+__all__ = ["AttnLRP", "CaptumAdapter", "ShapAdapter", "differentiable"]

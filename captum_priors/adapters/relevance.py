@@ -8,48 +8,57 @@ tensors in every later call of the attribution.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from captum.attr import LRP, LayerLRP
+from captum.attr import LRP, GradientAttribution, LayerLRP
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
-from captum_priors._captum import CAPTUM_RULES, PropagationRule
+from captum_priors._captum import (
+    CAPTUM_RULES,
+    WITH_RULES,
+    PropagationRule,
+    forward_args,
+    like_inputs,
+)
 from captum_priors._errors import NotDifferentiableError, refusal
-from captum_priors.adapters.keep_graph import KeepGraph, functions
+from captum_priors._rows import Rows
+from captum_priors._types import Differentiation
+from captum_priors.adapters.attention_relevance import Relevance, splice
+from captum_priors.adapters.keep_graph import KeepGraph, calling_module, functions
 from captum_priors.adapters.methods import ModeAdapter
+from captum_priors.adapters.modules import path_of, warn_once
 from captum_priors.adapters.rules import NONLINEAR, KeepRules
+from captum_priors.attr.layers import Layer, _LayerRows
+from captum_priors.engine import Visit, input_gradients, keep_graph, recompute
 from captum_priors.engine.gradients import nodes
 
+_OWN = ("_SpliceBackward", "_ReluBackward")  # functions of this package
 _GET, _SET = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor
 
 
-class _Splice(torch.autograd.Function):
-    """One tensor's place in the graph with the value of another.
+# What joins two tensors, each of which has a part in the result.
+_JOINS = functions("add", "sub", "mul", "matmul", "bmm", "div") | functions("cat")
 
-    Relevance goes on to the place; what is differentiated afterwards is the value.
-    """
 
-    @staticmethod
-    def forward(ctx: Any, mode: "KeepRelevance", place: Tensor, value: Tensor) -> Tensor:
-        ctx.mode = mode
-        return value.detach().clone()  # the model may work in place on what it is given
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return (None, gradient, None) if ctx.mode.propagating else (None, None, gradient)
+def _is_hidden(value: Any) -> bool:
+    """Whether it is a tensor that a layer has made, no input, parameter or constant."""
+    return isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
 
 
 class KeepRelevance(KeepRules):
     """Also keeps what LRP writes into ``data``, without writing it."""
 
     # ReLU and max-pooling pass relevance on as rules would.
-    _ruled: ClassVar[frozenset[Any]] = NONLINEAR - functions(
-        "relu", "max_pool1d", "max_pool2d", "max_pool3d"
-    )
+    _ruled: ClassVar[frozenset[Any]] = (
+        NONLINEAR | functions("layer_norm", "rms_norm", "scaled_dot_product_attention")
+    ) - functions("relu", "max_pool1d", "max_pool2d", "max_pool3d")
+    _remedy: ClassVar[str] = "or use captum_priors.AttnLRP, whose rules are for functions."
     _rules_for: ClassVar[tuple[type, ...]] = (nn.ReLU, nn.Tanh, nn.Dropout)
     _rewrites: ClassVar[dict[Any, str]] = {
         **KeepRules._rewrites,
@@ -59,7 +68,7 @@ class KeepRelevance(KeepRules):
 
     def __init__(self, explainer: Any, n_rows: int) -> None:
         super().__init__(explainer, n_rows)
-        self.propagating = False
+        self.propagating = self._joined = False
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
         self._replaced: list[Tensor] = []
 
@@ -72,7 +81,21 @@ class KeepRelevance(KeepRules):
     ) -> Any:
         if self._written and func not in (_SET, Tensor.register_hook):
             args, kwargs = self._read(args), self._read(kwargs or {})
+        if not self._joined and func in _JOINS and sum(map(_is_hidden, args)) > 1:
+            module = calling_module(self.explainer.forward_func)
+            if module is not None and not self._has_rule(module):
+                self._joined = True
+                self._warn_of_join(func.__name__, module)
         return super().__torch_function__(func, types, args, kwargs)
+
+    def _warn_of_join(self, function: str, module: Any) -> None:
+        model = self.explainer.forward_func
+        warn_once(
+            model,
+            f"LRP: expected sums of layers in modules (Captum's Addition_Module), found {function} "
+            f"in {path_of(module, model)}, to each term of which Captum hands the whole relevance. "
+            "Use captum_priors.AttnLRP, which conserves it there.",
+        )
 
     def release(self) -> None:
         """Remove the hooks and let go of everything that was noted."""
@@ -98,7 +121,6 @@ class KeepRelevance(KeepRules):
 
     def _set_data(self, tensor: Tensor, value: Tensor) -> None:
         if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
-            splice: Callable[..., Tensor] = _Splice.apply
             value = splice(self, tensor, value)
         self._written[id(tensor)] = (tensor, value)
 
@@ -127,13 +149,13 @@ def _refuse_functions(outputs: Sequence[Tensor]) -> None:
     Torch shows a mode every operator, and not ``torch.autograd.Function.apply``.
     """
     for node in nodes(outputs):
-        is_function = isinstance(node, BackwardCFunction)
-        if is_function and node.name() != f"{_Splice.__name__}Backward":
+        name = node.name()
+        if isinstance(node, BackwardCFunction) and name not in _OWN:
             raise refusal(
                 NotDifferentiableError,
                 "LRP with a graph",
                 "a model of torch's own operators",
-                f"a torch.autograd.Function ({node.name()})",
+                f"a torch.autograd.Function ({name})",
                 "Write its forward pass in operators, or attribute under torch.no_grad().",
             )
 
@@ -153,15 +175,103 @@ def _refuse_rules(modules: Iterable[nn.Module]) -> None:
             )
 
 
+def _refuse_any_rule(modules: Iterable[nn.Module]) -> None:
+    """Refuse rules on modules where rules are those of functions."""
+    for module in modules:
+        if isinstance(getattr(module, "rule", None), PropagationRule):
+            raise refusal(
+                NotDifferentiableError,
+                "`rule`",
+                "none where relevance is propagated by function",
+                f"{type(module.rule).__name__} on a {type(module).__name__}",
+                "Delete it, or give every layer that Captum has no rule for one of its own.",
+            )
+
+
+@dataclass(frozen=True)
+class _RelevantLayer(Layer):
+    """A layer whose values carry relevance where they are replaced."""
+
+    mode: Relevance | None = None
+
+    @contextmanager
+    def replaced(self, values: tuple[Tensor, ...]) -> Iterator[None]:
+        """Let the layer return (or receive) the given values."""
+        with super().replaced(self.mode.carrying(values) if self.mode else values):
+            yield
+
+
 class RelevanceAdapter(ModeAdapter):
-    """Runs LRP under :class:`KeepRelevance`; for values alone, as Captum does."""
+    """Runs LRP under :class:`KeepRelevance`; for values alone, as Captum does.
+
+    Networks with a layer that Captum has no rule for, which it refuses, have the rules of
+    :class:`AttnLRP`.
+    """
 
     _mode: ClassVar[type[KeepGraph]] = KeepRelevance
     _marks: ClassVar[tuple[str, ...]] = ("activations", "rule")
     _originals: tuple[tuple[nn.Parameter, Tensor], ...] = ()
+    forward_func: Any
+    compute_convergence_delta: Any
 
     def _marked(self) -> list[nn.Module]:
         return [m for m in self._modules() if next(m.children(), None) is None]
+
+    def _by_module(self) -> bool:
+        """Whether Captum's own code runs: each layer has a rule."""
+        layers = [m for m in self._marked() if m is not self.forward_func]
+        return all(type(m) in WITH_RULES or hasattr(m, "rule") for m in layers)
+
+    def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
+        if self._by_module():
+            return super()._attribute_with_graph(given)
+        self._check()
+        _refuse_any_rule(self._modules())
+        tensors = self._check_call(given)
+
+        def program(arguments: tuple[Tensor, ...], visit: Visit) -> tuple[Tensor, ...]:
+            return visit(self._propagated(arguments, given))
+
+        if self.differentiation == "recompute":
+            *found, output = recompute(program, tensors, forward_func=self.forward_func)
+        else:
+            *found, output = program(tensors, keep_graph)
+        relevances = self._like_explained(given["inputs"], tuple(found))
+        if not given.get("return_convergence_delta", False):
+            return relevances
+        return relevances, self.compute_convergence_delta(relevances, output)
+
+    def _propagated(self, tensors: tuple[Tensor, ...], given: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Return the relevance of what is explained, and the output."""
+        mode, outputs = Relevance(self.forward_func), list[Tensor]()
+        rows, points = self._explained(mode, tensors, given)
+
+        def field(own: tuple[Tensor, ...]) -> Tensor:
+            outputs[:] = [rows(own)]
+            _refuse_functions(outputs)
+            return outputs[0]
+
+        try:
+            gradients = input_gradients(field, points)
+        finally:
+            mode.propagating = False
+        relevances = [p * g for p, g in zip(points, gradients, strict=True)]
+        return (*relevances, outputs[0] if torch.is_grad_enabled() else outputs[0].detach())
+
+    def _explained(
+        self, mode: Relevance, tensors: tuple[Tensor, ...], given: dict[str, Any]
+    ) -> tuple[Rows, tuple[Tensor, ...]]:
+        """Return the output as a function of what is explained, and that."""
+        k, args = len(tensors), forward_args(given.get("additional_forward_args"))
+
+        def run(*passed: Any) -> Any:
+            with mode:
+                return self.forward_func(*mode.carrying(passed[:k]), *passed[k:])
+
+        return Rows(run, given.get("target"), args, tensors[0].shape[0]), tensors
+
+    def _like_explained(self, inputs: Any, relevances: tuple[Tensor, ...]) -> Any:
+        return like_inputs(inputs, relevances)
 
     def _without_graph(self, given: dict[str, Any]) -> Any:
         worker = copy.copy(self)
@@ -193,3 +303,75 @@ class DifferentiableLayerLRP(RelevanceAdapter, LayerLRP):
     """:class:`captum.attr.LayerLRP` with its graph."""
 
     _stock = LayerLRP
+    layer: Any
+
+    def _explained(
+        self, mode: Relevance, tensors: tuple[Tensor, ...], given: dict[str, Any]
+    ) -> tuple[Rows, tuple[Tensor, ...]]:
+        if not isinstance(self.layer, nn.Module):
+            raise refusal(
+                NotDifferentiableError,
+                "`layer`",
+                "one layer, where Captum has no rule for some of the network",
+                f"a list of {len(self.layer)}",
+                "Make a LayerLRP for each.",
+            )
+
+        def run(*passed: Any) -> Any:
+            with mode:
+                return self.forward_func(*passed)
+
+        args, to_input = given.get("additional_forward_args"), given.get("attribute_to_layer_input")
+        layer = _RelevantLayer(run, self.layer, bool(to_input), mode)
+        points, times = layer.activations(tensors, forward_args(args))
+        n = tensors[0].shape[0]
+        rows = _LayerRows(run, given.get("target"), forward_args(args), n, layer, tensors, times)
+        return rows, points
+
+    def _like_explained(self, inputs: Any, relevances: tuple[Tensor, ...]) -> Any:
+        return relevances[0] if len(relevances) == 1 else relevances
+
+
+class AttnLRP(DifferentiableLRP):
+    r"""Layer-wise relevance propagation by function: for transformers and residual networks.
+
+    .. math:: \phi = x \odot \nabla\tilde f(x)
+
+    where :math:`\tilde f` is the network with constants in it (AttnLRP, Achtibat et al. 2024,
+    arXiv:2402.05602, without stabilisers): :math:`a(x)` is :math:`x\,[a(x) / x]` for GELU, SiLU and
+    tanh; what LayerNorm and RMSNorm divide by is constant; each of :math:`n` factors has
+    :math:`1/n` of a product's relevance, in gates and in attention; softmax, sums, ReLU, pooling
+    and BatchNorm in evaluation mode are as they are. Functions without a rule pass the gradient.
+
+    ``differentiable(LRP(model))`` is this where Captum's LRP refuses a layer, and Captum's own
+    numbers elsewhere: those leave out the functions that a model calls itself, and hand the whole
+    relevance to each term of a sum that is no ``Addition_Module``.
+
+    Relevance is conserved but for what is added (biases, positions) and for softmax, which keeps
+    its values' relevance less that of its first-order part: half of what reaches the attention
+    where all logits are zero. Rules of the user's own are refused.
+
+    Args:
+        forward_func: A model, or any function of the inputs.
+        differentiation: ``"double_backprop"`` or ``"recompute"``, as in :class:`ExpectedGradients`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from captum_priors import AttnLRP
+        >>> block = nn.Sequential(nn.Linear(4, 8, bias=False), nn.GELU(), nn.LayerNorm(8))
+        >>> model, x = nn.Sequential(block, nn.Linear(8, 2, bias=False)), torch.randn(5, 4)
+        >>> relevance = AttnLRP(model).attribute(x, target=1)
+        >>> torch.allclose(relevance.sum(1), model(x)[:, 1], atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self, forward_func: Any, *, differentiation: Differentiation = "double_backprop"
+    ) -> None:
+        GradientAttribution.__init__(self, forward_func)  # LRP's own takes modules alone
+        self.model = forward_func
+        self.with_differentiation(differentiation)
+
+    def _by_module(self) -> bool:
+        return False

@@ -36,6 +36,7 @@ class KeepRules(KeepGraph):
 
     _ruled: ClassVar[frozenset[Any]] = NONLINEAR
     _rules_for: ClassVar[tuple[type, ...]] = ()
+    _remedy: ClassVar[str] = "or use IntegratedGradients, which needs no rules."
 
     def __torch_function__(
         self,
@@ -61,8 +62,7 @@ class KeepRules(KeepGraph):
             f"{self.explainer._stock.__name__}: expected a module with a rule ({kinds}) wherever "
             f"the network bends, found {function} in {path_of(module, model)}. The plain gradient "
             "passes there, as in Captum, and attributions through it are not what the method "
-            "promises. Give each such step a module of one of these types, or use "
-            "IntegratedGradients, which needs no rules.",
+            f"promises. Give each such step a module of one of these types, {self._remedy}",
         )
 
 

@@ -13,7 +13,7 @@ What is one for the whole batch is ``captum_priors.shared(tensor)``, without the
 examples. Values are finite.
 """
 
-from captum_priors.penalties.annotation import alignment, energy_outside, outside
+from captum_priors.penalties.annotation import alignment, background, energy_outside, outside
 from captum_priors.penalties.penalties import (
     GraphLaplacian,
     entropy,
@@ -27,6 +27,7 @@ from captum_priors.penalties.penalties import (
 __all__ = [
     "GraphLaplacian",
     "alignment",
+    "background",
     "energy_outside",
     "entropy",
     "gini",

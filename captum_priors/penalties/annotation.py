@@ -96,6 +96,39 @@ def energy_outside(attributions: Tensor, *, annotation: Tensor) -> Tensor:
 
 
 @lift_penalty
+def background(attributions: Tensor, *, annotation: Tensor) -> Tensor:
+    r"""Minus the logarithm of what is left when the share of the background is taken away.
+
+    .. math:: -\log\left(1 - \frac{\sum_i (1 - M_i)\, |\phi_i|}{\sum_i |\phi_i|}\right)
+
+    (Bassi et al. 2024, ISNet, which takes it of relevance: :class:`captum_priors.AttnLRP`.)
+    Unlike the share itself it does not stop to matter where nearly all lies outside.
+
+    Args:
+        attributions: ``(batch, ...)`` or a tuple of them.
+        annotation: :math:`M` as in :func:`outside`.
+
+    Returns:
+        Shape ``(batch,)``, at least 0, and finite: the share is divided by 1 plus the precision
+        of the dtype. 0 where all attributions are zero.
+
+    Raises:
+        ValueError: If the annotation does not fit, or leaves [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.penalties import background
+        >>> phi, allowed = torch.tensor([[3.0, -1.0]]), torch.tensor([[1, 0]])
+        >>> torch.allclose(background(phi, annotation=allowed), torch.tensor(4 / 3).log())
+        True
+    """
+    mask = fitted(attributions, annotation, "mask")
+    size = in_units_of_largest(attributions.abs().flatten(1), 1)
+    share = (size * (1 - mask).expand_as(attributions).flatten(1)).sum(1) / size.sum(1).clamp_min(1)
+    return -torch.log1p(-share / (1 + torch.finfo(share.dtype).eps))
+
+
+@lift_penalty
 def alignment(
     attributions: Tensor, *, annotation: Tensor, measure: Literal["cosine", "mse"] = "cosine"
 ) -> Tensor:

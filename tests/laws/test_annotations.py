@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from captum_priors import AttributionPrior, ExpectedGradients, Lazy, StabilityPrior, Subsample
-from captum_priors.penalties import alignment, energy_outside, outside
+from captum_priors.penalties import alignment, background, energy_outside, outside
 from captum_priors.priors import EnergyPrior, Prior, RightForTheRightReasons
-from tests.laws.leaves import background, net
+from tests.laws.leaves import background as reference_rows
+from tests.laws.leaves import net
 
 
 class Seen:
@@ -29,7 +30,7 @@ class Seen:
 
 
 def attribution(seen: Seen) -> Prior:
-    return AttributionPrior(ExpectedGradients(net()), seen.penalty, baselines=background())
+    return AttributionPrior(ExpectedGradients(net()), seen.penalty, baselines=reference_rows())
 
 
 def stability(seen: Seen) -> Prior:
@@ -86,7 +87,12 @@ def test_others_go_with_their_examples(batch: int) -> None:
     assert len(seen.weights[0]) == max(1, round(0.5 * max(1, round(0.6 * batch))))
 
 
-PENALTIES = {"outside": outside, "energy_outside": energy_outside, "alignment": alignment}
+PENALTIES = {
+    "outside": outside,
+    "energy_outside": energy_outside,
+    "background": background,
+    "alignment": alignment,
+}
 MASKS = {
     "features": (torch.tensor([1.0, 1.0, 0.0, 1.0]), (4, 4)),
     "maps": (torch.eye(4), (4, 1, 4, 4)),

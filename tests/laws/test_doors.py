@@ -10,7 +10,14 @@ from torch import Tensor
 
 from captum_priors import AttributionPrior, NotDifferentiableError, StabilityPrior
 from captum_priors.distances import mse
-from captum_priors.penalties import alignment, energy_outside, group_sparsity, l2, outside
+from captum_priors.penalties import (
+    alignment,
+    background,
+    energy_outside,
+    group_sparsity,
+    l2,
+    outside,
+)
 from tests.laws.leaves import FEATURES, REFUSALS, Leaf, net, noise, those
 
 BAD_LABELS = {
@@ -50,6 +57,7 @@ bad_annotations = pytest.mark.parametrize(
 ANNOTATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "outside": lambda a, m: outside(a, annotation=m),
     "energy_outside": lambda a, m: energy_outside(a, annotation=m),
+    "background": lambda a, m: background(a, annotation=m),
     "alignment": lambda a, m: alignment(a, annotation=m),
     "alignment-mse": lambda a, m: alignment(a, annotation=m, measure="mse"),
     "group_sparsity": lambda a, m: group_sparsity(a, groups=m[0]),

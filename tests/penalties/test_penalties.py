@@ -20,6 +20,7 @@ from captum_priors.metrics import wrong_reason_rate
 from captum_priors.penalties import (
     GraphLaplacian,
     alignment,
+    background,
     energy_outside,
     entropy,
     gini,
@@ -134,6 +135,11 @@ def _energy_over_channels(attributions: Any, *, mask: Any) -> Any:
     return oracles.energy_outside(attributions.sum(1), mask)
 
 
+def _eps(size: float) -> float:
+    """Nothing lies inside."""
+    return -math.log(torch.finfo(torch.float64).eps)
+
+
 def _squares(size: float) -> float:
     return 30 * size**2
 
@@ -185,6 +191,8 @@ PENALTIES = [
     ),
     _annotated("outside", outside, oracles.outside, _squares, PIXELS, degree=2),
     _annotated("energy", energy_outside, oracles.energy_outside, _one, PIXELS, even=False),
+    _annotated("background", background, oracles.background, _eps, PIXELS),
+    _annotated("background-maps", background, oracles.background, _eps, MAPS.unsqueeze(1)),
     _annotated("energy-maps", energy_outside, _energy_over_channels, _one, MAPS, even=False),
     _annotated("cosine", alignment, oracles.alignment, lambda _: 2, WANTED, even=False),
     _annotated(
@@ -328,6 +336,13 @@ def test_values_at_the_ends() -> None:
     assert small == pytest.approx(1e-9 * (1 - math.log(1e-9)), rel=1e-6)
     nothing = energy_outside(-torch.rand(2, 6), annotation=torch.zeros(2, 6))
     assert nothing.tolist() == [0, 0]  # no attribution is positive
+    nothing = background(torch.zeros(2, 6), annotation=torch.zeros(2, 6))
+    assert nothing.tolist() == [0, 0]
+    everything = torch.rand(2, 6, dtype=torch.float32)
+    # All of it outside: the precision is what is left.
+    assert background(everything, annotation=torch.zeros(2, 6)).tolist() == pytest.approx(
+        [-math.log(torch.finfo(torch.float32).eps)] * 2, rel=1e-2
+    )
     # 2e5 is beyond float16, whose largest number is 65504.
     assert l1(torch.full((1, 2000), 100.0, dtype=torch.float16)).item() == 2e5
 
@@ -360,12 +375,12 @@ def _as_grad_cam(phi: Tensor, *, annotation: Any) -> Tensor:
     return outside(phi, annotation=resized(phi, annotation, "mask"))
 
 
-TAKE_MASKS = [outside, energy_outside, _as_grad_cam, wrong_reason_rate]
+TAKE_MASKS = [outside, energy_outside, background, _as_grad_cam, wrong_reason_rate]
 TAKE_MAPS = [alignment, by_mse, _as_hint]
 takes_annotation = pytest.mark.parametrize(
     "takes",
     [*TAKE_MASKS, *TAKE_MAPS],
-    ids=["outside", "energy", "cam", "wrr", "cos", "mse", "hint"],
+    ids=["outside", "energy", "background", "cam", "wrr", "cos", "mse", "hint"],
 )
 
 
