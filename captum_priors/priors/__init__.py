@@ -17,6 +17,7 @@ from captum_priors.priors.named import (
     RRRGradCAM,
     SparsityPrior,
 )
+from captum_priors.priors.right_reasons import RobustRightReasons
 from captum_priors.priors.stability import StabilityPrior
 from captum_priors.priors.wrappers import Guarded, Lazy, Subsample
 
@@ -32,6 +33,7 @@ __all__ = [
     "Prior",
     "RRRGradCAM",
     "RightForTheRightReasons",
+    "RobustRightReasons",
     "SparsityPrior",
     "StabilityPrior",
     "Subsample",

@@ -17,6 +17,7 @@ from captum_priors.engine import current_processes, derive
 from captum_priors.engine.model import BatchNorm
 from captum_priors.engine.processes import is_distributed
 from captum_priors.engine.random import STREAMS, GeneratorState
+from captum_priors.priors.annotated import Missing
 from captum_priors.priors.base import Call, Reduction, Term
 
 Parameters = Mapping[str, Parameter]
@@ -74,7 +75,11 @@ class ExplainerPrior(Term):
 
     def takes(self, name: str) -> bool:
         """Whether the explainer takes baselines; whether the score takes this annotation."""
-        return name in self._keywords or (self._open if name == "baselines" else self._any)
+        known = name in self._keywords or (self._open if name == "baselines" else self._any)
+        return known or super().takes(name)
+
+    def _takes_annotation(self) -> bool:
+        return bool(self._needed.keys() - {"baselines"}) or super()._takes_annotation()
 
     @property
     def draws_baselines(self) -> bool:
@@ -142,7 +147,9 @@ class ExplainerPrior(Term):
 
     def _score(self, maps: tuple[Any, ...], call: Call) -> Any:
         """Score attributions, over all processes where it is the batch that is scored."""
-        scores = self.score(*maps, **call.keywords())
+        # A perturbation may be what takes the others.
+        said = {k: v for k, v in call.keywords().items() if self._any or k in self._keywords}
+        scores = self.score(*maps, **said)
         detached = isinstance(scores, Tensor) and not scores.requires_grad and _has_graph(maps[0])
         if detached and scores.any():  # zeros: nothing in this batch that the penalty speaks of
             raise refusal(
@@ -159,6 +166,7 @@ class ExplainerPrior(Term):
         annotations = {
             name: value.value if isinstance(value, shared) else for_each(processes.whole, value, n)
             for name, value in call.annotations.items()
+            if name in said
         }
         joined = [for_each(processes.whole, m, n) for m in maps]
         # One statistic: what the score draws is to be the same everywhere.
@@ -183,6 +191,7 @@ class AttributionPrior(ExplainerPrior):
             start), which gives hidden biases a gradient that double backpropagation through ReLU
             does not.
         batch_norm: As in :class:`Term`.
+        missing: As in :class:`Term`.
         attribute_options: What else ``explainer.attribute`` is to be given at every call, such as
             ``baselines`` or ``n_samples``.
 
@@ -210,10 +219,11 @@ class AttributionPrior(ExplainerPrior):
         reduction: Reduction = "mean",
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
+        missing: Missing = "refuse",
         **attribute_options: Any,
     ) -> None:
         of_term = {"reduction": reduction, "smooth": smooth, "batch_norm": batch_norm}
-        super().__init__(explainer, penalty, attribute_options, **of_term)
+        super().__init__(explainer, penalty, attribute_options, missing=missing, **of_term)
 
     @property
     def penalty(self) -> Penalty:

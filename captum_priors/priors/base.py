@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_priors._captum import output_error
+from captum_priors._captum import as_tuple, output_error
 from captum_priors._checks import (
     check_annotation,
     check_inputs,
@@ -30,6 +30,14 @@ from captum_priors.engine.processes import (
     part_of_whole,
     rank_of_draws,
     refuse_spread_parameters,
+)
+from captum_priors.priors.annotated import (
+    Missing,
+    among_all,
+    annotated_rows,
+    check_annotated,
+    nothing,
+    part,
 )
 from captum_priors.priors.batch_norm import hold_statistics, warn_of_running_statistics
 
@@ -145,6 +153,8 @@ class Call:
     args: tuple[Any, ...]
     annotations: dict[str, Any]
     explaining: AttributionPass
+    chosen: Tensor | None = None  # which of the examples given these are, where not all
+    n_given: int = 0
 
     @property
     def seed(self) -> int:
@@ -208,6 +218,9 @@ class Term(Prior):
             ``"batch"``, held for every point and with their graph to the parameters, which is the
             function that is trained; or the ``"running"`` statistics. Layers in evaluation mode
             always have the latter.
+        missing: Whether an ``annotation`` of NaN alone is refused, or says that there is none
+            (``"nan"``): the example then counts as zero. So do those that ``annotated``, a tensor
+            ``(batch,)`` in the call, leaves out, whatever stands in their annotation.
 
     Example:
         >>> import torch
@@ -240,11 +253,13 @@ class Term(Prior):
         reduction: Reduction = "mean",
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
+        missing: Missing = "refuse",
     ) -> None:
         super().__init__()
+        one_of("missing", missing, ("refuse", "nan"))
         one_of("reduction", reduction, ("mean", "sum"))
         one_of("batch_norm", batch_norm, ("batch", "running"))
-        self.reduction, self.batch_norm = reduction, batch_norm
+        self.reduction, self.batch_norm, self.missing = reduction, batch_norm, missing
         self.smooth = None if smooth is None else positive("smooth", smooth, example=30)
         # Past nn.Module's registration: the explained model's parameters are not the prior's.
         self.__dict__["forward_func"] = explained
@@ -281,7 +296,8 @@ class Term(Prior):
         with evaluating as call:
             if is_distributed():
                 self._check_spread(call)  # before a graph is built
-            scores = self._scores(call)
+            some = call.chosen is None or call.n > 0
+            scores = self._scores(call) if some else nothing(call.inputs)
         return self._reduce(scores, call)
 
     @contextmanager
@@ -298,6 +314,10 @@ class Term(Prior):
         """Check a call, and hold the model for it; ``advance`` the stream if this is training."""
         annotations = annotations or {}
         self._check_call(inputs, baselines, target, annotations)
+        rows = None
+        if self.takes_tensors and ("annotated" in annotations or self.missing == "nan"):
+            rows = annotated_rows(annotations, len(as_tuple(inputs)[0]), self.missing)
+            annotations = {k: v for k, v in annotations.items() if k != "annotated"}
         training = self.training_step()
         rank = rank_of_draws() if training and is_distributed() else 0
         draw = self.stream.next_seed if advance else self.stream.peek
@@ -324,11 +344,18 @@ class Term(Prior):
                     hold_statistics(explaining, models, (inputs, args))
                 elif warn_of_running_statistics(explaining, models, (inputs, args)):
                     self._calls = -1  # once
-            yield self._call(*batch, explaining)
+            call = self._call(*batch, explaining)
+            if rows is not None:  # after the statistics of the batch
+                call = part(call, rows, draws_baselines=getattr(self, "draws_baselines", False))
+            yield call
 
     def takes(self, name: str) -> bool:
-        """Whether a call may pass this keyword: there are none by default."""
-        return False
+        """Whether a call may pass this keyword; ``annotated`` goes with every annotation."""
+        return name == "annotated" and self.takes_tensors and self._takes_annotation()
+
+    def _takes_annotation(self) -> bool:
+        """Whether something is said about the examples: nothing by default."""
+        return self.takes("annotation")
 
     def formula(self) -> str:
         """Return the prior as it would be written."""
@@ -355,6 +382,8 @@ class Term(Prior):
             check_labels(target)
         for name, value in annotations.items():
             check_annotation(name, value, n)
+        if annotations.get("annotated") is not None:
+            check_annotated(annotations["annotated"], n)
 
     def _call(
         self,
@@ -386,6 +415,8 @@ class Term(Prior):
                 str(type(scores).__name__ if shape is None else shape),
                 "Return one unreduced number for each example.",
             )
+        if call.chosen is not None:
+            scores = among_all(scores, call.chosen, call.n_given)
         reduced: Tensor = scores.mean() if self.reduction == "mean" else scores.sum()
         if not is_distributed():
             return reduced
