@@ -7,13 +7,13 @@ OUTPUT ?= demo-output
 # Folder with mnist/ and nhanes/ for the benchmarks that read them; the others run without.
 DATA_DIR ?=
 BENCH_OUTPUT ?= bench-output
-# Test processes; each keeps to one thread.
+# Processes for tests and mutants; each keeps to one thread.
 JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo picture test test-oldest tutorials tutorials-write docs bench tables lint clean
+.PHONY: demo picture test mutants test-oldest tutorials tutorials-write docs bench tables lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m captum_priors --data $(DATA) --output $(OUTPUT)
@@ -25,6 +25,11 @@ picture:
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+# Small mistakes, one at a time, each with the test that has to see it; PARTS of their names, files or
+# tests choose some.
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.mutants --jobs $(JOBS) $(PARTS)
 
 # What depends on Captum's code, on the oldest Captum that pyproject.toml allows.
 test-oldest: $(INSTALLED)

@@ -117,3 +117,13 @@ def select_error(output: Any, target: Any) -> Exception:
         "Pass a class index from 0 to outputs - 1, or an int64 tensor (batch,) of them on the "
         "model's device; leave it out where there is one output for each example.",
     )
+
+
+def forward_func_of(explainer: Any) -> Any:
+    """Find the model that an explainer explains, or None."""
+    for name in ("forward_func", "model"):
+        found = getattr(explainer, name, None)
+        if callable(found):
+            return found
+    inner = getattr(explainer, "attribution_method", None)  # what a NoiseTunnel averages
+    return None if inner is None else forward_func_of(inner)

@@ -50,16 +50,6 @@ def check_options(explainer: Any, options: Iterable[str]) -> None:
             )
 
 
-def forward_func_of(explainer: Any) -> Any:
-    """Find the model that an explainer explains, or None."""
-    for name in ("forward_func", "model"):
-        found = getattr(explainer, name, None)
-        if callable(found):
-            return found
-    inner = getattr(explainer, "attribution_method", None)  # what a NoiseTunnel averages
-    return None if inner is None else forward_func_of(inner)
-
-
 def seed_from_global_state() -> int:
     """Read a seed off torch's global generator without moving it."""
     return crc32(torch.get_rng_state().numpy().tobytes())

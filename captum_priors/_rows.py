@@ -105,25 +105,25 @@ class Rows:
                 return run_function(self.forward_func, passed[:k], None, passed[k:] or None)
 
         current, constant = current_pass(), torch.is_grad_enabled()
-        if current is not None and current.statistics is not None:
-            current.statistics.restart()
+        held = None if current is None else current.statistics
         given: list[Any] = []
         for point in points:
             given.append(point.clone() if isinstance(point, Tensor) else point)
             constant = constant and getattr(point, "is_leaf", True)
-        if current is None or current.exact:
-            # Nobody asks for a second derivative by leaves: no graph through its zeros.
-            with ReluMode(current_beta()) if constant else nullcontext():
-                output = run(*given, *args)
-        else:  # compiled modules, which run here, warn of copies of leaves that torch protects
-            leaves = [isinstance(p, Tensor) and p.is_leaf and p.requires_grad for p in points]
-            plain = [p if leaf else g for p, g, leaf in zip(points, given, leaves, strict=True)]
-            try:
-                output = run(*plain, *args)
-            except RuntimeError as error:
-                if "leaf Variable that requires grad" not in str(error):
-                    raise
-                output = run(*given, *args)
+        with nullcontext() if held is None else held.on_rows(points):
+            if current is None or current.exact:
+                # Nobody asks for a second derivative by leaves: no graph through its zeros.
+                with ReluMode(current_beta()) if constant else nullcontext():
+                    output = run(*given, *args)
+            else:  # compiled modules, which run here, warn of copies of leaves that torch protects
+                leaves = [isinstance(p, Tensor) and p.is_leaf and p.requires_grad for p in points]
+                plain = [p if leaf else g for p, g, leaf in zip(points, given, leaves, strict=True)]
+                try:
+                    output = run(*plain, *args)
+                except RuntimeError as error:
+                    if "leaf Variable that requires grad" not in str(error):
+                        raise
+                    output = run(*given, *args)
         if not isinstance(output, Tensor):
             raise select_error(output, self.target)
         if self.target is None:

@@ -13,11 +13,11 @@ from captum_priors._captum import (
     call_baselines,
     compute_gradients,
     forward_args,
+    forward_func_of,
     like_inputs,
 )
 from captum_priors._checks import check_distribution, check_floating, check_target, check_tensors
 from captum_priors._errors import NotDifferentiableError, refusal
-from captum_priors._probe import forward_func_of
 from captum_priors._rows import Rows
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
 from captum_priors.attr import ExpectedGradients

@@ -8,7 +8,7 @@ import torch
 from captum.robust import Perturbation
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, forward_args, like_inputs, progress
+from captum_priors._captum import as_tuple, forward_args, forward_func_of, like_inputs, progress
 from captum_priors._checks import (
     check_count,
     check_floating,
@@ -24,7 +24,6 @@ from captum_priors._probe import (
     check_options,
     check_outputs,
     default_target,
-    forward_func_of,
     predictions,
     seed_from_global_state,
 )

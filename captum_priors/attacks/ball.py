@@ -1,6 +1,6 @@
 """Where a perturbed input may lie: within a radius of the clean one, and in the valid range."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from captum_priors._checks import positive
 from captum_priors._errors import refusal
+from captum_priors.engine.gradients import differentiate
 from captum_priors.penalties.annotation import fitted
 
 Norm = Literal["Linf", "L2"]
@@ -153,11 +154,23 @@ def unit(tensor: Tensor) -> Tensor:
     return F.normalize(rows).reshape_as(tensor)
 
 
-def step_sizes(region: Sequence[Ball], step_size: Sizes | None, step_num: int) -> Sizes:
-    """Return the length of a step in each ball: by default, so that all go five times its radius.
+def climb(
+    region: Sequence[Ball],
+    points: Tensors,
+    score: Callable[[Tensors], Tensor],
+    step_size: Sizes,
+    step_num: int,
+) -> Tensors:
+    """Raise the scores, one for each example, from the given points on."""
+    for _ in range(step_num):
+        points = tuple(p.detach().requires_grad_() for p in points)
+        gradients = differentiate(score(points), points, create_graph=False)
+        points = ascend(region, points, gradients, step_size)
+    return points
 
-    Steps that end outside are cut off, and what is found on the way to a corner counts.
-    """
+
+def step_sizes(region: Sequence[Ball], step_size: Sizes | None, step_num: int) -> Sizes:
+    """Return the length of a step in each ball: by default all of them go five times its radius."""
     return tuple(5 / step_num * ball.radius for ball in region) if step_size is None else step_size
 
 

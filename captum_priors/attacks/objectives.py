@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_priors._captum import forward_func_of
 from captum_priors._checks import count
 from captum_priors._errors import one_of, refusal
-from captum_priors._probe import forward_func_of
 from captum_priors._types import Distance, TensorOrTuple
 from captum_priors.attacks.attack import AttributionAttack, Batch, BoundedPerturbation
 from captum_priors.attacks.ball import Distribution, Norm, Sizes, Tensors, broadcast, draw, for_each

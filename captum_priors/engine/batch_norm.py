@@ -51,15 +51,29 @@ class HeldStatistics(TorchFunctionMode):
         self._sources: dict[int, Tensor] = {}
         self.recording = self._as_leaves = False
         self.alone: list[str] = []  # layers that have been given a single row
+        self._later: tuple[Callable[[], Any], tuple[Tensor, ...], bool] | None = None
+        self._shared = False  # the forward pass that is explained is recorded, too
+        self.over = False  # the pass in which the points are differentiated by
 
-    def take(self, module: Any) -> None:
-        """Hold this layer, whose running mean is a tensor of the pass's own."""
+    def take(self, module: Any, undo: list[tuple[nn.Module, str, Any]], *, begun: bool) -> None:
+        """Hold this layer, whose running mean is a tensor of the pass's own.
+
+        Args:
+            module: The layer.
+            undo: Where what is set on it is noted: module, name, value before.
+            begun: Whether points are being explained already.
+        """
+        if begun and not self.recording:
+            raise unknown(type(module).__name__)
+        if module.running_mean is None:  # layers are known by it
+            for name in ("running_mean", "running_var"):
+                undo.append((module, name, None))
+                setattr(module, name, torch.full((module.num_features,), torch.nan))
         group = None
         if isinstance(module, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
             group = module.process_group or dist.group.WORLD
-        self.layers[id(module.running_mean)] = _Layer(
-            type(module).__name__, module.running_mean, group
-        )
+        mean = module.running_mean
+        self.layers[id(mean)] = _Layer(type(module).__name__, mean, group)
 
     def knows(self, buffer: Tensor) -> bool:
         """Whether the buffer is one that a held layer is known by."""
@@ -77,6 +91,34 @@ class HeldStatistics(TorchFunctionMode):
             self.release()
         return found
 
+    def record_later(self, run: Callable[[], Any], batch: tuple[Tensor, ...]) -> None:
+        """Take the statistics from the first rows that are explained, where they are the batch."""
+        self._later = (run, batch, torch.is_grad_enabled())
+
+    @contextmanager
+    def on_rows(self, points: tuple[Any, ...]) -> Iterator[None]:
+        """Run the model on these rows."""
+        for layer in self.layers.values():  # those that run more than once are told by their turn
+            layer.runs = 0
+        before = self.recording, self._shared
+        if self._later is not None:
+            _, batch, graph = self._later
+            if graph == torch.is_grad_enabled() and all(map(_equal, points, batch)):
+                self._later = None
+                self.recording = self._shared = True
+            else:
+                self._record_now()
+        try:
+            yield
+        finally:
+            self.recording, self._shared = before
+
+    def _record_now(self) -> None:
+        if self._later is not None:
+            (run, _, graph), self._later = self._later, None
+            with torch.set_grad_enabled(graph):
+                self.record(run)
+
     def release(self) -> None:
         """Hold no layer any more: they run on their running statistics."""
         self.layers.clear()
@@ -93,11 +135,6 @@ class HeldStatistics(TorchFunctionMode):
     def source(self, leaf: Tensor) -> Tensor:
         """Return the statistic that a leaf stands for; other tensors are their own source."""
         return self._sources.get(id(leaf), leaf)
-
-    def restart(self) -> None:
-        """Let a forward pass begin: layers that run more than once are told apart by their turn."""
-        for layer in self.layers.values():
-            layer.runs = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -122,6 +159,8 @@ class HeldStatistics(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
+        if not self.recording:
+            self._record_now()
         if self.recording:
             if len(input) == 1 and layer.group is None and not running_mean.isnan().all():
                 self.alone.append(layer.name)
@@ -137,6 +176,8 @@ class HeldStatistics(TorchFunctionMode):
         return (input * scale.reshape(shape) + shift.reshape(shape)).to(input.dtype)
 
     def _keep(self, layer: _Layer, found: Statistics) -> None:
+        if self._shared:
+            found = tuple(_ConstantInPass.apply(s, self) for s in found)  # type: ignore[no-untyped-call]  # torch's
         mean, variance = (s.detach().requires_grad_() for s in found)
         layer.found.append(found)
         layer.leaves.append((mean, variance))
@@ -176,6 +217,26 @@ def _statistics(x: Tensor, group: Any) -> Statistics:
     centred = x - mean.reshape(1, -1, *[1] * (x.dim() - 2))
     squares = _SumOverProcesses.apply(centred.square().sum(dims), group)  # type: ignore[no-untyped-call]  # torch's
     return mean, squares / sums[-1].detach()
+
+
+def _equal(point: Any, given: Tensor) -> bool:
+    return point.shape == given.shape and torch.equal(point, given)
+
+
+class _ConstantInPass(torch.autograd.Function):
+    """A statistic of the explained points: constant to them, while they are differentiated by.
+
+    Afterwards its own gradient is asked for, which goes to the parameters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, statistic: Tensor, held: HeldStatistics) -> Tensor:
+        ctx.held = held
+        return statistic.view_as(statistic)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient if ctx.held.over else None, None
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from captum_priors._errors import NotDifferentiableError
 from captum_priors.engine._failures import cause_of
 from captum_priors.engine._torch import Normalisation, saved_tensors_hooks
-from captum_priors.engine.batch_norm import BATCH_NORMS, HeldStatistics, unknown
+from captum_priors.engine.batch_norm import BATCH_NORMS, HeldStatistics
 from captum_priors.engine.modules import modules_of, plainly_in, submodules_of
 from captum_priors.engine.processes import wrapped, wrapper_classes
 from captum_priors.engine.random import GlobalState, seed_global
@@ -171,26 +171,34 @@ class AttributionPass:
             return self.statistics is not None
         return not self.seen.looked or any(m.training for m in self.seen.batch_norms)
 
-    def hold_statistics(self, run: Callable[[], T]) -> T:
+    def hold_statistics(
+        self, run: Callable[[], T], batch: tuple[Tensor, ...] | None = None
+    ) -> T | None:
         """Explain BatchNorm layers in training mode on the statistics of a batch, for all rows.
 
         Args:
             run: Runs the models on the batch.
+            batch: The batch, if it makes the first rows that double backpropagation goes through.
 
         Returns:
-            What it returns.
+            What ``run`` returns, if it is run now.
         """
         if not self.exact:
             run_eagerly(self._stack)  # compiled modules would not see the statistics
         if self.statistics is None:
             self.statistics = HeldStatistics()
-        found = self.statistics.record(run)
         self.seen.looked = True
+        self._stack.callback(setattr, self.statistics, "over", True)
+        if batch is not None and len(batch[0]) > 1:
+            self.statistics.record_later(run, batch)
+            self._stack.enter_context(self.statistics)
+            return None
+        found = self.statistics.record(run)
         if self.statistics.alone and not self.seen.alone:
             self.seen.alone = True
             warnings.warn(
                 "A batch of one example has no statistics: BatchNorm layers in train mode are "
-                "explained on their running statistics. Use larger batches, or drop the last one.",
+                "explained on their running statistics. Drop the last batch.",
                 stacklevel=2,
             )
         if self.statistics.layers:
@@ -252,17 +260,10 @@ class AttributionPass:
 
     def _take_batch_norm(self, module: Any, trains: bool) -> None:
         self.seen.batch_norms.add(module)
-        if self.batch_norm == "running" or not (trains or module.running_mean is None):
-            return
-        if module.running_mean is None:  # held layers are known by it
-            for name in ("running_mean", "running_var"):
-                self._undo.append((module, name, None))
-                setattr(module, name, torch.full((module.num_features,), torch.nan))
-        if self.statistics is None:
-            self.statistics = HeldStatistics()
-        if not self.statistics.recording and current_pass() is self:  # it has begun
-            raise unknown(type(module).__name__)
-        self.statistics.take(module)
+        if self.batch_norm == "batch" and (trains or module.running_mean is None):
+            if self.statistics is None:
+                self.statistics = HeldStatistics()
+            self.statistics.take(module, self._undo, begun=current_pass() is self)
 
     def _put_back(self) -> None:
         for module, name, value in reversed(self._undo):
@@ -321,11 +322,7 @@ def out_of_inference(value: T) -> T:
     if isinstance(value, Tensor):
         found = value.clone() if value.is_inference() else value
     elif type(value) in (tuple, list):
-        found = (
-            tuple(map(out_of_inference, found))
-            if type(value) is tuple
-            else [*map(out_of_inference, found)]
-        )
+        found = type(found)(map(out_of_inference, found))
     elif type(value) is dict:
         found = {name: out_of_inference(each) for name, each in found.items()}
     return found  # type: ignore[no-any-return]  # of the type that came in

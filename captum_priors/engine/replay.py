@@ -261,7 +261,6 @@ class Conditions:
                 enter_exact_kernels(stack, self.modules)
             if self._held.layers:
                 run_eagerly(stack)
-                self._held.restart()
                 stack.enter_context(self._held.as_leaves())
                 stack.enter_context(self._held)
             if self._beta is not None or current_beta() is not None:

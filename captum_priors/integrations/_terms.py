@@ -69,7 +69,8 @@ class Means:
         """Count one evaluation; a value that is not finite stays out of the mean of the others."""
         for name, value in values.items():
             pair = torch.stack([value, torch.ones_like(value)]).to(self._none)
-            self._sums[name] = self._sums.get(name, self._none) + pair * value.isfinite()
+            counted = torch.where(value.isfinite(), pair, 0)  # NaN times nothing is NaN
+            self._sums[name] = self._sums.get(name, self._none) + counted
 
     def take(self, prior: Prior, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the means of what had a finite value, and start again.

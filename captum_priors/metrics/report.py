@@ -8,18 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_priors._captum import as_tuple, like_inputs
+from captum_priors._captum import as_tuple, forward_func_of, like_inputs
 from captum_priors._checks import check_inputs, fraction
 from captum_priors._errors import refusal
 from captum_priors._extras import extra
-from captum_priors._probe import (
-    Probe,
-    check_outputs,
-    default_target,
-    forward_func_of,
-    outputs_of,
-    predictions,
-)
+from captum_priors._probe import Probe, check_outputs, default_target, outputs_of, predictions
 from captum_priors.adapters import differentiable
 from captum_priors.engine import derive
 from captum_priors.engine.model import out_of_inference

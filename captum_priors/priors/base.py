@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_priors._captum import as_tuple, output_error
+from captum_priors._captum import as_tuple, forward_func_of, output_error
 from captum_priors._checks import (
     check_annotation,
     check_inputs,
@@ -19,7 +19,6 @@ from captum_priors._checks import (
     positive,
 )
 from captum_priors._errors import one_of, refusal
-from captum_priors._probe import forward_func_of
 from captum_priors._rows import Rows, shared
 from captum_priors._shown import shown_options
 from captum_priors._types import TensorOrTuple
@@ -39,7 +38,7 @@ from captum_priors.priors.annotated import (
     nothing,
     part,
 )
-from captum_priors.priors.batch_norm import hold_statistics, warn_of_running_statistics
+from captum_priors.priors.batch_norm import compares, hold_statistics
 
 Reduction = Literal["mean", "sum"]
 Tensors = tuple[Tensor, ...]
@@ -265,7 +264,7 @@ class Term(Prior):
         self.__dict__["forward_func"] = explained
         self.stream = Stream()
         self._told = False
-        self._calls = 0  # with running statistics, until they are seen to differ
+        self.calls = 0  # on running statistics, until they are seen to differ from the batch's
 
     @abstractmethod
     def _scores(self, call: Call) -> Tensor:
@@ -275,7 +274,7 @@ class Term(Prior):
         """Return what refers to the modules that run."""
         return (self.forward_func,)
 
-    def _models(self) -> Sequence[Any]:
+    def models(self) -> Sequence[Any]:
         """Return the functions of the inputs that are run, each once."""
         explained = [e for e in self._explained() if e is not None]
         models = [forward_func_of(e) if hasattr(e, "attribute") else e for e in explained]
@@ -329,7 +328,7 @@ class Term(Prior):
             smooth=self.smooth,
             replayed=self.replayed,
             exact=self._way() != "finite_difference",
-            batch_norm="batch" if self.batch_norm == "batch" or self._compares() else "running",
+            batch_norm="batch" if self.batch_norm == "batch" or compares(self) else "running",
             given={"inputs": inputs, "baselines": baselines, "target": target},
         )
         with explaining, torch.enable_grad() if self._records else nullcontext():
@@ -339,15 +338,15 @@ class Term(Prior):
             if explaining.left_inference:
                 batch = out_of_inference(batch)
             if self.takes_tensors and explaining.may_hold_statistics():
-                models = self._models()
-                if self.batch_norm == "batch":
-                    hold_statistics(explaining, models, (inputs, args))
-                elif warn_of_running_statistics(explaining, models, (inputs, args)):
-                    self._calls = -1  # once
+                hold_statistics(self, explaining, (inputs, args))
             call = self._call(*batch, explaining)
             if rows is not None:  # after the statistics of the batch
                 call = part(call, rows, draws_baselines=getattr(self, "draws_baselines", False))
             yield call
+
+    def differentiates_first(self) -> bool:
+        """Whether the first rows that go through the model are the batch, differentiated by."""
+        return False
 
     def takes(self, name: str) -> bool:
         """Whether a call may pass this keyword; ``annotated`` goes with every annotation."""
@@ -428,12 +427,6 @@ class Term(Prior):
             of_batch=shape == (),
             training=self.training_step(),
         )
-
-    def _compares(self) -> bool:
-        """Whether to look at outputs on both statistics: at calls 1, 2, 4, 8, ... until told."""
-        if self._calls >= 0:
-            self._calls += 1
-        return self._calls > 0 and self._calls & (self._calls - 1) == 0
 
     def _check_spread(self, call: Call) -> None:
         modules = tuple(call.explaining.modules)

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from captum_priors._captum import as_tuple
 from captum_priors._rows import Rows
 from captum_priors.engine import AttributionPass
 from captum_priors.engine.model import out_of_inference
+
+if TYPE_CHECKING:
+    from captum_priors.priors.base import Term
 
 Batch = tuple[Any, tuple[Any, ...]]  # inputs, and additional arguments
 _whole: ContextVar[Batch | None] = ContextVar("whole batch", default=None)
@@ -37,28 +40,43 @@ def part_of(inputs: Any, additional_forward_args: Any) -> Iterator[None]:
         _whole.reset(token)
 
 
-def hold_statistics(explaining: AttributionPass, models: Sequence[Any], batch: Batch) -> list[Any]:
-    """Hold the statistics that the models have on the batch, or on the one that it is a part of."""
-    return explaining.hold_statistics(lambda: _outputs(models, batch))
+def compares(term: "Term") -> bool:
+    """Whether a term on running statistics looks at both now: at calls 1, 2, 4, 8, ... until told.
+
+    ``term.calls`` counts them.
+    """
+    if term.calls >= 0:
+        term.calls += 1
+    return term.calls > 0 and term.calls & (term.calls - 1) == 0
 
 
-def warn_of_running_statistics(
-    explaining: AttributionPass, models: Sequence[Any], batch: Batch
-) -> bool:
-    """Go on with running statistics, and say so if the outputs on them are others: whether."""
+def hold_statistics(term: "Term", explaining: AttributionPass, batch: Batch) -> None:
+    """Hold the statistics that a term's models have on the batch, or on the one it is a part of."""
+    models, whole = term.models(), out_of_inference(_whole.get() or batch)
+    if term.batch_norm == "running":
+        _compare(term, explaining, models, whole)
+        return
+    first = term.differentiates_first() and term.replayed is False
+    explaining.hold_statistics(
+        lambda: _outputs(models, whole), as_tuple(whole[0]) if first else None
+    )
+
+
+def _compare(
+    term: "Term", explaining: AttributionPass, models: Sequence[Any], batch: Batch
+) -> None:
+    """Go on with running statistics, and say so if the outputs on them are others."""
     with torch.no_grad():
-        trained = hold_statistics(explaining, models, batch)
+        trained = explaining.hold_statistics(lambda: _outputs(models, batch)) or []
         if explaining.statistics is not None:
             explaining.statistics.release()
         pairs = zip(trained, _outputs(models, batch), strict=True)
-        differ = any(bool((a - b).abs().mean() > a.std(correction=0)) for a, b in pairs)
-    if differ:
-        warnings.warn(_DIFFER, stacklevel=2)
-    return differ
+        if any(bool((a - b).abs().mean() > a.std(correction=0)) for a, b in pairs):
+            warnings.warn(_DIFFER, stacklevel=2)
+            term.calls = -1
 
 
 def _outputs(models: Sequence[Any], batch: Batch) -> list[Tensor]:
-    inputs, args = out_of_inference(_whole.get() or batch)
+    inputs, args = batch
     tensors = as_tuple(inputs)
-    n = tensors[0].shape[0]
-    return [Rows(model, None, args, n)(tensors) for model in models]
+    return [Rows(model, None, args, tensors[0].shape[0])(tensors) for model in models]

@@ -1,21 +1,36 @@
 """Right for the right reasons, robustly: also at the worst change of what must not matter."""
 
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
+from captum_priors._captum import as_tuple
+from captum_priors._checks import check_floating, check_forward_func, count
 from captum_priors._errors import one_of, refusal
-from captum_priors.attacks.ball import Sizes, Tensors, for_each
+from captum_priors.attacks.ball import (
+    Sizes,
+    Tensors,
+    balls,
+    check_sizes,
+    climb,
+    draw,
+    for_each,
+    step_sizes,
+)
+from captum_priors.engine import Field, derive, input_gradients
+from captum_priors.engine.model import BatchNorm
+from captum_priors.penalties import l1
 from captum_priors.penalties.annotation import fitted
 from captum_priors.priors.annotated import Missing
-from captum_priors.priors.base import Call
-from captum_priors.stability.base import Shared, cross_entropies, flat_rows
-from captum_priors.stability.robust import WorstCase
+from captum_priors.priors.base import Call, Reduction, Term
+from captum_priors.priors.classes import cross_entropies
+
+Way = Literal["double_backprop", "finite_difference"]
 
 
-class RobustRightReasons(WorstCase):
+class RobustRightReasons(Term):
     r"""R4: no gradient of the loss where the annotation does not allow it, whatever stands there.
 
     .. math:: \max_{\lVert\delta\rVert_\infty \le r}\;
@@ -43,9 +58,11 @@ class RobustRightReasons(WorstCase):
         lower_bound: Least valid input, a number or a tensor that broadcasts; a tuple has one for
             each input.
         upper_bound: Largest valid input, likewise.
+        differentiation: ``"double_backprop"`` or ``"finite_difference"``.
+        reduction: ``"mean"`` or ``"sum"`` over the examples.
+        smooth: As in :class:`Term`.
+        batch_norm: As in :class:`Term`.
         missing: As in :class:`Term`.
-        shared: ``differentiation``, ``reduction``, ``smooth`` and ``batch_norm``, as in
-            :class:`captum_priors.stability.InputGradientRegularization`.
 
     Raises:
         TypeError: If there is no annotation.
@@ -76,14 +93,23 @@ class RobustRightReasons(WorstCase):
         step_size: Sizes | None = None,
         lower_bound: Any = float("-inf"),
         upper_bound: Any = float("inf"),
+        differentiation: Way = "double_backprop",
+        reduction: Reduction = "mean",
+        smooth: float | None = None,
+        batch_norm: BatchNorm = "batch",
         missing: Missing = "refuse",
-        **shared: Unpack[Shared],
     ) -> None:
-        bounds = {"lower_bound": lower_bound, "upper_bound": upper_bound}
-        super().__init__(forward_func, radius, step_size, step_num, **bounds, **shared)
+        check_forward_func(forward_func)
+        super().__init__(
+            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, missing=missing
+        )
         one_of("attack", attack, ("random", "pgd"))
-        one_of("missing", missing, ("refuse", "nan"))
-        self.attack, self.missing = attack, missing
+        one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))
+        self.attack, self.differentiation = attack, differentiation
+        self.replayed = differentiation == "finite_difference"
+        self.radius, self.step_num = check_sizes("radius", radius), count("step_num", step_num)
+        self.step_size = None if step_size is None else check_sizes("step_size", step_size)
+        self.lower_bound, self.upper_bound = lower_bound, upper_bound
 
     def takes(self, name: str) -> bool:
         """Whether a call may pass this keyword."""
@@ -93,6 +119,7 @@ class RobustRightReasons(WorstCase):
         self, inputs: Any, baselines: Any, target: Any, annotations: dict[str, Any]
     ) -> None:
         super()._check_call(inputs, baselines, target, annotations)
+        check_floating(as_tuple(inputs))
         if annotations.get("annotation") is None:
             raise refusal(
                 TypeError,
@@ -104,12 +131,24 @@ class RobustRightReasons(WorstCase):
 
     def _scores(self, call: Call) -> Tensor:
         allowed = self._allowed(call)
-        region, points = self._start(call, allowed)
-        if self.attack == "pgd":
-            points = self._climb(region, points, lambda z: cross_entropies(call, z))
-        gradients = self._input_gradients(call, points)
+        way: Any = self.differentiation
+        gradients = input_gradients(self._loss(call), self._worst(call, allowed), way)
         pairs = zip(gradients, allowed, strict=True)
-        return flat_rows(tuple((1 - mask) * g for g, mask in pairs)).abs().sum(1)
+        return torch.stack([l1((1 - mask) * g) for g, mask in pairs]).sum(0)
+
+    def _worst(self, call: Call, allowed: Tensors) -> Tensors:
+        """Points of the ball in which only what is forbidden moves."""
+        bounds = (self.lower_bound, self.upper_bound)
+        region = balls(call.inputs, self.radius, "Linf", *bounds, allowed)
+        generator = torch.Generator(call.inputs[0].device).manual_seed(derive(call.seed, 0))
+        points = draw(region, "uniform", generator)
+        if self.attack == "random":
+            return points
+        step_size = step_sizes(region, self.step_size, self.step_num)
+        return climb(region, points, self._loss(call), step_size, self.step_num)
+
+    def _loss(self, call: Call) -> Field:
+        return partial(cross_entropies, call)
 
     def _allowed(self, call: Call) -> Tensors:
         """One mask for each input; what nothing is said about is allowed."""

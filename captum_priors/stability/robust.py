@@ -12,27 +12,16 @@ from captum_priors._captum import like_inputs
 from captum_priors._checks import count, positive
 from captum_priors._errors import one_of
 from captum_priors._types import TensorOrTuple
-from captum_priors.attacks.ball import (
-    Ball,
-    Sizes,
-    Tensors,
-    ascend,
-    balls,
-    check_sizes,
-    draw,
-    step_sizes,
-)
+from captum_priors.attacks.ball import Ball, Sizes, Tensors, balls, check_sizes, climb, draw
 from captum_priors.engine import derive
-from captum_priors.engine.gradients import differentiate
 from captum_priors.penalties.maths import cosine_distance
 from captum_priors.priors.base import Call, Reduction
+from captum_priors.priors.classes import cross_entropies, logits_and_labels
 from captum_priors.stability.base import (
     GradientRegularizer,
     Shared,
     Way,
-    cross_entropies,
     flat_rows,
-    logits_and_labels,
 )
 
 
@@ -45,7 +34,7 @@ class Ascent(TypedDict, total=False):
     reduction: Reduction
 
 
-class WorstCase(GradientRegularizer):
+class _WorstCase(GradientRegularizer):
     """A regularizer at the worst point of a ball of the maximum norm, with labels as the target."""
 
     labels: ClassVar[bool] = True
@@ -54,7 +43,7 @@ class WorstCase(GradientRegularizer):
         self,
         forward_func: Any,
         radius: Sizes,
-        step_size: Sizes | None,
+        step_size: Sizes,
         step_num: int,
         *,
         lower_bound: Any = float("-inf"),
@@ -63,14 +52,13 @@ class WorstCase(GradientRegularizer):
     ) -> None:
         super().__init__(forward_func, **shared)
         self.radius = check_sizes("radius", radius)
-        self.step_size = None if step_size is None else check_sizes("step_size", step_size)
+        self.step_size = check_sizes("step_size", step_size)
         self.step_num = count("step_num", step_num)
         self.lower_bound, self.upper_bound = lower_bound, upper_bound
 
-    def _start(self, call: Call, stays: Any = None) -> tuple[tuple[Ball, ...], Tensors]:
-        """Make the ball, in which some entries may stay as they are, and draw a point of it."""
-        bounds = (self.lower_bound, self.upper_bound)
-        region = balls(call.inputs, self.radius, "Linf", *bounds, stays)
+    def _start(self, call: Call) -> tuple[tuple[Ball, ...], Tensors]:
+        """Make the ball, and draw a point of it."""
+        region = balls(call.inputs, self.radius, "Linf", self.lower_bound, self.upper_bound)
         generator = torch.Generator(call.inputs[0].device).manual_seed(derive(call.seed, 0))
         return region, draw(region, "uniform", generator)
 
@@ -78,15 +66,10 @@ class WorstCase(GradientRegularizer):
         self, region: tuple[Ball, ...], points: Tensors, score: Callable[[Tensors], Tensor]
     ) -> Tensors:
         """Raise the scores, one for each example, from the given points on."""
-        step_size = step_sizes(region, self.step_size, self.step_num)
-        for _ in range(self.step_num):
-            points = tuple(p.detach().requires_grad_() for p in points)
-            gradients = differentiate(score(points), points, create_graph=False)
-            points = ascend(region, points, gradients, step_size)
-        return points
+        return climb(region, points, score, self.step_size, self.step_num)
 
 
-class RobustAttribution(WorstCase):
+class RobustAttribution(_WorstCase):
     r"""IG-NORM and IG-SUM-NORM: penalise what the loss's worst change is attributed to.
 
     .. math:: \max_{x' \in B(x, r)} \lVert\mathrm{IG}_\ell(x, x')\rVert_1
@@ -174,7 +157,7 @@ class RobustAttribution(WorstCase):
         return tuple((z - x) * mean for (x, z), mean in zip(pairs, means, strict=True))
 
 
-class AttributionAlignment(WorstCase):
+class AttributionAlignment(_WorstCase):
     r"""ART: the gradient of the true class is like the image, that of the runner-up is not.
 
     .. math:: \log\left(1 + e^{\,d(g_y, x) - d(g_k, x)}\right), \qquad d(g, x) = 1 - \cos(g, x),

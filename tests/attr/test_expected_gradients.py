@@ -90,7 +90,7 @@ def test_unbiased(estimator: Any, n_samples: int, stdevs: float) -> None:
 
 @pytest.mark.parametrize("joint", [True, False])
 def test_unbiased_for_two_inputs(joint: bool) -> None:
-    """Rows are drawn jointly where there are equally many, else independently."""
+    """Rows are drawn jointly where there are equally many, else independently, as noise is."""
     a, b = torch.randn(2, 3), torch.randn(2, 3)
     rows_a = torch.randn(6, 3)
     rows_b = rows_a * 2 if joint else torch.randn(4, 3)
@@ -111,7 +111,7 @@ def test_unbiased_for_two_inputs(joint: bool) -> None:
 
         def draw(i: int = i) -> Tensor:
             with torch.no_grad():
-                found = explainer.attribute(many, (rows_a, rows_b), 3)
+                found = explainer.attribute(many, (rows_a, rows_b), 3, stdevs=0.5)
             return found[i].reshape(2, copies, 3).mean(1)
 
         assert_unbiased(draw, expected[i], 25)
@@ -316,14 +316,14 @@ def test_draws_without_replacement_while_rows_last() -> None:
     from captum_priors.attr.path_sum import Draws
 
     for n_samples, n_rows in [(3, 100), (9, 10), (10, 10), (25, 10), (1, 4), (5, 1)]:
-        draws = Draws.new(n_samples, 50, (n_rows,), stratified=True, generator=None)
+        draws = Draws.new(n_samples, 500, (n_rows,), stratified=True, generator=None)
         counts = torch.stack(
             [torch.bincount(column, minlength=n_rows) for column in draws.rows[0].T]
         )
         assert int(counts.max() - counts.min()) <= 1
         # Stratified positions: exactly one in each n-th of the path.
         strata = (draws.alphas * n_samples).floor().long().sort(0).values
-        assert torch.equal(strata, torch.arange(n_samples).unsqueeze(1).expand(-1, 50))
+        assert torch.equal(strata, torch.arange(n_samples).unsqueeze(1).expand(-1, 500))
 
 
 @pytest.mark.parametrize(("n_samples", "n_rows"), [(2, 9), (3, 5), (3, 400)])

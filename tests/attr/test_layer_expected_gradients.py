@@ -136,6 +136,17 @@ def test_arguments_with_an_entry_for_each_example(way: str) -> None:
     assert check_differentiable(explainer, x, n_samples=3, **call).passed
 
 
+def test_references_run_with_the_arguments_of_their_example() -> None:
+    """Of a linear model, over all rows: w * (h(x) - mean h(x')), both under the same mask."""
+    mix, head = nn.Linear(4, 4), nn.Linear(4, 1)
+    x, background, mask = torch.randn(3, 4), torch.randn(6, 4), torch.rand(3, 4)
+    found = LayerExpectedGradients(lambda x, mask: head(mix(x * mask)), mix).attribute(
+        x, background, 6, target=0, additional_forward_args=mask
+    )
+    there = torch.stack([mix(background * m).mean(0) for m in mask])
+    assert_same_numbers(found, head.weight * (mix(x * mask) - there), 1e-12)
+
+
 @pytest.mark.parametrize("way", DIFFERENTIATIONS)
 def test_hooks_are_gone_also_after_an_error(way: str) -> None:
     case = tokens()

@@ -112,7 +112,8 @@ def seeded() -> torch.Generator:
 
 
 @pytest.mark.parametrize("way", DIFFERENTIATIONS)
-def test_prior_before_the_training_forward_pass(way: str) -> None:
+@pytest.mark.parametrize("batch_norm", ["batch", "running"])
+def test_prior_before_the_training_forward_pass(way: str, batch_norm: Any) -> None:
     """BatchNorm moves its statistics in place; the prior's own copies stay as they were."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
@@ -121,7 +122,8 @@ def test_prior_before_the_training_forward_pass(way: str) -> None:
     explainer = ExpectedGradients(model, differentiation=way)
     gradients = []
     for train_first in (True, False):
-        prior = AttributionPrior(explainer, l2, baselines=x, generator=seeded())
+        options = {"batch_norm": batch_norm, "baselines": x, "generator": seeded()}
+        prior = AttributionPrior(explainer, l2, **options)
         before = [b.clone() for b in model.buffers()]
         value = prior(x, target=y)
         if not train_first:

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from captum_priors import ExpectedGradients, NotDifferentiableError
+from captum_priors.engine import input_gradients
 from captum_priors.penalties import l2
 from tests.asserts import parameter_gradients, relative_error
 from tests.cases import DIFFERENTIATIONS, EXACT, mlp
@@ -210,6 +211,12 @@ def test_only_the_argument_counts(way: str) -> None:
         differentiation=way,
     )
     assert torch.allclose(explainer.attribute(x, one, 2), x.square())
+
+
+def test_only_the_argument_counts_at_the_seam() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    (gradient,) = input_gradients(lambda points: (points[0] * x).sum(1), (x,))
+    assert torch.equal(gradient, x)
 
 
 @pytest.mark.parametrize("way", DIFFERENTIATIONS)

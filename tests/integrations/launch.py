@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from captum_priors.priors import Prior
 ROOT = Path(__file__).parents[2]
 
 
-def results_of(script: str, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Any:
-    """Return what the script wrote as JSON to the path that it was given."""
+def results_of(
+    script: str, tmp_path_factory: pytest.TempPathFactory, worker_id: str, names: Sequence[str] = ()
+) -> Any:
+    """Return what the script wrote as JSON to the path that it was given, before the names."""
     folder = tmp_path_factory.getbasetemp()
     path = (folder if worker_id == "master" else folder.parent) / f"{script}.json"
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with FileLock(f"{path}.lock"):
         if not path.exists():
             done = subprocess.run(
-                [sys.executable, "-m", *launch, "-m", f"tests.integrations.{script}", str(path)],
+                [sys.executable, "-m", *launch, "-m", f"tests.integrations.{script}", path, *names],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 capture_output=True,

@@ -134,6 +134,14 @@ def test_values_that_are_looked_at_are_not_logged(block: Any) -> None:
     assert run.prior.log() == {}
 
 
+def test_values_that_are_not_finite_stay_out_of_the_logged_mean() -> None:
+    run = Run(1)
+    x, y = next(iter(data()))
+    assert run.prior(x * float("nan"), target=y).isnan()
+    value = run.prior(x, target=y).item()
+    assert run.prior.log()["prior"] == pytest.approx(value)
+
+
 def test_checkpoint_continues_draws_and_counters(tmp_path: Path) -> None:
     whole = Run(2)
     whole.epoch()

@@ -128,6 +128,17 @@ def test_step_without_gradients() -> None:
     assert_same_state(before, run.state()["model"])
 
 
+@pytest.mark.parametrize("slope", [float("nan"), float("inf"), -float("inf")])
+def test_gradients_that_are_not_finite(slope: float) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    _ = StepGuard(optimizer)
+    weight.grad = torch.tensor([1.0, slope])
+    with pytest.raises(FloatingPointError, match="expected a finite number"):
+        optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(2))
+
+
 def test_scaler_keeps_the_steps_that_it_skips() -> None:
     """A fused optimizer is stepped by a GradScaler although it found an overflow."""
     run = Run("fused", "raise")

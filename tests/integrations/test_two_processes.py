@@ -12,10 +12,13 @@ ROUNDING = 1e-12
 
 
 @pytest.fixture(scope="session")
-def found(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[dict[str, Any]]:
-    """Results of all cases on both processes, computed once for all test processes."""
-    found: list[dict[str, Any]] = results_of("two_processes", tmp_path_factory, worker_id)
-    return found
+def found(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Any:
+    """Results on both processes of the cases asked for, computed once for all test processes."""
+    asked = (getattr(item, "callspec", None) for item in request.session.items)
+    names = {call.params["name"] for call in asked if call and call.params.get("name") in CASES}
+    return results_of("two_processes", tmp_path_factory, worker_id, sorted(names))
 
 
 @pytest.mark.slow

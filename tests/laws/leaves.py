@@ -96,6 +96,7 @@ class Leaf:
     images: bool = False
     ways: tuple[str, ...] = ("double_backprop",)
     frozen: tuple[tuple[str, Any], ...] = ()  # options that the row sets
+    needs: tuple[tuple[str, Any], ...] = ()  # options that have no default
 
     def model(self) -> nn.Module:
         return conv() if self.images else net()
@@ -255,7 +256,8 @@ def robust(attack: str) -> Leaf:
         return RobustRightReasons(model, **{"radius": 0.2, "attack": attack, **options})
 
     flags: dict[str, Any] = {"annotated": True, "labels": True, "stacks": False, "ways": _TWO}
-    return Leaf(f"R4-{attack}", make, RobustRightReasons, frozen=(("attack", attack),), **flags)
+    needs = (("radius", 0.2),)
+    return Leaf(f"R4-{attack}", make, RobustRightReasons, needs=needs, **flags)
 
 
 NAMED = [

@@ -1,14 +1,17 @@
-"""What one method refuses, every sibling refuses: labels that are no classes, NaN annotations."""
+"""What one method refuses, every sibling refuses: bad labels, NaN annotations, lost graphs."""
 
 from collections.abc import Callable
 from typing import Any
 
+import captum.attr as ca
 import pytest
 import torch
 from torch import Tensor
 
-from captum_priors.penalties import alignment, energy_outside, group_sparsity, outside
-from tests.laws.leaves import FEATURES, REFUSALS, Leaf, net, those
+from captum_priors import AttributionPrior, NotDifferentiableError, StabilityPrior
+from captum_priors.distances import mse
+from captum_priors.penalties import alignment, energy_outside, group_sparsity, l2, outside
+from tests.laws.leaves import FEATURES, REFUSALS, Leaf, net, noise, those
 
 BAD_LABELS = {
     "above": torch.tensor([0, 1, 2, 3]),
@@ -26,7 +29,7 @@ BAD_LABELS = {
 def test_labels_that_are_no_classes(leaf: Leaf, labels: Any) -> None:
     prior, x = leaf.make(leaf.model()), leaf.batch()
     with pytest.raises(REFUSALS, match="`target`"):
-        prior(x, target=labels)
+        prior(x, **{**leaf.call(x), "target": labels})
     if hasattr(prior, "perturb"):
         with pytest.raises(REFUSALS, match="`target`"):
             prior.perturb(x, labels)
@@ -35,9 +38,9 @@ def test_labels_that_are_no_classes(leaf: Leaf, labels: Any) -> None:
 @those(labels=True)
 def test_labels_of_a_single_logit(leaf: Leaf) -> None:
     prior, x = leaf.make(net(1)), leaf.batch()
-    prior(x, target=torch.tensor([0, 1, 1, 0]))
+    prior(x, **{**leaf.call(x), "target": torch.tensor([0, 1, 1, 0])})
     with pytest.raises(REFUSALS, match="`target`"):
-        prior(x, target=torch.tensor([0, 1, 2, 0]))
+        prior(x, **{**leaf.call(x), "target": torch.tensor([0, 1, 2, 0])})
 
 
 BAD_ANNOTATIONS = {"nan": float("nan"), "inf": float("inf")}
@@ -75,3 +78,13 @@ def test_annotations_of_priors(leaf: Leaf, bad: float) -> None:
     call["annotation"].flatten()[3] = bad
     with pytest.raises(REFUSALS, match="`annotation`"):
         prior(x, **call)
+
+
+def test_scores_that_detach() -> None:
+    explainer, x = ca.Saliency(net()), torch.randn(4, FEATURES)
+    for prior in (
+        AttributionPrior(explainer, lambda a: l2(a).detach()),
+        StabilityPrior(explainer, lambda a, b: mse(a, b).detach(), noise),
+    ):
+        with pytest.raises(NotDifferentiableError, match="a graph to the attributions"):
+            prior(x, target=0)

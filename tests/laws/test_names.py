@@ -73,6 +73,8 @@ def _words(hint: Any) -> list[Any]:
 def build(cls: Any, model: nn.Module, **options: Any) -> Any:
     layer = [model[0]] if cls in (HINT, RRRGradCAM) else []
     extra = {} if cls not in MORE else {"baselines": background()}
+    if cls in CLASSES:
+        extra = dict(CLASSES[cls].needs)
     return cls(model, *layer, *MORE.get(cls, ()), **{**extra, **options})
 
 

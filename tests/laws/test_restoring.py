@@ -159,6 +159,9 @@ PRIORS: dict[str, Callable[[nn.Module], Any]] = {
     "double_backprop": lambda m: AttributionPrior(
         ExpectedGradients(m), l2, baselines=background(), smooth=3.0
     ),
+    "function": lambda m: AttributionPrior(
+        ExpectedGradients(lambda z: m(z)), l2, baselines=background(), smooth=3.0
+    ),
     "recompute": lambda m: AttributionPrior(
         ExpectedGradients(m, differentiation="recompute"), l2, baselines=background(), smooth=3.0
     ),

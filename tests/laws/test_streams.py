@@ -14,9 +14,10 @@ from torch import Tensor
 from captum_priors import AttributionPrior, ExpectedGradients, Lazy, StabilityPrior, Subsample
 from captum_priors.attacks import DistanceAttack
 from captum_priors.distances import mse
-from captum_priors.metrics import local_lipschitz
+from captum_priors.metrics import local_lipschitz, stability_report
 from captum_priors.penalties import l2
 from captum_priors.priors import Prior
+from captum_priors.stability import ATEX
 from tests.laws.leaves import Leaf, background, every_leaf, net, those
 
 S = 0.5
@@ -92,6 +93,17 @@ def test_points_and_explainer_draw_apart_in_metrics(draw: Callable[[Tensor], Ten
     assert not any(correlated(explainer.seen[0], p) for p in moved)
 
 
+def test_batches_of_a_report_draw_apart() -> None:
+    class Noise:
+        def perturb(self, inputs: Tensor, target: Any = None) -> Tensor:
+            moves.append(torch.randn_like(inputs))
+            return inputs + moves[-1]
+
+    moves, x, explainer = list[Tensor](), torch.zeros(4, 5), ca.Saliency(net())
+    stability_report({"it": explainer}, {"it": {"noise": Noise()}}, [x, x], k=2)
+    assert not torch.equal(*moves)
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @every_draw
 def test_start_and_explainer_draw_apart_in_attacks(
@@ -101,6 +113,22 @@ def test_start_and_explainer_draw_apart_in_attacks(
     DistanceAttack(explainer, mse, radius=1.0, norm=norm, step_num=1).perturb(torch.zeros(4, 5), 0)
     start = next(p for p in explainer.points if bool(p.any()))
     assert not any(correlated(seen, start) for seen in explainer.seen)
+
+
+def test_noise_and_explainer_draw_apart_in_atex() -> None:
+    class Draws:
+        def attribute(self, inputs: Tensor, target: Any = None) -> Tensor:
+            drawn.append(torch.rand_like(inputs))
+            return drawn[-1]
+
+    def model(x: Tensor) -> Tensor:
+        points.append(x.detach())
+        return x[:, :3]
+
+    drawn, points, x = list[Tensor](), list[Tensor](), torch.zeros(4, 200)
+    ATEX(model, Draws(), teacher=model, n_samples=1, positions=(0,))(x)
+    # The noise is uniform, but for what lies along the explanation, a two-hundredth.
+    assert float(torch.cosine_similarity(drawn[-1] - 0.5, points[-1], 1).abs().max()) < 0.5
 
 
 @those(draws=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors import (
+    AttributionPrior,
     ExpectedGradients,
     LayerExpectedGradients,
     StabilityPrior,
@@ -24,6 +25,7 @@ from captum_priors.attacks import (
 )
 from captum_priors.distances import mse
 from captum_priors.metrics import local_lipschitz, stability_report
+from captum_priors.penalties import l2
 from captum_priors.stability import manipulability_bound
 from captum_priors.testing import check_differentiable
 from tests.adapters.captum_table import set_up
@@ -120,6 +122,39 @@ def test_models_that_normalise_in_place_in_explainers(frozen: bool) -> None:
         found.append([e.attribute(x, rows, target=0) for e in each])
         check()
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_layers_before_an_activation_in_place() -> None:
+    first, last, x = nn.Linear(5, 4), nn.Linear(4, 3), torch.randn(4, 5)
+    found = []
+    for in_place in (False, True):
+        model = nn.Sequential(first, nn.ReLU(in_place), last)
+        torch.manual_seed(1)
+        explainer = LayerExpectedGradients(model, first)
+        found.append(explainer.attribute(x, background(), target=0))
+    torch.testing.assert_close(found[1], found[0])
+
+
+class Centres:
+    """An explainer that works on what it is given."""
+
+    def __init__(self) -> None:
+        self.forward_func = net()
+
+    def attribute(self, inputs: Any, target: Any = None) -> Any:
+        for x in inputs if isinstance(inputs, tuple) else (inputs,):
+            x -= x.mean(1, keepdim=True)
+        first = inputs[0] if isinstance(inputs, tuple) else inputs
+        return first * self.forward_func(first)[:, :1]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_explainers_in_place(several: bool) -> None:
+    x: Any = (torch.randn(4, 5), torch.randn(4, 5)) if several else torch.randn(4, 5)
+    check = unchanged(*(x if several else (x,)))
+    AttributionPrior(Centres(), l2)(x).backward()
+    StabilityPrior(Centres(), mse, lambda x: x)(x)
+    check()
 
 
 class InPlace:

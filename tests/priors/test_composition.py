@@ -57,6 +57,7 @@ def test_multiple_is_linear_in_value_and_gradient(
     expected = _combined((weight, _evaluated(p, model, x)))
     assert_same_numbers(_evaluated(weight * p, model, x), expected, ROUNDING)
     assert_same_numbers(_evaluated(p * weight, model, x), expected, ROUNDING)
+    assert_same_numbers(_evaluated(weight / 2 * (2 * p), model, x), expected, ROUNDING)
 
 
 def test_nested_formula_is_linear_in_value_and_gradient(model: nn.Module, x: Tensor) -> None:

@@ -183,6 +183,15 @@ def test_saliency_guided(model: nn.Module, net: Any, x: Tensor, y: Tensor, absol
     assert_mean(value, expected)
 
 
+def test_masked_features_are_uniform_between_the_smallest_and_the_largest() -> None:
+    recorder, x = Recorder(nn.Linear(8, 2)), torch.rand(2000, 8) + 1
+    SaliencyGuided(recorder, 1.0)(x, target=0)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    shares = (recorder.seen[-1][2000:] - low) / (high - low)
+    assert 0 <= float(shares.min()) < 1e-3 < 0.999 < float(shares.max()) <= 1  # of 16000 draws
+    assert float(shares.mean()) == pytest.approx(0.5, abs=4 / (12 * 16000) ** 0.5)
+
+
 @pytest.mark.parametrize("objective", ["ig_norm", "ig_sum_norm"])
 def test_robust_attribution(
     model: nn.Module, net: Any, x: Tensor, y: Tensor, objective: Any
@@ -221,6 +230,11 @@ def test_attribution_alignment(model: nn.Module, net: Any, x: Tensor, y: Tensor)
         for (a, c), m in zip(pairs(x, y), moved.numpy(), strict=True)
     ]
     assert_mean(prior(x, target=y), triplets)
+
+
+def test_one_long_step_ends_in_a_corner(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    prior = AttributionAlignment(model, radius=0.3, step_size=1.0, step_num=1)
+    torch.testing.assert_close((prior.perturb(x, y) - x).abs(), torch.full_like(x, 0.3))
 
 
 @pytest.mark.parametrize(
@@ -289,6 +303,15 @@ def test_sensitivity_neuron_by_neuron(
                 }[scale]
                 total.append((abs(moved[j] - clean[j]) / size) ** power)
     assert_mean(value, total)
+
+
+def test_the_size_of_an_activation_is_a_constant_for_gradients(x: Tensor) -> None:
+    """Of a linear layer the response is homogeneous in its weights, and the quotient is not."""
+    layer = nn.Linear(4, 6, bias=False)
+    value = ActivationSensitivity(layer, layers=[layer], scale="activation")(x)
+    value.backward()
+    along = (layer.weight.detach() * layer.weight.grad).sum()
+    assert float(along) == pytest.approx(2 * value.item())
 
 
 class Tripled(nn.Module):

@@ -186,6 +186,12 @@ def test_product_form_written_out() -> None:
     assert each[1] != each[0]
 
 
+def batch_norm(variance: float) -> nn.Module:
+    norm = nn.BatchNorm1d(2)
+    norm.running_var.fill_(variance)
+    return norm
+
+
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
@@ -202,13 +208,14 @@ def test_product_form_written_out() -> None:
         (nn.AvgPool1d(2, ceil_mode=True), (1, 5)),
         (nn.AvgPool2d(3, padding=1, divisor_override=4), (1, 5, 5)),
         (nn.AdaptiveAvgPool2d(1), (2, 3, 3)),
+        (batch_norm(4.0), (2,)),
         (nn.AdaptiveAvgPool1d(2), (2, 5)),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("norm", ["spectral", "frobenius"])
 def test_gain_of_a_layer_is_at_least_its_matrix_norm(module: Any, shape: Any, norm: str) -> None:
-    module = module.double()
+    module = module.double().eval()
     bias = getattr(module, "bias", None)
     if bias is not None:
         nn.init.zeros_(bias)

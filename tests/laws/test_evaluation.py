@@ -1,0 +1,33 @@
+"""What is explained is the model as it predicts: without dropout, whatever mode it is in."""
+
+import torch
+from torch import Tensor, nn
+
+from tests.laws.leaves import CLASSES, Leaf, every_leaf
+
+
+class Drops(nn.Module):
+    """A model with dropout behind it, as a module and inside a recurrent one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.dropout = inner, nn.Dropout(0.5)
+        self.lstm = nn.LSTM(CLASSES, CLASSES, num_layers=2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.inner(x)
+        states: Tensor = self.lstm(self.dropout(logits).unsqueeze(1))[0]
+        return logits + states.squeeze(1)
+
+    def __getitem__(self, i: int) -> nn.Module:
+        return self.inner[i]
+
+
+@every_leaf
+def test_models_in_training_are_explained_as_in_evaluation(leaf: Leaf) -> None:
+    model, x = Drops(leaf.model()), leaf.batch()
+    prior = leaf.make(model).eval()  # draws the same at each call
+    expected = prior.forward(x, **leaf.call(x))
+    for training in (True, False):
+        model.train(training)
+        assert torch.equal(prior(x, **leaf.call(x)), expected)
