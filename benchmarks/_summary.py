@@ -170,6 +170,22 @@ def _batch_norm(results: Any) -> Iterator[Row]:
             )
 
 
+def _right_reasons(results: Any) -> Iterator[Row]:
+    published = results["published"]["average of labels, worst label"]
+    for task, rows in results["found"].items():
+        for name, row in rows.items():
+            known = published.get(name.split(",")[0]) or published.get(f"{name.split(',')[0]}*")
+            shown = [row["worst"]["mean"]]
+            if "worst label" in row:
+                shown += [row["average of labels"]["mean"], row["worst label"]["mean"]]
+            yield (
+                f"{task}, {name}: worst-group accuracy"
+                + ("; average of labels, worst label" if len(shown) > 1 else ""),
+                "; ".join(f"{value:.3f}" for value in shown),
+                "published {}; {}".format(*known) if known and len(shown) > 1 else "",
+            )
+
+
 def _pixel_prior(results: Any) -> Iterator[Row]:
     for name, row in results.get("found", {}).items():
         shown = [
@@ -279,6 +295,7 @@ ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
     "decoy_mnist": _decoy_mnist,
     "concepts_and_agreement": _concepts_and_agreement,
     "batch_norm": _batch_norm,
+    "right_reasons": _right_reasons,
     "stability_study": _stability_study,
     "relu_differentiation": _relu_differentiation,
     "nhanes_sparsity": _nhanes_sparsity,

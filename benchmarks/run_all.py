@@ -27,7 +27,7 @@ REDUCED = {
     name: ["--quick"]
     for name in (
         *("decoy_mnist", "fused_attention", "recompute_memory"),
-        *("relu_differentiation", "stability_study"),
+        *("relu_differentiation", "right_reasons", "stability_study"),
     )
 } | {"batch_norm": ["--core"]}
 # Those that take longest go first, so that none of them is left to run alone.

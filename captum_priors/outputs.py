@@ -297,3 +297,19 @@ def taken(maps: Any, which: int) -> Any:
     if isinstance(maps, tuple):
         return tuple(taken(entry, which) for entry in maps)
     return maps.select(1, which)
+
+
+def scores_of_each(term: Any, call: Any) -> Any:
+    """Return the mean over several outputs of a prior's scores of each, with the same draws."""
+    scores = []
+    for one in outputs_of(term, call).targets or ():
+        call.explaining.seed(call.seed)
+        scores.append(term._scores(replace(call, target=one)))
+    return mean_of(scores)
+
+
+def outputs_of(term: Any, call: Any) -> SeveralOutputs:
+    """Return the call's several outputs, counted where all are meant."""
+    model = next(iter(term.models()), None)
+    found: SeveralOutputs = call.target.known(model, call.inputs, call.args)
+    return found

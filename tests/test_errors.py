@@ -69,6 +69,7 @@ from captum_priors.priors import (
     GraphPrior,
     PixelPrior,
     RightForTheRightReasons,
+    RobustRightReasons,
     RRRGradCAM,
     SparsityPrior,
 )
@@ -176,6 +177,7 @@ EXPLAINED: dict[str, Call] = {
     "GraphPrior": averaged(lambda model: GraphPrior(model, torch.ones(36, 36))),
     "EnergyPrior": annotated(EnergyPrior),
     "HINT": annotated(lambda model: HINT(model, model.conv)),
+    "RobustRightReasons": annotated(lambda model: RobustRightReasons(model, radius=0.1)),
     "RRRGradCAM": annotated(lambda model: RRRGradCAM(model, model.conv)),
     "ConceptPrior": regularizer(lambda model: ConceptPrior(model, model.conv, torch.ones(2))),
     "AgreementPrior": regularizer(lambda model: AgreementPrior(Saliency(model), DeepLift(model))),
@@ -413,6 +415,44 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "annotation on another device": (
         lambda: averaging(outside)(x(), target=1, annotation=torch.ones(5, 3, device="meta")),
         "meta",
+    ),
+    "annotated by name": (
+        lambda: averaging(outside)(x(), target=1, annotation=x(), annotated=["first"]),
+        "True or False for each of the 5 examples",
+    ),
+    "annotated of fewer": (
+        lambda: averaging(outside)(x(), target=1, annotation=x(), annotated=torch.ones(4)),
+        "an entry for each of the 5 examples",
+    ),
+    "annotated by index": (
+        lambda: averaging(outside)(x(), target=1, annotation=x(), annotated=torch.arange(5)),
+        "found other numbers. It says which",
+    ),
+    "annotated where nothing is said": (
+        lambda: averaging(l1)(x(), target=1, annotated=torch.ones(5)),
+        "keywords that a term of it takes",
+    ),
+    "annotated of a statement about the batch": (
+        lambda: averaging(lambda a, *, annotation: (a * annotation).sum())(
+            x(), target=1, annotation=torch.ones(5, 3), annotated=torch.arange(5) > 2
+        ),
+        "one number for each example, so that the others",
+    ),
+    "a word for missing": (
+        lambda: RobustRightReasons(net(), radius=0.1, missing="none"),
+        "'refuse', 'nan'",
+    ),
+    "a word for an attack": (
+        lambda: RobustRightReasons(net(), radius=0.1, attack="ibp"),
+        "'random', 'pgd'",
+    ),
+    "no annotation of R4": (
+        lambda: RobustRightReasons(net(), radius=0.1)(x(), target=1),
+        "where evidence may lie",
+    ),
+    "a tuple of annotations of one input": (
+        lambda: RobustRightReasons(net(), radius=0.1)(x(), target=1, annotation=(x(), x())),
+        "one for each input",
     ),
     "annotation that nobody takes": (
         lambda: averaging(l1)(x(), target=1, annotation=torch.ones(5, 3)),

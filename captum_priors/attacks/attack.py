@@ -39,6 +39,7 @@ from captum_priors.attacks.ball import (
     check_sizes,
     draw,
     per_example,
+    step_sizes,
 )
 from captum_priors.engine import AttributionPass, derive
 from captum_priors.engine.model import out_of_inference
@@ -107,8 +108,8 @@ class BoundedPerturbation(Perturbation, ABC):
                 default the predicted class where there are several outputs.
             additional_forward_args: Further arguments of the model.
             baselines: Baselines of the explainer, where it takes them.
-            annotation: Nonzero where the evidence is, which then stays as it is; ``(batch, ...)``
-                with or without channels, or a tuple with one for each input.
+            annotation: Nonzero where the evidence is, which then stays as it is, in the form that
+                :mod:`captum_priors.penalties` describes; a tuple has one for each input, or None.
             show_progress: Show a progress bar over the steps.
 
         Returns:
@@ -321,9 +322,7 @@ class AttributionAttack(BoundedPerturbation):
         return float(first * (last / first) ** (step / max(1, self.step_num - 1)))
 
     def _visits(self, batch: Batch) -> Iterator[Tensors]:
-        step_size = self.step_size
-        if step_size is None:
-            step_size = tuple(5 / self.step_num * ball.radius for ball in batch.region)
+        step_size = step_sizes(batch.region, self.step_size, self.step_num)
         steps = range(self.n_restarts * self.step_num)
         points = batch.clean
         for i in progress(steps, desc=type(self).__name__, disable=not batch.show_progress):

@@ -1,6 +1,6 @@
 """Where a perturbed input may lie: within a radius of the clean one, and in the valid range."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from captum_priors._checks import positive
 from captum_priors._errors import refusal
+from captum_priors.engine.gradients import differentiate
+from captum_priors.penalties.annotation import fitted
 
 Norm = Literal["Linf", "L2"]
 Distribution = Literal["surface", "uniform"]
@@ -88,7 +90,8 @@ def balls(
     """Make one ball around each input, of which it keeps a copy.
 
     Options are those of :class:`captum_priors.attacks.AttributionAttack`, a tuple having one value
-    for each input. Where ``annotation`` is not zero, nothing may move.
+    for each input. Where ``annotation``, of the form that
+    :mod:`captum_priors.penalties` describes, is not zero, nothing may move; None says nothing.
 
     Raises:
         ValueError: If the inputs leave the bounds, or something does not fit them.
@@ -125,9 +128,7 @@ def _ball(
     if norm == "Linf":
         low, high = torch.maximum(low, centre - radius), torch.minimum(high, centre + radius)
     if annotation is not None:
-        if annotation.dim() == centre.dim() - 1 > 1:
-            annotation = annotation.unsqueeze(1)  # one for all channels of an example
-        stays = broadcast("`annotation`", annotation, centre) != 0
+        stays = fitted(centre, annotation, "finite") != 0
         low, high = (torch.where(stays, centre, bound) for bound in (low, high))
     return Ball(centre, float(radius), norm, low, high)
 
@@ -151,6 +152,26 @@ def unit(tensor: Tensor) -> Tensor:
     # In units of the largest entry first: squares of small numbers would vanish.
     rows = F.normalize(tensor.flatten(1), torch.inf, eps=torch.finfo(tensor.dtype).tiny)
     return F.normalize(rows).reshape_as(tensor)
+
+
+def climb(
+    region: Sequence[Ball],
+    points: Tensors,
+    score: Callable[[Tensors], Tensor],
+    step_size: Sizes,
+    step_num: int,
+) -> Tensors:
+    """Raise the scores, one for each example, from the given points on."""
+    for _ in range(step_num):
+        points = tuple(p.detach().requires_grad_() for p in points)
+        gradients = differentiate(score(points), points, create_graph=False)
+        points = ascend(region, points, gradients, step_size)
+    return points
+
+
+def step_sizes(region: Sequence[Ball], step_size: Sizes | None, step_num: int) -> Sizes:
+    """Return the length of a step in each ball: by default all of them go five times its radius."""
+    return tuple(5 / step_num * ball.radius for ball in region) if step_size is None else step_size
 
 
 # ---- One value for each ------------------------------------------------------------------------

@@ -10,7 +10,9 @@ What a person says about the examples is a keyword argument that a prior passes 
 the same size or of size 1 where channels or places share it. From four dimensions on the channels
 may be left out: ``(batch, height, width)`` for attributions ``(batch, channels, height, width)``.
 What is one for the whole batch is ``captum_priors.shared(tensor)``, without the dimension of the
-examples. Values are finite.
+examples. Values are finite. In a tuple, None says nothing about that tensor, which then counts as
+zero; which examples have an annotation is said to the prior, ``annotated=`` or ``missing="nan"``
+(:class:`captum_priors.Term`).
 """
 
 from captum_priors.penalties.annotation import alignment, background, energy_outside, outside

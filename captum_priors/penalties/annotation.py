@@ -199,6 +199,18 @@ def resized(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
     return fitted(attributions, given, values)
 
 
+def rows_of_nan(annotation: Any) -> Tensor | None:
+    """Which examples have no number in their annotation, ``(batch,)``; None where it has no NaN.
+
+    Of a tuple, which have none in any of its tensors. What is shared is known for all.
+    """
+    each = annotation if isinstance(annotation, tuple) else (annotation,)
+    given = [a for a in each if isinstance(a, Tensor) and a.is_floating_point() and a.dim() > 0]
+    if not given or any(isinstance(a, shared) for a in each):
+        return None
+    return torch.stack([a.flatten(1).isnan().all(1) for a in given]).all(0)
+
+
 def _checked(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
     """Check type, device and values; add the dimensions that may be left out."""
     given = annotation.value if isinstance(annotation, shared) else annotation

@@ -18,8 +18,8 @@ Axes = int | Sequence[int] | None
 def lift_penalty(function: Callable[P, Tensor], *, joins: bool = False) -> Callable[P, Tensor]:
     """Sum a penalty of one tensor over a tuple of attributions, or join their features first.
 
-    Keywords without a default are annotations: a tuple of them has one for each tensor. Keywords
-    with a default are options, the same for all.
+    Keywords without a default are annotations: a tuple of them has one for each tensor, or None
+    where nothing is said about it. Keywords with a default are options, the same for all.
     """
     parameters = inspect.signature(function).parameters.values()
     annotations = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
@@ -41,11 +41,12 @@ def lift_penalty(function: Callable[P, Tensor], *, joins: bool = False) -> Calla
         each = (joined(each),) if joins else each
         terms = []
         for i, tensor in enumerate(each):
-            own = dict(given)
+            own, silent = dict(given), False
             for name in annotations & own.keys() if isinstance(attributions, tuple) else ():
                 own[name] = _entry(name, own[name], i, len(each))
+                silent = silent or (own[name] is None and given[name] is not None)
             call: Any = function
-            terms.append(call(tensor, **own))
+            terms.append(tensor.new_zeros(len(tensor)) if silent else call(tensor, **own))
         return _sum(terms)
 
     return wrapper

@@ -19,6 +19,7 @@ from captum_priors.priors.named import (
     RRRGradCAM,
     SparsityPrior,
 )
+from captum_priors.priors.right_reasons import RobustRightReasons
 from captum_priors.priors.stability import StabilityPrior
 from captum_priors.priors.wrappers import Guarded, Lazy, Subsample
 
@@ -36,6 +37,7 @@ __all__ = [
     "Prior",
     "RRRGradCAM",
     "RightForTheRightReasons",
+    "RobustRightReasons",
     "SparsityPrior",
     "StabilityPrior",
     "Subsample",

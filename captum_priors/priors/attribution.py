@@ -19,7 +19,8 @@ from captum_priors.engine import current_processes, derive
 from captum_priors.engine.model import BatchNorm
 from captum_priors.engine.processes import is_distributed
 from captum_priors.engine.random import STREAMS, GeneratorState
-from captum_priors.outputs import SeveralOutputs, mean_of, taken
+from captum_priors.outputs import SeveralOutputs, mean_of, outputs_of, taken
+from captum_priors.priors.annotated import Missing
 from captum_priors.priors.base import Call, Reduction, Term
 
 Parameters = Mapping[str, Parameter]
@@ -77,7 +78,11 @@ class ExplainerPrior(Term):
 
     def takes(self, name: str) -> bool:
         """Whether the explainer takes baselines; whether the score takes this annotation."""
-        return name in self._keywords or (self._open if name == "baselines" else self._any)
+        known = name in self._keywords or (self._open if name == "baselines" else self._any)
+        return known or super().takes(name)
+
+    def _takes_annotation(self) -> bool:
+        return bool(self._needed.keys() - {"baselines"}) or super()._takes_annotation()
 
     @property
     def draws_baselines(self) -> bool:
@@ -128,7 +133,7 @@ class ExplainerPrior(Term):
         """Ask the explainer once, if it takes several outputs."""
         if not self._takes_several():
             return super()._scores_of_each(call)
-        return self._scores(replace(call, target=self._outputs(call)))
+        return self._scores(replace(call, target=outputs_of(self, call)))
 
     def _takes_several(self) -> bool:
         return bool(getattr(self.explainer, "takes_several_outputs", False))
@@ -161,7 +166,9 @@ class ExplainerPrior(Term):
             alone = replace(call, target=None)
             each = (tuple(taken(m, k) for m in maps) for k in range(len(call.target)))
             return mean_of([self._score(maps_of_one, alone) for maps_of_one in each])
-        scores = self.score(*maps, **call.keywords())
+        # A perturbation may be what takes the others.
+        said = {k: v for k, v in call.keywords().items() if self._any or k in self._keywords}
+        scores = self.score(*maps, **said)
         detached = isinstance(scores, Tensor) and not scores.requires_grad and _has_graph(maps[0])
         if detached and scores.any():  # zeros: nothing in this batch that the penalty speaks of
             raise refusal(
@@ -178,6 +185,7 @@ class ExplainerPrior(Term):
         annotations = {
             name: value.value if isinstance(value, shared) else for_each(processes.whole, value, n)
             for name, value in call.annotations.items()
+            if name in said
         }
         joined = [for_each(processes.whole, m, n) for m in maps]
         # One statistic: what the score draws is to be the same everywhere.
@@ -202,6 +210,7 @@ class AttributionPrior(ExplainerPrior):
             start), which gives hidden biases a gradient that double backpropagation through ReLU
             does not.
         batch_norm: As in :class:`Term`.
+        missing: As in :class:`Term`.
         attribute_options: What else ``explainer.attribute`` is to be given at every call, such as
             ``baselines`` or ``n_samples``.
 
@@ -229,10 +238,11 @@ class AttributionPrior(ExplainerPrior):
         reduction: Reduction = "mean",
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
+        missing: Missing = "refuse",
         **attribute_options: Any,
     ) -> None:
         of_term = {"reduction": reduction, "smooth": smooth, "batch_norm": batch_norm}
-        super().__init__(explainer, penalty, attribute_options, **of_term)
+        super().__init__(explainer, penalty, attribute_options, missing=missing, **of_term)
 
     @property
     def penalty(self) -> Penalty:

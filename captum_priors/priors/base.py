@@ -4,13 +4,13 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from captum_priors._captum import forward_func_of, output_error
+from captum_priors._captum import as_tuple, forward_func_of, output_error
 from captum_priors._checks import (
     check_annotation,
     check_inputs,
@@ -31,7 +31,15 @@ from captum_priors.engine.processes import (
     rank_of_draws,
     refuse_spread_parameters,
 )
-from captum_priors.outputs import SeveralOutputs, mean_of
+from captum_priors.outputs import SeveralOutputs, scores_of_each
+from captum_priors.priors.annotated import (
+    Missing,
+    among_all,
+    annotated_rows,
+    check_annotated,
+    nothing,
+    part,
+)
 from captum_priors.priors.batch_norm import compares, hold_statistics
 
 Reduction = Literal["mean", "sum"]
@@ -86,36 +94,18 @@ class Prior(nn.Module, ABC):
         return self.training and torch.is_grad_enabled()
 
     def __add__(self, other: Any) -> "Prior":
-        if isinstance(other, (int, float)) and other == 0:
-            return self  # the start of sum(priors)
-        if not isinstance(other, Prior):
-            raise self._not_a_number("+", other)
-        from captum_priors.priors.combined import SumPrior  # a prior itself
+        from captum_priors.priors.combined import add  # which makes a prior itself
 
-        return SumPrior((self, other))
+        return add(self, other)
 
     __radd__ = __add__
 
     def __mul__(self, weight: Any) -> "Prior":
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise self._not_a_number("*", weight)
-        from captum_priors.priors.combined import WeightedPrior  # a prior itself
+        from captum_priors.priors.combined import multiply  # which makes a prior itself
 
-        return WeightedPrior(float(weight), self)
+        return multiply(self, weight)
 
     __rmul__ = __mul__
-
-    def _not_a_number(self, sign: str, other: Any) -> TypeError:
-        """Word the commonest slip: adding a prior to the loss without calling it."""
-        return refusal(
-            TypeError,
-            f"{self.formula()} {sign}",
-            "another prior" if sign == "+" else "a number",
-            type(other).__name__,
-            "Call the prior on a batch, prior(inputs, target=...), and add its value to the loss."
-            if sign == "+"
-            else "Write 0.1 * prior; a learned weight multiplies the value, w * prior(inputs).",
-        )
 
     def __repr__(self) -> str:
         return self.formula()
@@ -146,6 +136,8 @@ class Call:
     args: tuple[Any, ...]
     annotations: dict[str, Any]
     explaining: AttributionPass
+    chosen: Tensor | None = None  # which of the examples given these are, where not all
+    n_given: int = 0
 
     @property
     def seed(self) -> int:
@@ -171,14 +163,10 @@ class Call:
         """Run the model at points that repeat the batch, after a look at whether it may be."""
         if points[0].shape[0] != self.n:
             self.refuse_coupled()
-        found: Tensor = Rows(self.forward_func, target, self.args, self.n)(points)
-        return found
+        return cast("Tensor", Rows(self.forward_func, target, self.args, self.n)(points))
 
     def refuse_coupled(self) -> None:
-        """Refuse examples that influence each other, where points of theirs go through together.
-
-        Asked by itself at the first run of more rows than examples.
-        """
+        """Refuse examples that influence each other, where points of theirs go through together."""
         Rows(self.forward_func, None, self.args, self.n).refuse_coupled(self.inputs)
 
     def output(self, points: Tensors) -> Tensor:
@@ -207,9 +195,10 @@ class Term(Prior):
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Run ReLU as Softplus of this steepness.
         batch_norm: What BatchNorm layers in training mode are explained on: the statistics of the
-            ``"batch"``, held for every point and with their graph to the parameters, which is the
-            function that is trained; or the ``"running"`` statistics. Layers in evaluation mode
-            always have the latter.
+            ``"batch"``, held for every point and with their graph, which is the function that is
+            trained; or ``"running"`` ones, as layers in evaluation mode always are.
+        missing: ``"nan"`` if an ``annotation`` of NaN says that there is none: the example counts
+            as zero, as those do that ``annotated``, ``(batch,)`` in the call, leaves out.
 
     Example:
         >>> import torch
@@ -230,8 +219,6 @@ class Term(Prior):
     draws: Sequence[str] = ("torch",)
     replayed: bool = False
     forward_func: Any
-    reduction: Reduction
-    smooth: float | None
     _name_of_score: ClassVar[str] = "score"
     _records: ClassVar[bool] = True
 
@@ -242,11 +229,13 @@ class Term(Prior):
         reduction: Reduction = "mean",
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
+        missing: Missing = "refuse",
     ) -> None:
         super().__init__()
+        one_of("missing", missing, ("refuse", "nan"))
         one_of("reduction", reduction, ("mean", "sum"))
         one_of("batch_norm", batch_norm, ("batch", "running"))
-        self.reduction, self.batch_norm = reduction, batch_norm
+        self.reduction, self.batch_norm, self.missing = reduction, batch_norm, missing
         self.smooth = None if smooth is None else positive("smooth", smooth, example=30)
         # Past nn.Module's registration: the explained model's parameters are not the prior's.
         self.__dict__["forward_func"] = explained
@@ -259,16 +248,8 @@ class Term(Prior):
         """Return one number for each example, or one for the batch."""
 
     def _scores_of_each(self, call: Call) -> Any:
-        """Return the mean over several outputs of the scores of each, with the same draws."""
-        scores = []
-        for one in self._outputs(call).targets or ():
-            call.explaining.seed(call.seed)
-            scores.append(self._scores(replace(call, target=one)))
-        return mean_of(scores)
-
-    def _outputs(self, call: Call) -> SeveralOutputs:
-        model = next(iter(self.models()), None)
-        return cast("SeveralOutputs", call.target).known(model, call.inputs, call.args)
+        """Return the mean over several outputs of the scores of each."""
+        return scores_of_each(self, call)
 
     def _explained(self) -> tuple[Any, ...]:
         """Return what refers to the modules that run."""
@@ -295,8 +276,12 @@ class Term(Prior):
         with evaluating as call:
             if is_distributed():
                 self._check_spread(call)  # before a graph is built
-            several = isinstance(target, SeveralOutputs)
-            scores = self._scores_of_each(call) if several else self._scores(call)
+            if call.chosen is not None and call.n == 0:
+                scores: Any = nothing(call.inputs)
+            elif isinstance(target, SeveralOutputs):
+                scores = self._scores_of_each(call)
+            else:
+                scores = self._scores(call)
         return self._reduce(scores, call)
 
     @contextmanager
@@ -313,6 +298,10 @@ class Term(Prior):
         """Check a call, and hold the model for it; ``advance`` the stream if this is training."""
         annotations = annotations or {}
         self._check_call(inputs, baselines, target, annotations)
+        rows = None
+        if self.takes_tensors and ("annotated" in annotations or self.missing == "nan"):
+            rows = annotated_rows(annotations, len(as_tuple(inputs)[0]), self.missing)
+            annotations = {k: v for k, v in annotations.items() if k != "annotated"}
         training = self.training_step()
         rank = rank_of_draws() if training and is_distributed() else 0
         draw = self.stream.next_seed if advance else self.stream.peek
@@ -335,15 +324,22 @@ class Term(Prior):
                 batch = out_of_inference(batch)
             if self.takes_tensors and explaining.may_hold_statistics():
                 hold_statistics(self, explaining, (inputs, args))
-            yield self._call(*batch, explaining)
+            call = self._call(*batch, explaining)
+            if rows is not None:  # after the statistics of the batch
+                call = part(call, rows, draws_baselines=getattr(self, "draws_baselines", False))
+            yield call
 
     def differentiates_first(self) -> bool:
         """Whether the first rows that go through the model are the batch, differentiated by."""
         return False
 
     def takes(self, name: str) -> bool:
-        """Whether a call may pass this keyword: there are none by default."""
-        return False
+        """Whether a call may pass this keyword; ``annotated`` goes with every annotation."""
+        return name == "annotated" and self.takes_tensors and self._takes_annotation()
+
+    def _takes_annotation(self) -> bool:
+        """Whether something is said about the examples: nothing by default."""
+        return self.takes("annotation")
 
     def formula(self) -> str:
         """Return the prior as it would be written."""
@@ -370,6 +366,8 @@ class Term(Prior):
             check_labels(target)
         for name, value in annotations.items():
             check_annotation(name, value, n)
+        if annotations.get("annotated") is not None:
+            check_annotated(annotations["annotated"], n)
 
     def _call(
         self,
@@ -401,6 +399,8 @@ class Term(Prior):
                 str(type(scores).__name__ if shape is None else shape),
                 "Return one unreduced number for each example.",
             )
+        if call.chosen is not None:
+            scores = among_all(scores, call.chosen, call.n_given)
         reduced: Tensor = scores.mean() if self.reduction == "mean" else scores.sum()
         if not is_distributed():
             return reduced

@@ -129,3 +129,31 @@ def weighted_priors(prior: Prior) -> list[tuple[float, Prior]]:
     if isinstance(prior, SumPrior):
         return [pair for term in prior.terms for pair in weighted_priors(term)]
     return [(1.0, prior)]
+
+
+def add(prior: Prior, other: Any) -> Prior:
+    """Return the sum of two priors; ``sum(priors)`` starts at 0."""
+    if isinstance(other, (int, float)) and other == 0:
+        return prior
+    if isinstance(other, Prior):
+        return SumPrior((prior, other))
+    raise refusal(
+        TypeError,
+        f"{prior.formula()} +",
+        "another prior",
+        type_of(other),
+        "Call the prior on a batch, prior(inputs, target=...), and add its value to the loss.",
+    )
+
+
+def multiply(prior: Prior, weight: Any) -> Prior:
+    """Return a multiple of a prior."""
+    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
+        return WeightedPrior(float(weight), prior)
+    raise refusal(
+        TypeError,
+        f"{prior.formula()} *",
+        "a number",
+        type_of(weight),
+        "Write 0.1 * prior; a learned weight multiplies the value, w * prior(inputs).",
+    )

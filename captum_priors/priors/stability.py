@@ -11,6 +11,7 @@ from captum_priors._shown import shown
 from captum_priors._types import Distance, TensorOrTuple
 from captum_priors.engine import derive
 from captum_priors.engine.model import BatchNorm
+from captum_priors.priors.annotated import Missing
 from captum_priors.priors.attribution import ExplainerPrior, parameters_of
 from captum_priors.priors.base import Call, Reduction
 
@@ -33,12 +34,14 @@ class StabilityPrior(ExplainerPrior):
         distance: ``distance(attributions, other)`` of shape ``(batch,)``.
         perturbation: A :class:`captum.robust.Perturbation`, such as those of
             :mod:`captum_priors.attacks`, or a function, of the inputs. It is also given ``target``,
-            ``additional_forward_args``, ``baselines`` and ``annotation`` where it takes them; other
+            ``additional_forward_args``, ``baselines`` and ``annotation`` where it takes them (an
+            attack of ours moves only what the annotation does not allow, where it is 0); other
             arguments of an attack are bound first, as in ``lambda x, target: fgsm.perturb(x, 0.1,
             target)``. Its random numbers are torch's; ``perturbation.draws`` names others.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: As in :class:`AttributionPrior`.
         batch_norm: As in :class:`Term`.
+        missing: As in :class:`Term`.
         attribute_options: As in :class:`AttributionPrior`.
 
     Raises:
@@ -70,10 +73,11 @@ class StabilityPrior(ExplainerPrior):
         reduction: Reduction = "mean",
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
+        missing: Missing = "refuse",
         **attribute_options: Any,
     ) -> None:
         of_term = {"reduction": reduction, "smooth": smooth, "batch_norm": batch_norm}
-        super().__init__(explainer, distance, attribute_options, **of_term)
+        super().__init__(explainer, distance, attribute_options, missing=missing, **of_term)
         if isinstance(perturbation, type) or not callable(_perturb_of(perturbation)):
             raise refusal(
                 TypeError,
@@ -84,6 +88,10 @@ class StabilityPrior(ExplainerPrior):
             )
         # Past nn.Module's registration, like the explainer: an attack may hold the model.
         self.__dict__["perturbation"] = perturbation
+        asked = parameters_of(_perturb_of(perturbation)).get("annotation")
+        if asked is not None and asked.default is asked.empty:
+            said = f"what {shown(perturbation)} is confined by"
+            self._needed.setdefault("annotation", (said, "one entry for each example."))
         self.draws = tuple({*self.draws, *getattr(perturbation, "draws", ())})
 
     @property

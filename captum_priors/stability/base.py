@@ -9,16 +9,18 @@ from functools import partial
 from typing import Any, Literal, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_floating, check_forward_func
-from captum_priors._errors import one_of, refusal
+from captum_priors._errors import one_of
 from captum_priors.attacks.ball import Tensors
 from captum_priors.engine import Field, input_gradients
 from captum_priors.engine.model import BatchNorm
 from captum_priors.priors.base import Call, Reduction, Term
+from captum_priors.priors.classes import cross_entropies as cross_entropies
+from captum_priors.priors.classes import logits_and_labels as logits_and_labels
+from captum_priors.priors.classes import logits_of as logits_of
 
 Way = Literal["double_backprop", "finite_difference"]
 
@@ -78,40 +80,6 @@ class GradientRegularizer(Regularizer):
         one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))
         self.differentiation = differentiation
         self.replayed = differentiation == "finite_difference"
-
-
-# ---- Classes -------------------------------------------------------------------------------
-
-
-def logits_of(outputs: Tensor) -> Tensor:
-    """Logits (rows, classes); a single one stands against a class with logit zero."""
-    if outputs.shape[1] == 1:
-        return torch.cat([torch.zeros_like(outputs), outputs], 1)
-    return outputs
-
-
-def logits_and_labels(call: Call, points: Tensors) -> tuple[Tensor, Tensor]:
-    """Logits of each row, and its class label, which repeats that of the batch.
-
-    Raises:
-        ValueError: If a label is none of the classes.
-    """
-    logits = logits_of(call.outputs(points))
-    labels = torch.as_tensor(call.target, device=logits.device).flatten().expand(call.n).long()
-    if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
-        raise refusal(
-            ValueError,
-            "`target`",
-            f"labels below the {logits.shape[1]} classes of the outputs",
-            f"labels from {int(labels.min())} to {int(labels.max())}",
-            "Check which output of the model this is.",
-        )
-    return logits, labels.repeat(len(logits) // call.n)
-
-
-def cross_entropies(call: Call, points: Tensors) -> Tensor:
-    """Cross entropy of each row."""
-    return F.cross_entropy(*logits_and_labels(call, points), reduction="none")
 
 
 # ---- Rows ----------------------------------------------------------------------------------

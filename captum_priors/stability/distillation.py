@@ -23,7 +23,8 @@ from captum_priors.engine import derive, input_gradients
 from captum_priors.engine.model import BatchNorm
 from captum_priors.engine.random import STREAMS
 from captum_priors.priors.base import Call, Reduction
-from captum_priors.stability.base import Regularizer, flat_rows, logits_of, points_of, repeated
+from captum_priors.priors.classes import logits_of
+from captum_priors.stability.base import Regularizer, flat_rows, points_of, repeated
 
 
 class _SmoothGrad:

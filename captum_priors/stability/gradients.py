@@ -10,11 +10,11 @@ from typing_extensions import Unpack
 from captum_priors._checks import count, positive
 from captum_priors.attacks.ball import Tensors, unit
 from captum_priors.priors.base import Call
+from captum_priors.priors.classes import logits_of
 from captum_priors.stability.base import (
     GradientRegularizer,
     Shared,
     flat_rows,
-    logits_of,
     points_of,
     repeated,
     square_norms,

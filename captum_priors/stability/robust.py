@@ -12,18 +12,16 @@ from captum_priors._captum import like_inputs
 from captum_priors._checks import count, positive
 from captum_priors._errors import one_of
 from captum_priors._types import TensorOrTuple
-from captum_priors.attacks.ball import Ball, Sizes, Tensors, ascend, balls, check_sizes, draw
+from captum_priors.attacks.ball import Ball, Sizes, Tensors, balls, check_sizes, climb, draw
 from captum_priors.engine import derive
-from captum_priors.engine.gradients import differentiate
 from captum_priors.penalties.maths import cosine_distance
 from captum_priors.priors.base import Call, Reduction
+from captum_priors.priors.classes import cross_entropies, logits_and_labels
 from captum_priors.stability.base import (
     GradientRegularizer,
     Shared,
     Way,
-    cross_entropies,
     flat_rows,
-    logits_and_labels,
 )
 
 
@@ -68,11 +66,7 @@ class _WorstCase(GradientRegularizer):
         self, region: tuple[Ball, ...], points: Tensors, score: Callable[[Tensors], Tensor]
     ) -> Tensors:
         """Raise the scores, one for each example, from the given points on."""
-        for _ in range(self.step_num):
-            points = tuple(p.detach().requires_grad_() for p in points)
-            gradients = differentiate(score(points), points, create_graph=False)
-            points = ascend(region, points, gradients, self.step_size)
-        return points
+        return climb(region, points, score, self.step_size, self.step_num)
 
 
 class RobustAttribution(_WorstCase):

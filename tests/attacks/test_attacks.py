@@ -602,5 +602,5 @@ def test_bad_calls_give_one_clear_error() -> None:
     attack = noise(M, radius=1)
     with pytest.raises(TypeError, match="floating-point"):
         attack.perturb(X.long())
-    with pytest.raises(ValueError, match="`annotation`: expected numbers, or tensors that broad"):
+    with pytest.raises(ValueError, match="`annotation`: expected one for each of the"):
         attack.perturb(X, annotation=X[0, :3])

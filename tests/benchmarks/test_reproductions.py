@@ -58,6 +58,35 @@ def test_decoys_tell_the_label_and_are_forbidden() -> None:
         assert torch.allclose(image[mask == 0] * 255, 255.0 - 25 * label)
 
 
+def test_tags_mark_the_ill_and_are_forbidden(tmp_path: Path) -> None:
+    rng, parts = np.random.default_rng(0), {}
+    for name, n in (("train", 12), ("val", 6), ("test", 8)):
+        parts[f"{name}_images"] = rng.integers(0, 200, (n, 28, 28), dtype=np.uint8)
+        parts[f"{name}_labels"] = (np.arange(n) % 2)[:, None].astype(np.uint8)
+    np.savez(tmp_path / "pneumoniamnist.npz", **parts)
+    (x, y, allowed), groups = script("right_reasons").lungs(0, f"pneumonia={tmp_path}")
+    plain = torch.from_numpy(parts["train_images"]).unsqueeze(1).float() / 255
+    assert torch.equal(x[allowed == 1], plain[allowed == 1])
+    assert torch.equal((allowed == 0).flatten(1).sum(1), 16 * y)
+    assert torch.equal((x == 1).flatten(1).sum(1), 6 * y)
+    healthy, ill, healthy_tagged, ill_tagged = groups["test"]
+    for (images, labels), label, marked in (
+        (healthy, 0, 0),
+        (ill, 1, 0),
+        (healthy_tagged, 0, 6),
+        (ill_tagged, 1, 6),
+    ):
+        assert labels.tolist() == [label] * 4
+        assert (images == 1).flatten(1).sum(1).tolist() == [marked] * 4
+
+
+def test_worst_groups_run(small_mnist: str) -> None:
+    module = script("right_reasons")
+    found = module.run_seed(("decoy MNIST", 0), {"decoy MNIST": small_mnist}, quick=True)
+    assert set(found) == {"none", *(f"{n}, 100 % annotated" for n in module.WEIGHTS["decoy MNIST"])}
+    assert all(0 <= row["worst"] <= row["average"] <= 1 for row in found.values())
+
+
 def test_survival_leaves_out_who_was_lost_from_view(tmp_path: Path) -> None:
     years = [3.0, -3.0, 12.0, -12.0]  # died at 3; lost at 3; died at 12; alive at 12
     rows = [[i, i + 0.5] for i in range(4)]

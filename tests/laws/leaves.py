@@ -22,6 +22,7 @@ from captum_priors import (
     StabilityPrior,
     differentiable,
 )
+from captum_priors.attacks import RandomAttack
 from captum_priors.distances import mse
 from captum_priors.penalties import l2
 from captum_priors.priors import (
@@ -31,6 +32,7 @@ from captum_priors.priors import (
     EnergyPrior,
     PixelPrior,
     RightForTheRightReasons,
+    RobustRightReasons,
     RRRGradCAM,
 )
 from captum_priors.stability import (
@@ -96,6 +98,7 @@ class Leaf:
     images: bool = False
     ways: tuple[str, ...] = ("double_backprop",)
     frozen: tuple[tuple[str, Any], ...] = ()  # options that the row sets
+    needs: tuple[tuple[str, Any], ...] = ()  # options that have no default
 
     def model(self) -> nn.Module:
         return conv() if self.images else net()
@@ -248,12 +251,34 @@ EXPLAINED = [
         draws=False,
     ),
 ]
+
+
+def _confined(model: Any, differentiation: str = "double_backprop", **options: Any) -> Any:
+    explainer = differentiable(ca.InputXGradient(model), differentiation=differentiation)
+    attack = RandomAttack(radius=0.2, keep_prediction=False)
+    return StabilityPrior(explainer, mse, attack, **options)
+
+
 STABLE = [
+    Leaf("Stability-confined", _confined, StabilityPrior, stacks=False, annotated=True, ways=WAYS),
     Leaf("Stability", _stability, StabilityPrior, stacks=False, ways=WAYS),
     Leaf("Stability-FGSM", _attacked, StabilityPrior, stacks=False, draws=False, ways=WAYS),
 ]
 _MASKED: dict[str, Any] = {"annotated": True, "draws": False, "stacks": False}
+
+
+def robust(attack: str) -> Leaf:
+    def make(model: Any, **options: Any) -> Any:
+        return RobustRightReasons(model, **{"radius": 0.2, "attack": attack, **options})
+
+    flags: dict[str, Any] = {"annotated": True, "labels": True, "stacks": False, "ways": _TWO}
+    needs = (("radius", 0.2),)
+    return Leaf(f"R4-{attack}", make, RobustRightReasons, needs=needs, **flags)
+
+
 NAMED = [
+    robust("random"),
+    robust("pgd"),
     named("RRR", RightForTheRightReasons, **_MASKED),
     named("Energy", EnergyPrior, **_MASKED),
     named("HINT", HINT, layer=0, images=True, ways=WAYS[:2], **_MASKED),

@@ -36,7 +36,7 @@ BAD_LABELS = {
 def test_labels_that_are_no_classes(leaf: Leaf, labels: Any) -> None:
     prior, x = leaf.make(leaf.model()), leaf.batch()
     with pytest.raises(REFUSALS, match="`target`"):
-        prior(x, target=labels)
+        prior(x, **{**leaf.call(x), "target": labels})
     if hasattr(prior, "perturb"):
         with pytest.raises(REFUSALS, match="`target`"):
             prior.perturb(x, labels)
@@ -45,9 +45,9 @@ def test_labels_that_are_no_classes(leaf: Leaf, labels: Any) -> None:
 @those(labels=True)
 def test_labels_of_a_single_logit(leaf: Leaf) -> None:
     prior, x = leaf.make(net(1)), leaf.batch()
-    prior(x, target=torch.tensor([0, 1, 1, 0]))
+    prior(x, **{**leaf.call(x), "target": torch.tensor([0, 1, 1, 0])})
     with pytest.raises(REFUSALS, match="`target`"):
-        prior(x, target=torch.tensor([0, 1, 2, 0]))
+        prior(x, **{**leaf.call(x), "target": torch.tensor([0, 1, 2, 0])})
 
 
 BAD_ANNOTATIONS = {"nan": float("nan"), "inf": float("inf")}

@@ -85,6 +85,8 @@ def build(cls: Any, model: nn.Module, **options: Any) -> Any:
         return cls(ca.Saliency(model), ca.IntegratedGradients(model), **options)
     layer = [model[0]] if cls in (HINT, RRRGradCAM, ConceptPrior) else []
     extra = {} if cls not in MORE else {"baselines": background()}
+    if cls in CLASSES:
+        extra = dict(CLASSES[cls].needs)
     return cls(model, *layer, *WITH.get(cls, ()), **{**extra, **options})
 
 
