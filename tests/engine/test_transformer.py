@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,8 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from captum_priors import AttributionPrior, ExpectedGradients
 from captum_priors.penalties import total_variation
-from tests.asserts import draw_alike, parameter_gradients, relative_error
-from tests.cases import EXACT
+from tests.asserts import draw_alike, relative_error
 
 
 class Classifier(nn.Module):
@@ -54,19 +52,6 @@ def test_finite_difference_agrees_with_the_math_kernel_in_float32() -> None:
     pairs = [(f, e) for f, e in zip(found, exact, strict=True) if e is not None]
     assert len(pairs) == len(parameters) - 2  # the last two biases only shift the output
     assert relative_error([f for f, _ in pairs], [e for _, e in pairs]) < 1e-2
-
-
-@pytest.mark.parametrize("way", EXACT)
-def test_fused_attention_is_exact(way: str) -> None:
-    """Which kernel computes attention is no part of the function."""
-    model, (x, y) = Classifier().double(), batch()
-    parameters = list(model.parameters())
-    prior, plain = (prior_of(model, each, x.double()) for each in (way, "double_backprop"))
-    draw_alike(prior, plain)
-    with sdpa_kernel(SDPBackend.MATH):
-        exact = parameter_gradients(plain(x.double(), target=y), parameters)
-    found = parameter_gradients(prior(x.double(), target=y), parameters)
-    assert relative_error(found, exact) < 1e-12
 
 
 def test_trains() -> None:

@@ -1,7 +1,8 @@
 """Hugging Face Trainer: BERT with a prior on its word embeddings, through fused attention."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-from captum_priors import AttributionPrior, LayerExpectedGradients, Lazy
+from captum_priors import (
+    AttributionPrior,
+    LayerExpectedGradients,
+    Lazy,
+    NotDifferentiableError,
+)
 from captum_priors.integrations.huggingface import (
     LogitsOf,
     PriorTrainerMixin,
     classification_arguments,
 )
-from captum_priors.penalties import l1, l2
+from captum_priors.penalties import l1, l2, outside
 from captum_priors.priors import Prior
 from tests.integrations.launch import restarted
 
@@ -284,3 +290,125 @@ def test_annotations_are_popped_from_the_batch(tmp_path: Path) -> None:
         },
     ).train()
     assert seen[0].shape == (2, LENGTH)
+
+
+# Mixed precision: reviews whose first token, a tag, tells the label in training.
+
+TAGS, REVIEW, WORDS = (1, 2), 10, 24
+
+
+def reviews(n: int, tag_is_right: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Three words of the kind that decides the label, among plain words and after the tag."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(2, (n,), generator=draw)
+    opinions = 3 + 4 * labels.unsqueeze(1) + torch.randint(4, (n, 3), generator=draw)
+    plain = torch.randint(11, WORDS, (n, REVIEW - 4), generator=draw)
+    words = torch.cat([opinions, plain], 1)
+    words = words.gather(1, torch.rand(words.shape, generator=draw).argsort(1))
+    right = torch.rand(n, generator=draw) < tag_is_right
+    tag = torch.where(right, labels, 1 - labels).unsqueeze(1)
+    return torch.cat([TAGS[0] + tag, words], 1), labels
+
+
+def on_tags(attributions: Tensor, *, annotation: Tensor) -> Tensor:
+    return outside(attributions.sum(-1), annotation=annotation)
+
+
+def words_but_tags(inputs: dict[str, Any]) -> dict[str, Any]:
+    ids = inputs["input_ids"]
+    allowed = (ids > TAGS[1]).float()
+    return {**classification_arguments(inputs), "baselines": ids.roll(1, 0), "annotation": allowed}
+
+
+@contextmanager
+def single_precision() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(before)
+
+
+@single_precision()
+def broken_shortcut(folder: Path, way: Any, weight: float, bf16: bool, seed: int = 3) -> float:
+    """Accuracy where the tag is wrong, after 200 steps of two micro-batches on which it is right.
+
+    Attention is fused and there is no dropout.
+    """
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = BertConfig(
+        vocab_size=WORDS,
+        intermediate_size=64,
+        max_position_embeddings=REVIEW,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.1,
+        attn_implementation="sdpa",
+        **sizes,
+    )
+
+    def no_tags(model: Any) -> Prior:
+        words = model.bert.embeddings.word_embeddings
+        explainer = LayerExpectedGradients(LogitsOf(model), words, differentiation=way)
+        return weight * AttributionPrior(explainer, on_tags, n_samples=1)
+
+    ids, labels = reviews(2000, 1.0, seed=0)
+    options = arguments(
+        folder,
+        max_steps=200,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=16,
+        optim="adamw_torch",
+        lr_scheduler_type="linear",
+        learning_rate=2e-3,
+        max_grad_norm=1.0,
+        logging_steps=100,
+        bf16=bf16,
+    )
+    model = BertForSequenceClassification(config)
+    trainer = PriorTrainer(
+        model,
+        options,
+        train_dataset=[
+            {"input_ids": i, "labels": int(k)} for i, k in zip(ids, labels, strict=True)
+        ],
+        prior=no_tags,
+        prior_arguments=words_but_tags,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 200
+    ids, labels = reviews(1000, 0.0, seed=1)
+    with torch.no_grad():
+        return (model.eval()(ids).logits.argmax(1) == labels).float().mean().item()
+
+
+@pytest.fixture(scope="module")
+def in_float32(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """What training in float32 reaches."""
+    return broken_shortcut(tmp_path_factory.mktemp("float32"), "double_backprop", 1.0, bf16=False)
+
+
+@pytest.mark.slow
+def test_the_shortcut_is_taken_without_a_prior(in_float32: float, tmp_path: Path) -> None:
+    assert broken_shortcut(tmp_path, "double_backprop", 0.0, bf16=True) < 0.1
+    assert in_float32 > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way",
+    [
+        "double_backprop",
+        pytest.param(
+            "finite_difference",
+            marks=pytest.mark.xfail(
+                strict=True,
+                raises=NotDifferentiableError,
+                reason="Accelerate enters autocast inside the model's forward pass",
+            ),
+        ),
+    ],
+)
+def test_bfloat16_reaches_what_float32_does(way: str, in_float32: float, tmp_path: Path) -> None:
+    """The trainer's bf16 with accumulation; ``prepare`` puts autocast into the model's forward."""
+    assert broken_shortcut(tmp_path, way, 1.0, bf16=True) > in_float32 - 0.02
