@@ -171,5 +171,5 @@ def test_examples_that_another_gradient_moves(branch: Any, share: float, precisi
     prior = AttributionPrior(explainer, l2, abs=False)
     with in_bfloat16() if precision == "autocast" else nullcontext():
         value = prior(x, target=y)
-    with pytest.raises(NotDifferentiableError, match="of 16 examples that do not"):
+    with pytest.raises(NotDifferentiableError, match="of 16 examples"):
         value.backward()
