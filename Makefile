@@ -57,7 +57,7 @@ bench: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_all.py --output $(BENCH_OUTPUT) \
 		$(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(if $(FULL),--full)
 
-# The README's tables, from the registries and benchmarks/results.
+# The site's tables, from the registries and benchmarks/results.
 tables: $(INSTALLED)
 	$(BIN)/python -m tests.support_table
 

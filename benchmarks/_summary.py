@@ -159,7 +159,7 @@ def _concepts_and_agreement(results: Any) -> Iterator[Row]:
 def _batch_norm(results: Any) -> Iterator[Row]:
     for part in ("core", "beyond the core"):
         for name, row in results[part].items():
-            within, beside = row["within"], row["test, batch less loop"]
+            within, beside = row["runs within"], row["test, batch less loop"]
             yield (
                 f"BatchNorm in training mode, {part}, {name}: of {row['runs']} runs, those whose "
                 "accuracy in evaluation mode is within a point of that with recomputed statistics "

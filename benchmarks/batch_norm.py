@@ -162,17 +162,18 @@ def grid(data: tuple[str, ...], seeds: range, *, core: bool) -> list[Job]:
     return first if core else [*first, *rest]
 
 
-def gaps(found: Found, job: Job, way: Way) -> Figures:
-    """Accuracy in evaluation mode less that with statistics computed anew."""
-    figures = found[job][way]
-    return {part: round(figures[part] - figures[f"{part}, recomputed"], 6) for part in PARTS}
+def gaps(found: Found, jobs: list[Job], way: Way) -> Figures:
+    """Accuracy in evaluation mode less that with statistics computed anew, mean of the runs."""
+    runs = [found[job][way] for job in jobs]
+    differences = [{p: run[p] - run[f"{p}, recomputed"] for p in PARTS} for run in runs]
+    return {part: round(each["mean"], 6) for part, each in summary(differences).items()}
 
 
-def is_within(found: Found, job: Job, way: Way) -> bool:
+def is_within(found: Found, jobs: list[Job], way: Way) -> bool:
     """Whether each gap is a point at most, or that of the network without a prior."""
-    plain = gaps(found, (job[0].network, job[1]), "none")
+    plain = gaps(found, [(setting.network, seed) for setting, seed in jobs], "none")
     return all(
-        abs(gap) <= max(POINT, abs(plain[part])) for part, gap in gaps(found, job, way).items()
+        abs(gap) <= max(POINT, abs(plain[part])) for part, gap in gaps(found, jobs, way).items()
     )
 
 
@@ -196,9 +197,13 @@ def judge(found: Found, jobs: list[Job]) -> dict[str, Any]:
     return {
         "settings": len(by_setting),
         "runs": len(jobs),
-        "within": {way: sum(is_within(found, job, way) for job in jobs) for way in WAYS},
+        "runs within": {way: sum(is_within(found, [j], way) for j in jobs) for way in WAYS},
+        "settings within": {
+            way: sum(is_within(found, each, way) for each in by_setting.values()) for way in WAYS
+        },
         "largest gap": {
-            way: max(abs(g) for job in jobs for g in gaps(found, job, way).values()) for way in WAYS
+            way: max(abs(g) for job in jobs for g in gaps(found, [job], way).values())
+            for way in WAYS
         },
         "warned": sum(found[job]["running"]["warned"] for job in jobs),
         "test, batch less loop": beside_loop(found, jobs, "test"),
@@ -207,9 +212,9 @@ def judge(found: Found, jobs: list[Job]) -> dict[str, Any]:
         "by more than two standard errors": len(clearly),
         "missed": {
             "within": [
-                {"run": f"{s}, seed {seed}", **gaps(found, (s, seed), "batch")}
-                for s, seed in jobs
-                if not is_within(found, (s, seed), "batch")
+                {"run": f"{job[0]}, seed {job[1]}", **gaps(found, [job], "batch")}
+                for job in jobs
+                if not is_within(found, [job], "batch")
             ],
             "loop": {str(s): beside[s] for s in sorted(below, key=lambda s: beside[s]["mean"])},
         },
@@ -230,7 +235,7 @@ def results_of(found: Found, n_jobs: int) -> dict[str, Any]:
         runs.setdefault(setting, []).append(each)
     return {
         "run": {
-            "settings with a seed": len(found),
+            "settings and seeds": len(found),
             "of": n_jobs,
             "settings by number of seeds": {
                 str(n): sum(len(each) == n for each in runs.values())
@@ -266,7 +271,7 @@ def show_judged(title: str, judged: dict[str, Any]) -> None:
     ]
     rows = []
     for name, row in judged.items():
-        within = [f"{row['within'][way]} of {row['runs']}" for way in WAYS]
+        within = [f"{row['runs within'][way]} of {row['runs']}" for way in WAYS]
         beside = row["test, batch less loop"]
         rows.append(
             [
@@ -306,7 +311,9 @@ def draw(found: dict[str, Any]) -> Figure:
         plain = found[str(Setting("digits", layers, "Adam"))]["none"]["test"]
         axes.axhline(plain, color="k", linestyle=":", label="no prior, test")
         axes.set(xscale="log", title=f"{name}, {layers} layers", xlabel="weight")
-    all_axes[0][0].legend(fontsize=6)
+    for each in all_axes[:, 0]:
+        each.set_ylabel("accuracy, evaluation mode")
+    figure.legend(*all_axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 

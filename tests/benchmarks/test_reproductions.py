@@ -283,7 +283,9 @@ def test_batch_norm_runs_are_paired_and_judged() -> None:
         "loop": {**figures, "train": 0.91},
     }
     judged = module.results_of(found, 2)["core"]["RRR"]
-    assert judged["within"] == {"batch": 1, "running": 0, "loop": 1}
+    assert (
+        judged["runs within"] == judged["settings within"] == {"batch": 1, "running": 0, "loop": 1}
+    )
     assert judged["largest gap"]["running"] == 0.7
     assert judged["test, batch less loop"]["mean"] == -0.0099
     assert [*judged["missed"]["loop"]] == [str(setting)]

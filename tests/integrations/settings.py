@@ -8,7 +8,7 @@ Verdict = Literal["works", "works with", "refused"]
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the README's table."""
+    """One row of the site's table."""
 
     name: str
     verdict: Verdict

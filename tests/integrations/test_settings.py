@@ -1,4 +1,4 @@
-"""Every row of the README's table of settings rests on tests that are there and run."""
+"""Every row of the site's table of settings rests on tests that are there and run."""
 
 import subprocess
 import sys
