@@ -30,6 +30,7 @@ _LIGHTNING = "tests/integrations/test_lightning.py::"
 _HUGGINGFACE = "tests/integrations/test_huggingface.py::"
 _ACCELERATE = "tests/integrations/test_accelerate.py::"
 _GUARD = "tests/integrations/test_step_guard.py::"
+_KERNELS = "tests/laws/test_kernels.py::"
 _CHECKPOINTING = "tests/priors/test_checkpointing.py::"
 
 
@@ -159,7 +160,7 @@ SETTINGS = [
     Setting(
         "`torch.autocast` in bfloat16 or float16",
         "works",
-        "gradients below 6e-8 are lost in float16: evaluate the prior under "
+        "input gradients below 6e-8 are lost in float16: evaluate the prior under "
         "`torch.autocast(device, enabled=False)`",
         (f"{_HERE}test_autocast", f"{_HERE}test_small_gradients_in_float16"),
     ),
@@ -171,16 +172,27 @@ SETTINGS = [
     ),
     # Models
     Setting(
-        "`torch.compile`",
+        "`torch.compile(model)`, `model.compile()`, compiled submodules",
         "works",
-        "explanations run eagerly, training compiled",
-        (*_gradients("torch.compile", "model.compile"), f"{_HERE}test_inductor"),
+        "exactly: explanations run eagerly, training compiled",
+        (
+            f"{_KERNELS}test_compiled_models",
+            f"{_KERNELS}test_ahead_of_time",
+            f"{_KERNELS}test_inductor",
+            f"{_KERNELS}test_training_stays_compiled",
+            *_gradients("torch.compile", "model.compile"),
+        ),
     ),
     Setting(
-        "Fused attention",
+        "Fused attention: `nn.TransformerEncoder`, `F.scaled_dot_product_attention`, `sdpa`",
         "works",
-        "explanations run it as plain matrix products",
-        _gradients("fused_attention"),
+        "exactly: explanations run it as plain matrix products, training fused",
+        (
+            f"{_KERNELS}test_fused_attention",
+            f"{_KERNELS}test_every_prior",
+            f"{_KERNELS}test_training_stays_fused",
+            *_gradients("fused_attention"),
+        ),
     ),
     Setting(
         "Activation checkpointing, `use_reentrant=False`",
@@ -211,8 +223,10 @@ SETTINGS = [
     Setting(
         "BatchNorm and dropout in train mode",
         "works",
-        "statistics and masks of training are untouched",
+        "statistics and masks of training are untouched; the explained batch's own statistics "
+        "normalise",
         (
+            "tests/laws/test_batch_norm.py::test_priors_explain_the_function_that_is_trained",
             "tests/priors/test_no_trace.py::test_training_with_weight_zero_is_training_without",
             "tests/priors/test_no_trace.py::test_call_and_backward",
         ),
@@ -268,12 +282,13 @@ SETTINGS = [
         (f"{_LIGHTNING}test_step_that_goes_without_the_prior_is_refused",),
     ),
     Setting(
-        "Hugging Face `Trainer`, also accumulation, fused attention, `ddp_static_graph`",
+        "Hugging Face `Trainer`, also accumulation, bf16, fused attention, `ddp_static_graph`",
         "works with",
         "`class PriorTrainer(PriorTrainerMixin, Trainer)` and `prior=lambda model: ...`",
         (
             f"{_HUGGINGFACE}test_training_is_the_loop_written_by_hand",
             f"{_HUGGINGFACE}test_evaluation_reports_the_prior_and_leaves_the_loss",
+            f"{_HUGGINGFACE}test_bfloat16_reaches_what_float32_does",
             *_works("huggingface", "huggingface static_graph"),
         ),
     ),
