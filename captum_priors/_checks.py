@@ -190,8 +190,9 @@ def check_forward_func(forward_func: Any) -> None:
 def check_layer(layer: Any) -> None:
     """Require a module, rather than its name."""
     if not isinstance(layer, nn.Module):
-        found = repr(layer) if isinstance(layer, str) else type_of(layer)
-        raise refusal(TypeError, "`layer`", "a torch.nn.Module", found, "Pass model.some_layer.")
+        raise refusal(
+            TypeError, "`layer`", "a torch.nn.Module", type_of(layer), "Pass model.some_layer."
+        )
 
 
 def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:

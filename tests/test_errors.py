@@ -491,7 +491,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "concept of integers": (lambda: concept(torch.ones(2).long()), "int64"),
     "concept of a layer by name": (
         lambda: ConceptPrior(Net(), "conv", torch.ones(2)),
-        "'conv'. Pass model.some_layer",
+        "found str. Pass model.some_layer",
     ),
     "target by word": (lambda: concept(torch.ones(2), target="true"), "'random'"),
     "unknown form": (lambda: concept(torch.ones(2), form="l1"), "'cosine'"),

@@ -33,10 +33,19 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You are providing multiple inputs for Lime / Kernel SHAP",  # advice about speed
     "ignore:Objective did not converge",  # more is asked of the lasso than float64 holds
 )
-LABELLED = ("InputGradient", "CURE", "IG-NORM", "IG-SUM-NORM", "ART")
+LABELLED = ("InputGradient", "CURE", "IG-NORM", "IG-SUM-NORM", "ART", "R4-random", "R4-pgd")
 FOREIGN = "Stability-FGSM"  # Captum's attack knows indices alone
 # These look at all outputs, or at predictions: with a function around the model they say other.
-OF_ALL = ("ATEX", "Sensitivity", "Jacobian", "Jacobian-exact", "SSR", "SGT", "RRR")
+OF_ALL = (
+    "ATEX",
+    "Sensitivity",
+    "Jacobian",
+    "Jacobian-exact",
+    "SSR",
+    "SGT",
+    "RRR",
+    "Concept-maps-random",
+)
 TARGETED = [name for name, row in ROWS.items() if row.target]
 every_targeted_row = pytest.mark.parametrize("name", TARGETED)
 
