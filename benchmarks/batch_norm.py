@@ -291,7 +291,7 @@ def draw(found: dict[str, Any]) -> Figure:
     for layers, (name, compared) in itertools.product((2, 5, 17), PRIORS.items()):
         settings = [Setting("digits", layers, "Adam", name, w) for w in compared.weights]
         points = {s.weight: found[str(s)] for s in settings if str(s) in found}
-        if points:
+        if len(points) > 1:
             curves[layers, name] = points
     rows, columns = (list(dict.fromkeys(key[i] for key in curves)) for i in (0, 1))
     figure = Figure(figsize=(3.2 * len(columns), 2.6 * len(rows)), layout="constrained")
