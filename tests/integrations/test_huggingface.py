@@ -11,12 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-from captum_priors import (
-    AttributionPrior,
-    LayerExpectedGradients,
-    Lazy,
-    NotDifferentiableError,
-)
+from captum_priors import AttributionPrior, LayerExpectedGradients, Lazy
 from captum_priors.integrations.huggingface import (
     LogitsOf,
     PriorTrainerMixin,
@@ -395,20 +390,7 @@ def test_the_shortcut_is_taken_without_a_prior(in_float32: float, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "way",
-    [
-        "double_backprop",
-        pytest.param(
-            "finite_difference",
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=NotDifferentiableError,
-                reason="Accelerate enters autocast inside the model's forward pass",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("way", ["double_backprop", "finite_difference"])
 def test_bfloat16_reaches_what_float32_does(way: str, in_float32: float, tmp_path: Path) -> None:
     """The trainer's bf16 with accumulation; ``prepare`` puts autocast into the model's forward."""
     assert broken_shortcut(tmp_path, way, 1.0, bf16=True) > in_float32 - 0.02
