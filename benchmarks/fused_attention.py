@@ -221,11 +221,11 @@ def step_times(backend: str, rounds: int) -> dict[str, dict[str, float]]:
             loss.backward()
             optimizer.step()
 
-        runs: dict[str, Callable[[], None]] = {"plain": lambda step=step: step(None)}  # type: ignore[misc]
+        runs: dict[str, Callable[[], None]] = {"plain": lambda step=step: step(None)}  # type: ignore[misc]  # a default
         for way in WAYS:
-            explainer = ExpectedGradients(run_as, differentiation=way)  # type: ignore[arg-type]
+            explainer = ExpectedGradients(run_as, differentiation=way)  # type: ignore[arg-type]  # a word
             prior = AttributionPrior(explainer, l1, n_samples=1, baselines=x.roll(1, 0))
-            runs[way] = lambda step=step, prior=prior: step(prior)  # type: ignore[misc]
+            runs[way] = lambda step=step, prior=prior: step(prior)  # type: ignore[misc]  # a default
         for each in (*runs.values(), *runs.values()):
             each()
         seconds = in_turns(runs, rounds, time.perf_counter)

@@ -34,6 +34,39 @@ def parameter_gradients(value: Any, parameters: Sequence[Tensor]) -> list[Tensor
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
 
+def gradients_of(value: Tensor, parameters: Sequence[Any]) -> list[Tensor]:
+    """Gradient of a number, zeros where there is none."""
+    found = torch.autograd.grad(value, list(parameters), allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+
+def assert_slope(
+    value: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    rtol: float = 1e-4,
+    atol: float = 1e-7,
+) -> None:
+    """The gradient is the slope of the value along a random direction of all parameters.
+
+    The tolerance is for the truncation of the difference, and of ``finite_difference`` itself.
+    """
+    directions, step = [torch.randn_like(p) for p in parameters], 1e-5
+
+    @torch.no_grad()
+    def moved(by: float) -> None:
+        for p, d in zip(parameters, directions, strict=True):
+            p.add_(d, alpha=by)
+
+    pairs = zip(gradients_of(value(), parameters), directions, strict=True)
+    slope = torch.stack([(g * d).sum() for g, d in pairs]).sum()
+    moved(step)
+    above = value()
+    moved(-2 * step)
+    below = value()
+    moved(step)
+    torch.testing.assert_close(slope, (above - below) / (2 * step), rtol=rtol, atol=atol)
+
+
 def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Distance of two gradients, relative to the second, all tensors together."""
     difference = sum(float((a - b).square().sum()) for a, b in zip(actual, expected, strict=True))

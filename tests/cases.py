@@ -298,3 +298,25 @@ def rows(table: list[Any]) -> list[Any]:
         pytest.param(row, id=getattr(row, "name", None) or getattr(row, "__name__", str(row)))
         for row in table
     ]
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer of two directions, with dropout, and a classifier."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.cell = cell(4, 5, num_layers=2, dropout=0.3, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.cell(x)[0].mean(1))
+        return out
+
+
+def curved() -> nn.Module:
+    """A small classifier, curved, and confident enough for probabilities to differ."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    return model

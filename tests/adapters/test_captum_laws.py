@@ -113,9 +113,9 @@ def test_draws_say_which_streams_move(name: str) -> None:
     row, model, x = set_up(name, ROWS[name].models[0])
     explainer = differentiable(row.make(model))
     explainer.attribute(row.subject(x), **row.call(model))  # imports may draw, too
-    before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
+    before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002  # global
     explainer.attribute(row.subject(x), **row.call(model))
-    after = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
+    after = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002  # global
     moved = {
         stream
         for stream, a, b in zip(("torch", "numpy", "python"), before, after, strict=True)

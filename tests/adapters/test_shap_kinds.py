@@ -219,6 +219,17 @@ def test_pieces_are_as_the_whole(name: str, logit: bool, monkeypatch: pytest.Mon
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
 
 
+def assert_adds_up(found: Any, net: nn.Module, x: np.ndarray) -> None:
+    """Values and their gradients add up to the output's."""
+    expected = net(torch.as_tensor(x)).squeeze(1)
+    total = found.tensor.sum(1) + found.tensor_base
+    assert torch.allclose(total, expected, atol=1e-12)
+    gradients, wanted = (
+        torch.autograd.grad(t.sum(), list(net.parameters())) for t in (total, expected)
+    )
+    torch.testing.assert_close(gradients, wanted)
+
+
 @pytest.mark.parametrize("name", ["CoalitionExplainer", "ExactExplainer"])
 def test_what_repeats_is_read_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One run of SHAP for each row, and for the first those that W takes."""
@@ -230,8 +241,9 @@ def test_what_repeats_is_read_once(name: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         cls, "explain_row", lambda *a, **k: [runs.append(1), explain_row(*a, **k)][1]
     )
-    assert adapter(table(6, 1)).tensor.requires_grad
+    found = adapter(table(6, 1))
     assert len(runs) == 6 + 1
+    assert_adds_up(found, net, table(6, 1))
 
 
 def test_orders_along_a_tree() -> None:
@@ -240,13 +252,7 @@ def test_orders_along_a_tree() -> None:
     explainer = shap.PermutationExplainer(predictor(net), shap.maskers.Partition(table(7, 0)))
     adapter = differentiable(explainer, model=net)
     found = adapter(x, max_evals=33)
-    total = found.tensor.sum(1) + found.tensor_base
-    expected = net(torch.as_tensor(x))
-    assert torch.allclose(total, expected, atol=1e-12)
-    gradients, wanted = (
-        torch.autograd.grad(t.sum(), list(net.parameters())) for t in (total, expected)
-    )
-    torch.testing.assert_close(gradients, wanted)
+    assert_adds_up(found, net, x)
 
 
 def test_many_features_of_exact() -> None:
@@ -257,4 +263,4 @@ def test_many_features_of_exact() -> None:
     adapter, x = differentiable(explainer, model=net), random.randn(1, 13)
     found = adapter(x)
     assert np.abs(found.values - explainer(x).values).max() < 1e-12
-    assert found.tensor.requires_grad
+    assert_adds_up(found, net, x)

@@ -16,7 +16,7 @@ from captum_priors import AttributionPrior, NotDifferentiableError, differentiab
 from captum_priors.penalties import gini, l2
 from captum_priors.testing import check_differentiable
 from tests.asserts import relative_error
-from tests.cases import DIFFERENTIATIONS, EXACT
+from tests.cases import DIFFERENTIATIONS, EXACT, Recurrent
 
 
 def net() -> nn.Sequential:
@@ -124,17 +124,6 @@ def low_rank_adapters(way: Any) -> Pair:
         merged[0].weight += up @ down
     weight = of(prior_of(merged, way)(x, target=y), merged)[0]
     return of(prior_of(model, way)(x, target=y), model), [up.T @ weight, weight @ down.T]
-
-
-class Recurrent(nn.Module):
-    def __init__(self, cell: Any) -> None:
-        super().__init__()
-        self.cell = cell(4, 5, num_layers=2, dropout=0.3, bidirectional=True, batch_first=True)
-        self.head = nn.Linear(10, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.cell(x)[0].mean(1))
-        return out
 
 
 for _cell in (nn.RNN, nn.LSTM, nn.GRU):

@@ -142,7 +142,7 @@ def test_what_belongs_to_the_examples_goes_with_them() -> None:
 
 MASKED: dict[str, Callable[[nn.Module], Any]] = {
     **{
-        name: lambda m, p=p: AttributionPrior(Saliency(m), p, abs=False)  # type: ignore[misc]
+        name: lambda m, p=p: AttributionPrior(Saliency(m), p, abs=False)  # type: ignore[misc]  # a default
         for name, p in PENALTIES.items()
         if name != "energy_outside"
     },

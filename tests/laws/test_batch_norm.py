@@ -28,6 +28,7 @@ from tests.adapters.captum_table import MODELS, Explained, flat, in_double
 from tests.adapters.captum_table import ROWS as CAPTUM
 from tests.adapters.shap_cases import QUICK, adapted, mlp, stock, table
 from tests.adapters.shap_cases import ROWS as SHAP
+from tests.asserts import assert_slope, gradients_of
 from tests.laws.leaves import (
     FEATURES,
     WAYS,
@@ -74,11 +75,6 @@ def pair(leaf: Leaf, batch: Tensor) -> tuple[Any, Any]:
 
 def gradients(value: Tensor, model: nn.Module) -> list[Tensor]:
     return gradients_of(value, sorted(model.parameters(), key=id))
-
-
-def gradients_of(value: Tensor, parameters: list[Any]) -> list[Tensor]:
-    found = torch.autograd.grad(value, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
 
 def assert_same(value: Tensor, model: nn.Module, expected: Tensor, twin: nn.Module, **tol: Any):
@@ -298,7 +294,9 @@ def test_layer_that_the_explained_function_does_not_run_is_an_error() -> None:
     with pytest.raises(NotDifferentiableError, match="attribute forward_func"):
         AttributionPrior(Own(), l2)(torch.randn(4, FEATURES), target=0)
     model.eval()
-    assert AttributionPrior(Own(), l2)(torch.randn(4, FEATURES), target=0).requires_grad
+    x = torch.randn(4, FEATURES)
+    plain = AttributionPrior(ca.Saliency(model), l2, abs=False)
+    assert_same(AttributionPrior(Own(), l2)(x, target=0), model, plain(x, target=0), model, **CLOSE)
 
 
 def test_an_explainer_asked_directly_is_captums() -> None:
@@ -315,20 +313,7 @@ def test_certificate_in_training_mode(leaf: Leaf, way: str) -> None:
     x = leaf.batch(6)
     model, _ = pair(leaf, x)
     prior = leaf.make(model, **way_options(leaf, way)).eval()  # the same draws each time
-    parameters = [*model.parameters()]
-    directions, step, sides = [torch.randn_like(p) for p in parameters], 1e-5, []
-    slope = sum(
-        (g * d).sum()
-        for g, d in zip(gradients_of(prior(x, **leaf.call(x)), parameters), directions, strict=True)
-    )
-    for sign in (1, -2):
-        with torch.no_grad():
-            for p, d in zip(parameters, directions, strict=True):
-                p.add_(d, alpha=sign * step)
-            sides.append(prior(x, **leaf.call(x)))
-    measured = (sides[0] - sides[1]) / (2 * step)
-    # Truncation of the difference, and that of finite_difference itself.
-    torch.testing.assert_close(slope, measured, rtol=1e-4, atol=1e-7)
+    assert_slope(lambda: prior(x, **leaf.call(x)), [*model.parameters()])
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -362,9 +347,8 @@ def size(result: Any) -> Tensor:
 
 def assert_of_the_batch(prior: Any, model: Any, x: Tensor, norm: Any, **call: Any) -> None:
     """The value is that of running statistics set to those of the batch; the gradient its slope."""
-    prior, parameters = prior.eval(), [*model.parameters()]  # the same draws each time
+    prior = prior.eval()  # the same draws each time
     value = prior(x, **call)
-    found = gradients_of(value, parameters)
     seen = []
     handle = norm.register_forward_hook(lambda m, args, out: seen.append(args[0]))
     with torch.no_grad():
@@ -379,14 +363,7 @@ def assert_of_the_batch(prior: Any, model: Any, x: Tensor, norm: Any, **call: An
     torch.testing.assert_close(prior(x, **call), value, rtol=1e-6, atol=1e-12)
     norm.running_mean[:], norm.running_var[:] = before
     model.train()
-    directions, step, sides = [torch.randn_like(p) for p in parameters], 1e-5, []
-    for sign in (1, -2):
-        with torch.no_grad():
-            for p, d in zip(parameters, directions, strict=True):
-                p.add_(d, alpha=sign * step)
-            sides.append(prior(x, **call))
-    slope = sum((g * d).sum() for g, d in zip(found, directions, strict=True))
-    torch.testing.assert_close(slope, (sides[0] - sides[1]) / (2 * step), rtol=1e-3, atol=1e-6)
+    assert_slope(lambda: prior(x, **call), [*model.parameters()], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:You are providing multiple inputs for Lime")

@@ -117,7 +117,7 @@ def reading(function: Callable[[Tensor], Tensor], a: Tensor) -> str:
 def test_three_dimensions_have_one_reading() -> None:
     a, b = torch.randn(2, 6, 7), torch.randn(2, 6, 7)
     shape = list(a.shape)
-    other = lambda t: b.reshape(shape if t.dim() == 3 else t.shape)  # noqa: E731
+    other = lambda t: b.reshape(shape if t.dim() == 3 else t.shape)  # noqa: E731  # beside its like
     found = {
         "total_variation": reading(total_variation, a),
         "distances.ssim": reading(lambda t: d.ssim(t, other(t)), a),

@@ -11,7 +11,7 @@ from captum_priors.priors import RightForTheRightReasons, RobustRightReasons
 from captum_priors.stability import InputGradientRegularization
 from tests import oracles
 from tests.asserts import leaves_no_trace
-from tests.cases import tuple_inputs
+from tests.cases import curved, tuple_inputs
 
 every_attack = pytest.mark.parametrize("attack", ["random", "pgd"])
 RADIUS = 0.3
@@ -19,11 +19,7 @@ RADIUS = 0.3
 
 @pytest.fixture
 def model() -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2)  # curved, and confident enough for probabilities to differ
-    return model
+    return curved()
 
 
 def batch(n: int = 6) -> tuple[Tensor, dict[str, Any]]:

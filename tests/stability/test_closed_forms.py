@@ -20,6 +20,7 @@ from captum_priors.stability import (
 )
 from tests import oracles
 from tests.asserts import assert_unbiased
+from tests.cases import curved
 
 # Different orders of the same float64 sums.
 ROUNDING = 1e-11
@@ -28,11 +29,7 @@ N = 5
 
 @pytest.fixture
 def model() -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2)  # curved, and confident enough for probabilities to differ
-    return model
+    return curved()
 
 
 @pytest.fixture

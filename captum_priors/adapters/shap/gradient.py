@@ -113,7 +113,7 @@ class GradientAdapter(ModuleAdapter):
         check_floating(inputs)
         seed, n_samples, n = options.get("rseed"), options.get("nsamples", 200), len(inputs[0])
         if seed is None:  # SHAP's draw from the global stream, and its only one
-            seed = np.random.randint(0, 1e6)  # type: ignore[call-overload]  # noqa: NPY002
+            seed = np.random.randint(0, 1e6)  # type: ignore[call-overload]  # noqa: NPY002  # as SHAP
         random = np.random.RandomState(int(seed))  # draws as the global generator that SHAP seeds
         drawn = [
             (random.choice(len(self._held[0])), random.uniform()) for _ in range(n * n_samples)

@@ -164,7 +164,7 @@ class PermutationAdapter(MaskedAdapter):
         # Orders along a tree come from Numba's generator: nobody could run them again.
         return _width(most, n) if getattr(self.masker, "clustering", None) is None else most
 
-    def shap_values(self, X: Any, npermutations: int = 10, **options: Any) -> Any:  # noqa: N803
+    def shap_values(self, X: Any, npermutations: int = 10, **options: Any) -> Any:  # noqa: N803  # SHAP's
         """Explain as SHAP, arrays alone."""
         return super().shap_values(X, max_evals=npermutations * np.shape(X)[1], **options)
 
