@@ -12,6 +12,7 @@ from torch import Tensor
 from captum_priors._captum import as_tuple
 from captum_priors._rows import Rows
 from captum_priors.engine import AttributionPass
+from captum_priors.engine.finite_difference import full_precision
 from captum_priors.engine.model import out_of_inference
 
 if TYPE_CHECKING:
@@ -56,14 +57,14 @@ def hold_statistics(term: "Term", explaining: AttributionPass, batch: Batch) -> 
     if term.batch_norm == "running":
         _compare(term, explaining, models, whole)
         return
-    first = term.differentiates_first() and term.replayed is False
     device = as_tuple(whole[0])[0].device.type
-    # Finite differences are evaluated in full precision.
-    full = torch.is_autocast_enabled(device) and not explaining.exact
-    with torch.autocast(device, enabled=False) if full else nullcontext():
-        explaining.hold_statistics(
-            lambda: _outputs(models, whole), as_tuple(whole[0]) if first else None
-        )
+
+    def run() -> list[Tensor]:
+        with nullcontext() if explaining.exact else full_precision(device):  # as differences are
+            return _outputs(models, whole)
+
+    first = term.differentiates_first() and term.replayed is False
+    explaining.hold_statistics(run, as_tuple(whole[0]) if first else None)
 
 
 def _compare(
