@@ -94,22 +94,20 @@ def from_one_state(
         torch.clear_autocast_cache()
 
 
-def beside(evaluate: Evaluate, tensor: Tensor, step: Tensor) -> tuple[float, float]:
-    """Values on both sides: where the tensor is larger, and smaller, by a step."""
-    original = tensor.detach().clone()
+def beside(evaluate: Evaluate, *moves: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Values on both sides: where tensors are larger, and smaller, by a step each."""
+    originals = [tensor.detach().clone() for tensor, _ in moves]
+
+    def at(sign: int) -> float:
+        for (tensor, step), original in zip(moves, originals, strict=True):
+            write(tensor, original + sign * step)
+        return float(evaluate().detach())
+
     try:
-        write(tensor, original + step)
-        above = float(evaluate().detach())
-        write(tensor, original - step)
-        return above, float(evaluate().detach())
+        return at(1), at(-1)
     finally:
-        write(tensor, original)
-
-
-def central_difference(evaluate: Evaluate, tensor: Tensor, direction: Tensor, step: float) -> float:
-    """Slope of the value along a direction."""
-    above, below = beside(evaluate, tensor, step * direction)
-    return (above - below) / (2 * step)
+        for (tensor, _), original in zip(moves, originals, strict=True):
+            write(tensor, original)
 
 
 def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -164,7 +162,7 @@ class Line:
     def at(self, step: float) -> tuple[float, float]:
         """Slope, and how much steeper it is above than below."""
         if step not in self.seen:
-            above, below = beside(self.evaluate, self.tensor, step * self.direction)
+            above, below = beside(self.evaluate, (self.tensor, step * self.direction))
             bend = (above - 2 * self.start + below) / step
             self.seen[step] = (above - below) / (2 * step), bend
         return self.seen[step]
