@@ -142,6 +142,20 @@ def _decoy_mnist(results: Any) -> Iterator[Row]:
         )
 
 
+def _published_code(results: Any) -> Iterator[Row]:
+    for name, row in results["found"].items():
+        shown = f"{row['test']['mean']:.3f} ± {row['test']['spread']:.3f}"
+        gain = results["what is meant less what is written"].get(name)
+        if gain is not None:
+            shown += f"; {gain['mean']:+.3f} ± {gain['error']:.3f} (standard error)"
+        yield (
+            f"decoy MNIST, {name}: test accuracy"
+            + ("; what is meant less that, paired" if gain is not None else ""),
+            shown,
+            "",
+        )
+
+
 def _concepts_and_agreement(results: Any) -> Iterator[Row]:
     parts = {
         "concepts": ("a tag on MNIST's 8", ("clean", "all tagged")),
@@ -293,6 +307,7 @@ ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
     "fused_attention": _fused_attention,
     "pixel_prior": _pixel_prior,
     "decoy_mnist": _decoy_mnist,
+    "published_code": _published_code,
     "concepts_and_agreement": _concepts_and_agreement,
     "batch_norm": _batch_norm,
     "right_reasons": _right_reasons,

@@ -181,12 +181,13 @@ class Line:
 
         What is below the floor counts as zero. Where nothing has a graph, any slope will do.
         """
-        first = self.steps[0]
+        first, longest = self.steps[0], max(self.steps)
         zero = abs(self.derivative) <= floor
-        if self._is_zero(first, floor) and (
-            (zero and self._stands_still()) or self._is_zero(max(self.steps), floor)
-        ):
-            return "constant", self.at(first)[0], 0.0
+        still = zero and self._stands_still()
+        if self._is_zero(first, floor) and (still or self._is_zero(longest, floor)):
+            kink = self._kink(first, longest)  # that of an absolute value has no slope
+            if still or kink <= floor + 8 * self.rounding(first):
+                return "constant", self.at(first)[0], 0.0
         if not zero:
             for step in self.steps:
                 slope = self.at(step)[0]
@@ -211,6 +212,11 @@ class Line:
         zero = floor + self.rounding(step)
         return abs(self.derivative) <= zero and abs(self.at(step)[0]) <= zero
 
+    def _kink(self, short: float, long: float) -> float:
+        """How much steeper the value is above, in the limit that no step shrinks."""
+        ratio = long / short
+        return abs(ratio * self.at(short)[1] - self.at(long)[1]) / (ratio - 1)
+
     def _error(self, slope: float, floor: float) -> float:
         error = abs(self.derivative - slope) / (max(abs(slope), self.typical, floor) or 1.0)
         return error if math.isfinite(error) else math.inf
@@ -222,12 +228,11 @@ class Line:
         # Within the shortest step a value is straight: what it bends is rounding, or a kink.
         noise = 2 * steps[0] * abs(self.at(steps[0])[1])
         for short, long in itertools.pairwise(steps):
-            (slope, bend), (other, other_bend) = self.at(short), self.at(long)
-            ratio = long / short
-            kink = abs(ratio * bend - other_bend) / (ratio - 1)  # the bend that no step shrinks
+            slope, other = self.at(short)[0], self.at(long)[0]
+            kink = self._kink(short, long)
             doubt = abs(slope - other) + kink / 2 + max(self.rounding(short), noise / short)
             # A value that stands still at short steps alone moves in jumps.
-            jumps = moves and slope == other == 0
+            jumps = moves and (slope == other == 0 or (self.derivative and self._stands_still()))
             yield (math.inf if jumps or not math.isfinite(doubt) else doubt), slope
 
 

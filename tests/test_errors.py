@@ -88,7 +88,7 @@ from captum_priors.stability import (
     smooth_activations,
     weight_decay_groups,
 )
-from captum_priors.testing import check_differentiable
+from captum_priors.testing import check_differentiable, check_gradient
 from tests.asserts import leaves_no_trace
 
 N = 5
@@ -584,6 +584,26 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
             parameters=[e.forward_func[0].bias],
         ),
         "named_parameters()",
+    ),
+    "certificate of a loss that is there": (
+        lambda: check_gradient(net()(x()).sum(), net()),
+        "lambda",
+    ),
+    "certificate of several numbers": (
+        lambda: check_gradient((n := net()), n, inputs=x()),
+        "one number",
+    ),
+    "certificate of an optimizer's groups": (
+        lambda: check_gradient(lambda: x().sum(), [{"params": []}]),
+        "named_parameters()",
+    ),
+    "certificate in half precision": (
+        lambda: check_gradient((n := net().half()), n, inputs=x().half()),
+        "float64",
+    ),
+    "certificate of a frozen model": (
+        lambda: check_gradient(lambda: x().sum(), net().requires_grad_(False)),
+        "require gradients",
     ),
     # Attacks
     "attack on a class": (lambda: TopKAttack(Saliency, 2, radius=0.1), "class Saliency"),

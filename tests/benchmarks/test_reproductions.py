@@ -87,6 +87,32 @@ def test_worst_groups_run(small_mnist: str) -> None:
     assert all(0 <= row["worst"] <= row["average"] <= 1 for row in found.values())
 
 
+def test_penalties_as_written_have_the_value_that_is_meant() -> None:
+    """And not its gradient: two train nothing, one another thing."""
+    module = script("published_code")
+    model = module.network().double()
+    x, y = torch.rand(3, 1, 28, 28).double(), torch.tensor([1, 7, 3])
+    allowed = (torch.rand(3, 1, 28, 28) > 0.1).double()
+    for written, meant in module.MEANT.items():
+        assert module.PENALTIES[written][0] == module.PENALTIES[meant][0]
+        values = [module.PENALTIES[n][1](model, x, y, allowed) for n in (written, meant)]
+        torch.testing.assert_close(*values)
+        assert values[0].requires_grad == ("map" in written)
+        assert values[1].requires_grad
+    found = module.measured("RRR, retain_graph", model, (x, y, allowed))
+    assert found["verdicts"] == {"missing": 6}
+    assert module.measured("RRR", model, (x, y, allowed))["verdicts"] == {"right": 6}
+
+
+def test_penalties_as_written_are_paired(small_mnist: str) -> None:
+    module = script("published_code")
+    runs = module.run_seed(0, small_mnist, 1)["runs"]
+    assert runs["RRR through .grad.data"] == runs["no penalty"] != runs["RRR"]
+    assert runs["no penalty"]["the network without"] == 1 > runs["RRR"]["the network without"]
+    found = module.paired({name: [run] for name, run in runs.items()})
+    assert found["IG by Captum"]["mean"] == runs["IG"]["test"] - runs["IG by Captum"]["test"]
+
+
 def test_survival_leaves_out_who_was_lost_from_view(tmp_path: Path) -> None:
     years = [3.0, -3.0, 12.0, -12.0]  # died at 3; lost at 3; died at 12; alive at 12
     rows = [[i, i + 0.5] for i in range(4)]

@@ -117,8 +117,13 @@ def test_every_fault_is_named(name: str, dtype: torch.dtype) -> None:
     assert sure == names or (sure and sure < names and dtype == torch.float32 and verdict == WRONG)
     assert not report.passed
     assert set(report.faults) == found
-    with pytest.raises(NotDifferentiableError, match=f"{verdict}: {min(found)}"):
-        check_gradient(loss, model, inputs=(model, x))
+    assert all(name in str(report) for name in (verdict, *found))
+
+
+def test_faults_raise_and_say_which() -> None:
+    model, x = net(), torch.randn(4, 5)
+    with pytest.raises(NotDifferentiableError, match=r"missing: 0\.bias .*the value has a slope"):
+        check_gradient(detached_parameter, model, inputs=(model, x))
 
 
 @DTYPES
@@ -172,9 +177,9 @@ def relu_net(dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
 def test_kinks_are_not_called_wrong(dtype: torch.dtype) -> None:
     """Steps of float32 cross them; in float64 all is decided, and hidden biases are constants."""
     model, x = relu_net(dtype)
-    report = check_gradient(right, model, inputs=(model, x))
+    report = check_gradient(right, model, inputs=(model, x), raise_exception=False)
     assert not report.faults
-    assert report.passed == (dtype == torch.float64)
+    assert report.passed or dtype == torch.float32
 
     def saliency() -> Tensor:
         z = x.clone().requires_grad_()
@@ -199,7 +204,7 @@ def test_jumps_are_not_decidable() -> None:
     p = torch.linspace(0, 2, 9).requires_grad_()
 
     def straight_through() -> Tensor:
-        return (p + (torch.round(1e5 * p) / 1e5 - p).detach()).square().sum()
+        return (p + (torch.round(1e4 * p) / 1e4 - p).detach()).square().sum()
 
     assert check_gradient(straight_through, [p]).verdicts == {"parameters[0]": "undecided"}
 
