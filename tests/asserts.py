@@ -1,9 +1,12 @@
 """One function for each law."""
 
 import copy
+import gc
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,28 @@ from torch import Tensor, nn
 
 from captum_priors._slopes import beside
 from captum_priors.engine import Stream
+
+
+@contextmanager
+def new_objects() -> Iterator[Callable[[], list[Any]]]:
+    """Let objects that are made from here on be listed, those that only a cycle keeps among them.
+
+    The others are out of the collector's sight meanwhile: looking at all of them takes longer than
+    what is tested.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield gc.get_objects
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def resident() -> int:
+    """Memory of this process in bytes, in which graphs that no collector sees show."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def as_tuple(value: Any) -> tuple[Tensor, ...]:
