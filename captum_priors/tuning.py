@@ -248,16 +248,18 @@ def _loss_of(loss: Callable[[Any], Tensor], batch: Any) -> Tensor:
         value = loss(batch)
     else:
         value = loss(batch)
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-        shape = f"shape {tuple(value.shape)}, requires_grad={getattr(value, 'requires_grad', 0)}"
-        raise refusal(
-            TypeError,
-            "`loss`",
-            "a function of a batch that returns one number with a graph",
-            shape if isinstance(value, Tensor) else type_of(loss if value is None else value),
-            "Write loss=lambda batch: F.cross_entropy(model(batch[0]), batch[1]).",
-        )
-    return value
+    found = type_of(loss if value is None else value)
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and value.requires_grad:
+            return value
+        found = f"shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
+    raise refusal(
+        TypeError,
+        "`loss`",
+        "a function of a batch that returns one number with a graph",
+        found,
+        "Write loss=lambda batch: F.cross_entropy(model(batch[0]), batch[1]).",
+    )
 
 
 def _known(prior: Prior, term: Prior, arguments: Mapping[str, Any]) -> dict[str, Any]:
