@@ -49,8 +49,9 @@ from captum_priors.tuning import choose_weight
 WITHIN = 10.0
 LEAST_STEPS = 50
 MAY_COST = 0.02  # validation accuracy that a Hessian penalty may cost, as in stability_study
-RADIUS = 0.05
-N = {"train": 2000, "validation": 1000, "test": 2000}
+RADIUS, ATTACKED, STEPS = 0.05, 30, 15
+EPOCHS = 5
+N = {"train": 1000, "validation": 500, "test": 1000}
 Part = tuple[Tensor, ...]
 Score = Callable[[nn.Module, Part], dict[str, float]]
 
@@ -99,7 +100,7 @@ def pixel(seed: int, sources: dict[str, str]) -> Trial:
         lambda b: {"inputs": b[0], "target": b[1], "baselines": b[0]},
         score,
         batch=64,
-        epochs=5,
+        epochs=EPOCHS,
     )
 
 
@@ -162,8 +163,8 @@ def hessian(seed: int, sources: dict[str, str]) -> Trial:
         explainer = Saliency(model)
         report = stability_report(
             {"model": explainer},
-            {"model": {"attack": attacks(explainer, RADIUS, 20)["attack"]}},
-            DataLoader(TensorDataset(*(t[:50] for t in part)), batch_size=50),
+            {"model": {"attack": attacks(explainer, RADIUS, STEPS)["attack"]}},
+            DataLoader(TensorDataset(*(t[:ATTACKED] for t in part)), batch_size=ATTACKED),
             k=TOP,
         )
         kept = report.row(attack="attack").scores[f"top-{TOP}"].mean
@@ -177,15 +178,15 @@ def hessian(seed: int, sources: dict[str, str]) -> Trial:
         lambda b: {"inputs": b[0], "target": b[1]},
         score,
         batch=64,
-        epochs=5,
+        epochs=EPOCHS,
     )
 
 
 TASKS: dict[str, tuple[Callable[[int, dict[str, str]], Trial], tuple[float, ...], int]] = {
-    "pixel prior": (pixel, (1e-5, 1e-4, 1e-3, 1e-2, 1e-1), 3),
-    "right for the right reasons": (right_reasons, (1.0, 1e1, 1e2, 1e3, 1e4), 3),
-    "sparsity": (sparsity, (1e-2, 1e-1, 1.0, 1e1, 1e2), 10),
-    "Hessian penalty": (hessian, (1e-5, 1e-4, 1e-3, 1e-2, 1e-1), 3),
+    "pixel prior": (pixel, (1e-5, 1e-4, 1e-3, 1e-2), 3),
+    "right for the right reasons": (right_reasons, (1.0, 1e1, 1e2, 1e3), 3),
+    "sparsity": (sparsity, (1e-2, 1e-1, 1.0, 1e1), 8),
+    "Hessian penalty": (hessian, (1e-4, 1e-3, 1e-2, 1e-1), 3),
 }
 """Trial, the weights that a sweep begins with, and seeds: many splits where 100 rows validate."""
 
@@ -352,17 +353,17 @@ def one_task(name: str, options: argparse.Namespace, sources: dict[str, str]) ->
     """Sweep, propose, and train with the proposal."""
     _, weights, n_seeds = TASKS[name]
     seeds = seeds_of(options, full=n_seeds, quick=1)
-    one = functools.partial(run, sources=sources, scale=0.2 if options.quick else 1.0)
+    scale = 0.2 if options.quick else 1.0
 
     def over(weights: list[float]) -> Runs:
-        jobs = [(name, seed, w) for w in weights for seed in seeds]
-        found = iter(in_processes(one, jobs, options.jobs))
-        return {w: [next(found) for _ in seeds] for w in weights}
+        return {w: [run((name, s, w), sources, scale) for s in seeds] for w in weights}
 
-    runs = sweep(name, weights[1:4] if options.quick else weights, over)
-    jobs = [(name, seed) for seed in seeds]
-    proposals = in_processes(functools.partial(propose, sources=sources), jobs, options.jobs)
-    return judged(runs, proposals, over([statistics.median(p["early"] for p in proposals)]))
+    proposals = [propose((name, seed), sources) for seed in seeds]
+    print(f"{name}: proposed {proposals}", flush=True)
+    at_proposal = over([statistics.median(p["early"] for p in proposals)])
+    return judged(
+        sweep(name, weights[1:3] if options.quick else weights, over), proposals, at_proposal
+    )
 
 
 def main() -> None:
@@ -373,9 +374,10 @@ def main() -> None:
     sources = {source.partition("=")[0]: source for source in options.data}
     if set(sources) != {"mnist", "nhanes"}:
         raise SystemExit("--data: expected mnist=DIR and --data nhanes=DIR.")
-    results, rows = {}, []
-    for name in TASKS:
-        row = results[name] = one_task(name, options, sources)
+    one = functools.partial(one_task, options=options, sources=sources)
+    results = dict(zip(TASKS, in_processes(one, TASKS, options.jobs), strict=True))
+    rows = []
+    for name, row in results.items():
         test = (row["test"][k]["score"]["mean"] for k in ("no prior", "best", "proposed"))
         good, proposed = row["as good as the best"], row["proposed"]
         rows.append(
