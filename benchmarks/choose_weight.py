@@ -270,20 +270,25 @@ def mean(runs: Runs, weight: float, part: str, key: str = "score") -> float:
     return statistics.mean(each[part][key] for each in runs[weight])
 
 
-def best_of(runs: Runs) -> float:
-    """Weight above zero with the highest validation score among those that qualify."""
+def qualifying(runs: Runs) -> list[float]:
+    """Weights above zero that cost no more accuracy than they may, where that is looked at."""
     weights = sorted(w for w in runs if w)
-    if "accuracy" in runs[0.0][0]["validation"]:
-        least = mean(runs, 0.0, "validation", "accuracy") - MAY_COST
-        fine = [w for w in weights if mean(runs, w, "validation", "accuracy") >= least]
-        weights = fine or weights[:1]
-    return max(weights, key=lambda w: mean(runs, w, "validation"))
+    if "accuracy" not in runs[0.0][0]["validation"]:
+        return weights
+    least = mean(runs, 0.0, "validation", "accuracy") - MAY_COST
+    fine = [w for w in weights if mean(runs, w, "validation", "accuracy") >= least]
+    return fine or weights[:1]
+
+
+def best_of(runs: Runs) -> float:
+    """Weight with the highest validation score among those that qualify."""
+    return max(qualifying(runs), key=lambda w: mean(runs, w, "validation"))
 
 
 def as_good(runs: Runs, best: float) -> list[float]:
     """Weights whose validation score is within a standard error of the best one's, in pairs."""
     found = []
-    for weight in sorted(w for w in runs if w):
+    for weight in qualifying(runs):
         pairs = zip(runs[best], runs[weight], strict=True)
         gaps = [a["validation"]["score"] - b["validation"]["score"] for a, b in pairs]
         error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
