@@ -99,7 +99,9 @@ def choose_weight(
     A tenth leaves the loss its way and takes effect as it flattens. It is a start for a search.
 
     Ask after about an epoch without the prior: a network that knows nothing has large losses and
-    flat maps. The model is measured in the mode that it is in, and nothing of it, of the prior or
+    flat maps. Of four priors that were swept, the proposal was within ten times the best weight for
+    two; for a Hessian penalty it was far too small, where one asked before training was right.
+    The model is measured in the mode that it is in, and nothing of it, of the prior or
     of any random stream is changed, the shuffling of a ``DataLoader`` included; the prior is
     evaluated as in evaluation, so that ``Lazy`` skips nothing. On several processes, or before
     ``torch.compile``, ask with the plain module, which has the same ratio. Under float16, whose
