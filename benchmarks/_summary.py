@@ -285,6 +285,18 @@ def _relu_differentiation(results: Any) -> Iterator[Row]:
         )
 
 
+def _choose_weight(results: Any) -> Iterator[Row]:
+    for name, row in results.items():
+        proposed, good = row["proposed"], row["as good as the best"]
+        yield (
+            f"`choose_weight`, {name}: proposal over the best of the decades; proposal (before "
+            "training); best (as good: within a standard error)",
+            f"{row['proposed over best']:.2g}; {proposed['early']:.2g} ({proposed['start']:.2g}); "
+            f"{row['best weight']:g} ({min(good):g} to {max(good):g})",
+            "0.1 to 10",
+        )
+
+
 def _stability_study(results: Any) -> Iterator[Row]:
     for name, row in results["results"].items():
         found = row["top-50, attack"]
@@ -312,6 +324,7 @@ ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
     "batch_norm": _batch_norm,
     "right_reasons": _right_reasons,
     "stability_study": _stability_study,
+    "choose_weight": _choose_weight,
     "relu_differentiation": _relu_differentiation,
     "nhanes_sparsity": _nhanes_sparsity,
     "nhanes_references": _nhanes_references,

@@ -89,6 +89,7 @@ from captum_priors.stability import (
     weight_decay_groups,
 )
 from captum_priors.testing import check_differentiable, check_gradient
+from captum_priors.tuning import PriorLog, choose_weight
 from tests.asserts import leaves_no_trace
 
 N = 5
@@ -241,7 +242,7 @@ DRAW_AS_CAPTUM_DOES = {"ExpectedGradients", "LayerExpectedGradients"}
 
 
 def fails(call: Callable[[], Any]) -> str:
-    with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+    with pytest.raises((TypeError, ValueError, RuntimeError, FloatingPointError)) as caught:
         call()
     text = str(caught.value)
     what, _, rest = text.partition(": expected ")
@@ -321,11 +322,54 @@ def report(**wrong: Any) -> Any:
     return stability_report(**{**given, **wrong})
 
 
+def weighed(
+    prior: Any = JacobianRegularization, loss: Any = None, model: Any = None, **wrong: Any
+) -> Any:
+    """Weigh a prior against a loss, both made of the model."""
+    model = model or net()
+
+    def mean(batch: Any) -> Tensor:
+        return (loss or (lambda outputs: outputs.square().mean()))(
+            model(batch[0].nan_to_num(0, 1, 1))
+        )
+
+    given = {"loss": mean, "batches": [(x(), torch.ones(5).long())], **wrong}
+    return choose_weight(model, prior=prior(model), **given)
+
+
 def packed() -> Any:
     return nn.utils.rnn.pack_padded_sequence(torch.randn(3, 4, 2), [3, 2, 1, 1])
 
 
 OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
+    # Choosing a weight
+    "criterion as loss": (
+        lambda: choose_weight(net(), nn.functional.cross_entropy, averaging(), [(x(), 1)]),
+        "loss=lambda batch",
+    ),
+    "loss of each example": (lambda: weighed(loss=lambda out: out.sum(1)), "shape (5,)"),
+    "loss without a graph": (lambda: weighed(loss=lambda out: out.sum().detach()), "=False"),
+    "loss that is fitted": (lambda: weighed(loss=lambda out: 0 * out.sum()), "expected a gradient"),
+    "loss that is not finite": (
+        lambda: weighed(loss=lambda out: torch.inf * out.sum()),
+        "loss in batch 0: expected a finite number",
+    ),
+    "prior that is not finite": (
+        lambda: weighed(InputGradientRegularization, batches=[(x() / 0, torch.ones(5).long())]),
+        "prior InputGradientRegularization",
+    ),
+    "prior of another model": (lambda: weighed(lambda _: JacobianRegularization(net())), "of this"),
+    "prior of weight zero": (lambda: weighed(lambda m: 0 * JacobianRegularization(m)), "1 of 1"),
+    "function as prior": (lambda: weighed(lambda model: l1), "`prior`: expected a Prior"),
+    "function as model": (lambda: weighed(model=lambda x: x), "`model`: expected a Module"),
+    "frozen model": (lambda: weighed(model=net().requires_grad_(False)), "Unfreeze"),
+    "no batches": (lambda: weighed(batches=[]), "used up"),
+    "batches that are no pairs": (
+        lambda: weighed(batches=[(x(), 1, 2)]),
+        "a pair (inputs, target), found tuple of 3",
+    ),
+    "target ratio of zero": (lambda: weighed(target_ratio=0), "target_ratio"),
+    "no steps between": (lambda: PriorLog(net(), every=0), "every"),
     # What names the way out
     "packed sequence": (lambda: AttributionPrior(Saliency(net()), l1)(packed()), "lengths in"),
     "several classes for each example": (

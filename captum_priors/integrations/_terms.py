@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_priors.priors.base import Prior
 
-TOTAL = "prior"
+TOTAL, RATIO = "prior", "prior_gradient_ratio"
 
 
 def terms_of(prior: Prior) -> dict[str, Prior]:

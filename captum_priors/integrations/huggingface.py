@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from captum_priors._checks import count
 from captum_priors._errors import refusal
 from captum_priors._extras import extra
 from captum_priors.engine import modules_of
-from captum_priors.integrations._terms import Means, evaluate
+from captum_priors.integrations._terms import RATIO, Means, evaluate
 from captum_priors.priors.base import Prior
+from captum_priors.tuning import PriorLog
 
 __all__ = ["LogitsOf", "PriorTrainerMixin", "classification_arguments"]
 
@@ -80,6 +82,8 @@ class PriorTrainerMixin:
             what the model does not take, such as annotations (keep those columns with
             ``remove_unused_columns=False``).
         evaluate_prior: Whether evaluation reports the prior, which takes an explanation's time.
+        log_gradients_every: Every so many micro-batches, ``"prior_gradient_ratio"`` is measured
+            (:class:`captum_priors.tuning.PriorLog`) and logged with the training loss; 0 for never.
         kwargs: For the trainer.
 
     Example:
@@ -118,12 +122,16 @@ class PriorTrainerMixin:
         prior: Prior | Callable[[Any], Prior],
         prior_arguments: Callable[[dict[str, Any]], Mapping[str, Any]] = classification_arguments,
         evaluate_prior: bool = True,
+        log_gradients_every: int = 0,
         **kwargs: Any,
     ) -> None:
         self._make_prior: Any = prior
         self._prior_of: tuple[Any, Any] = (None, None)
         self._resumes_from: str | bool | None = None
         self.prior_arguments, self.evaluate_prior = prior_arguments, evaluate_prior
+        self.log_gradients_every = count("log_gradients_every", log_gradients_every, least=0)
+        self._ratios: PriorLog | None = None
+        self._measured: float | None = None
         super().__init__(*args, **kwargs)
         self._training_means = Means(self.args.device)
         self._evaluation_means = Means(self.args.device)
@@ -143,6 +151,8 @@ class PriorTrainerMixin:
             prior = (made if isinstance(made, Prior) else made(self.model)).to(self.args.device)
             _check_explains(prior, self.model)
             self._prior_of = (self.model, prior)
+            every = self.log_gradients_every
+            self._ratios = PriorLog(self.model, every) if every else None
         found: Prior = prior
         return found
 
@@ -163,7 +173,10 @@ class PriorTrainerMixin:
             self._continue_from_checkpoint()
             value, values = evaluate(self.prior, arguments)
             self._training_means.add(values)
-            loss = loss + value / self._undivided_steps(num_items_in_batch)
+            added = value / self._undivided_steps(num_items_in_batch)
+            ratio = None if self._ratios is None else self._ratios(loss, added)
+            self._measured = self._measured if ratio is None else ratio
+            loss = loss + added
         elif self.evaluate_prior:
             self._evaluation_means.add(evaluate(self.prior, arguments)[1])
         return (loss, outputs) if return_outputs else loss
@@ -182,6 +195,8 @@ class PriorTrainerMixin:
         """Log the prior with the training loss."""
         if "loss" in logs:
             logs.update(self._training_means.take(self.prior, self.accelerator.reduce))
+            if self._measured is not None:
+                logs[RATIO], self._measured = self._measured, None
         super().log(logs, *args, **kwargs)  # type: ignore[misc]  # the framework's
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from captum_priors._captum import as_tuple
 from captum_priors._errors import refusal
-from captum_priors.integrations._terms import evaluate
+from captum_priors.integrations._terms import RATIO, evaluate
 from captum_priors.priors.base import Prior
+from captum_priors.tuning import PriorLog
 
 __all__ = ["PriorMixin"]
 
@@ -24,6 +25,10 @@ class PriorMixin:
     Each batch logs ``"prior"``, what is added to the loss, and each term's own value without its
     weight as ``"prior/<term>"``. Validation and test batches log ``"val_prior"`` and
     ``"test_prior"`` in the same way and change no loss, also under ``trainer.validate()``.
+
+    With ``log_gradients_every = 100``, on the class or in ``__init__``, each hundredth batch logs
+    ``"prior_gradient_ratio"`` (:class:`captum_priors.tuning.PriorLog`), unless a step of your own
+    adds the prior.
 
     A ``training_step`` in the body of the class that lists the mixin comes before it: call
     ``self.prior_loss(batch)`` there, as under manual optimization. A step is never given the prior
@@ -59,7 +64,9 @@ class PriorMixin:
     """
 
     prior: Prior
+    log_gradients_every: int = 0
     _prior_was_added = False
+    _ratios: PriorLog | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -104,9 +111,20 @@ class PriorMixin:
         trains = self.automatic_optimization and torch.is_grad_enabled()  # type: ignore[attr-defined]  # the framework's
         if self._prior_was_added or output is None or not trains:
             return output
-        if isinstance(output, Mapping):
-            return {**output, "loss": output["loss"] + self.prior_loss(batch)}
-        return output + self.prior_loss(batch)
+        value, returns_more = self.prior_loss(batch), isinstance(output, Mapping)
+        loss = output["loss"] if returns_more else output
+        self._log_ratio(loss, value)
+        return {**output, "loss": loss + value} if returns_more else loss + value
+
+    def _log_ratio(self, loss: Tensor, value: Tensor) -> None:
+        if not self.log_gradients_every:
+            return
+        if self._ratios is None:
+            model: Any = self
+            self._ratios = PriorLog(model, self.log_gradients_every)
+        ratio = self._ratios(loss, value)
+        if ratio is not None:
+            self.log(RATIO, ratio)  # type: ignore[attr-defined]  # the framework's
 
     def on_train_batch_end(self, outputs: Any, *args: Any, **kwargs: Any) -> None:
         """Refuse a step that went without the prior."""

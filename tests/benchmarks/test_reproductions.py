@@ -351,3 +351,51 @@ def test_parameter_gradients_run(method: str) -> None:
     module = script("relu_differentiation")
     plain = module.run(("digits", "none", 0.0, 0), "", 0.1)
     assert module.run(("digits", method, 0.002, 0), "", 0.1)["TV"] != plain["TV"]
+
+
+def test_weights_are_swept_beyond_the_ends_and_judged_on_validation() -> None:
+    module = script("choose_weight")
+
+    def figures(score: float, accuracy: float = 0.9) -> list[Any]:
+        each = {"score": score, "accuracy": accuracy}
+        return [{"validation": {**each, "score": score + s}, "test": each} for s in (0.0, 0.1)]
+
+    def over(weights: list[float]) -> Any:
+        # The higher, the better, up to 100, which costs accuracy; 1 is as good as 10.
+        found = {0.0: 0.2, 0.01: 0.3, 0.1: 0.4, 1.0: 0.7, 10.0: 0.7, 100.0: 0.9}
+        return {w: figures(found[w], 0.8 if w == 100 else 0.9) for w in weights}
+
+    runs = module.sweep("", (0.01, 0.1), over)
+    assert [*runs] == [0.0, 0.01, 0.1, 1.0, 10.0]
+    assert [*module.sweep("", (0.1, 1.0, 10.0), over)] == [0.0, 0.1, 1.0, 10.0]
+    assert [*module.sweep("", (10.0, 100.0), over)] == [0.0, 10.0, 100.0, 1.0, 0.1]
+    runs |= over([100.0])
+    assert module.best_of(runs) == 1.0
+    assert module.as_good(runs, 1.0) == [1.0, 10.0]
+    proposals = [{"start": 5.0, "early": 0.04}, {"start": 5.0, "early": 0.09}]
+    found = module.judged(runs, proposals, over([0.1]))
+    assert found["best weight"] == 1.0
+    assert found["proposed over best"] == pytest.approx(0.065)
+    assert not found["within"]
+    assert found["test"]["proposed"]["score"]["mean"] == 0.4
+
+
+@pytest.mark.parametrize("name", ["right for the right reasons", "sparsity"])
+def test_proposals_are_measured_before_and_early_in_training(
+    name: str, small_mnist: str, small_nhanes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("choose_weight")
+    monkeypatch.setattr(module, "N", {"train": 100, "validation": 50, "test": 50})
+    sources = {"mnist": small_mnist, "nhanes": f"nhanes={small_nhanes}"}
+    found = module.propose((name, 0), sources)
+    assert found["start"] > 0
+    assert found["early"] > 0
+    assert found["start"] != found["early"]
+    ends = []
+    for weight in (0.0, 100.0):
+        torch.manual_seed(0)
+        trial = module.TASKS[name][0](0, sources)
+        module.train(trial, weight, 1)
+        ends.append([p.clone() for p in trial.model.parameters()])
+    assert any(not torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert 0 <= module.run((name, 0, 1.0), sources, 0.1)["test"]["score"] <= 1

@@ -19,6 +19,7 @@ from captum_priors.integrations.huggingface import (
 )
 from captum_priors.penalties import l1, l2, outside
 from captum_priors.priors import Prior
+from captum_priors.tuning import PriorLog
 from tests.integrations.launch import restarted
 
 L1, L2 = (f"AttributionPrior_LayerExpectedGradients_{name}_n_samples_2" for name in ("l1", "l2"))
@@ -164,6 +165,35 @@ def test_training_is_the_loop_written_by_hand(
     assert [entry["prior"] for entry in logs] == pytest.approx(means(added), rel=1e-9)
     assert [entry[f"prior/{L1}"] for entry in logs] == pytest.approx(means(own), rel=1e-9)
     assert min(added) > 0
+
+
+@pytest.mark.parametrize(("make", "divided"), [(bert, 1), (Plain, 2)])
+def test_ratio_of_gradients_is_logged_and_moves_nothing(
+    make: Callable[[], Any], divided: int, tmp_path: Path
+) -> None:
+    ends, seen = [], Recorder()
+    for every in (0, 3):
+        trainer = PriorTrainer(
+            make(),
+            arguments(tmp_path, gradient_accumulation_steps=2, max_steps=3),
+            train_dataset=data(),
+            prior=make_prior,
+            prior_arguments=seen,
+            log_gradients_every=every,
+        )
+        trainer.train()
+        ends.append(trainer.model)
+    for a, b in zip(*(end.parameters() for end in ends), strict=True):
+        assert torch.equal(a, b)
+    logged = [entry.get("prior_gradient_ratio") for entry in trainer.state.log_history[:3]]
+    twin, call = make(), seen.calls[0]
+    logits = LogitsOf(getattr(twin, "inside", twin))(
+        call["inputs"], call["additional_forward_args"]
+    )
+    loss = nn.functional.cross_entropy(logits, call["target"]) / divided
+    first = PriorLog(twin)(loss, make_prior(twin)(**call) / 2)
+    # Micro-batches 0 and 3 of two in each step; single precision.
+    assert logged == [pytest.approx(first, rel=1e-4), trainer._ratios.ratios[3], None]
 
 
 def test_evaluation_reports_the_prior_and_leaves_the_loss(tmp_path: Path) -> None:

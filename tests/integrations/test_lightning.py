@@ -18,6 +18,7 @@ from captum_priors import AttributionPrior, ExpectedGradients, Lazy
 from captum_priors.integrations.lightning import PriorMixin
 from captum_priors.penalties import l1, l2
 from captum_priors.priors import Prior
+from captum_priors.tuning import PriorLog
 from tests.integrations.launch import restarted
 
 # Most of these modules have nothing to validate.
@@ -200,6 +201,21 @@ def test_logger_gets_every_term(tmp_path: Path) -> None:
     assert lazy[::2] == lazy[1::2]
     assert len(set(lazy)) == 6
     assert len(column("val_prior")) == len(column(f"val_prior/{L1}")) == 2
+
+
+@pytest.mark.parametrize("kind", [Regularized, RegularizedDict])
+def test_ratio_of_gradients_is_logged_and_moves_nothing(kind: Any) -> None:
+    module = kind()
+    module.log_gradients_every = 5
+    fitting = trainer()
+    fitting.fit(module, loader())
+    assert_same_parameters(module.net, by_hand()[0])
+    net, (x, y) = Classifier().net, next(iter(loader()))
+    log = PriorLog(net)
+    first = log(F.cross_entropy(net(x), y), make_prior(net)(x, target=y))
+    assert [*module._ratios.ratios] == [0, 5, 10]
+    assert module._ratios.ratios[0] == pytest.approx(first, rel=1e-9)  # another order of sums
+    assert fitting.logged_metrics["prior_gradient_ratio"] == module._ratios.ratios[10]
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
