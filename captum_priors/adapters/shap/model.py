@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captum_priors._captum import output_error, select_error
+from captum_priors._captum import logits_of, output_error, select_error
 from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors.engine import AttributionPass, modules_of, run_modules
 
@@ -114,7 +114,7 @@ class TorchModel:
         return torch.cat([self._checked(part) for part in parts])
 
     def _checked(self, arguments: tuple[Any, ...]) -> Tensor:
-        output, n = self.function(*arguments), len(arguments[0])
+        output, n = logits_of(self.function(*arguments)), len(arguments[0])
         if not isinstance(output, Tensor):
             raise select_error(output, None)
         if output.shape[:1] != (n,):
