@@ -15,7 +15,6 @@ from captum_priors._captum import (
     forward_args,
     forward_func_of,
     like_inputs,
-    logits_returned,
 )
 from captum_priors._checks import check_distribution, check_floating, check_target, check_tensors
 from captum_priors._errors import NotDifferentiableError, refusal
@@ -205,8 +204,7 @@ class CaptumAdapter:
         return target.explained(explain, self.draws)
 
     def _run_stock(self, **given: Any) -> Any:
-        with logits_returned(forward_func_of(self)):
-            return inspect.unwrap(self._stock.attribute)(self, **given)
+        return inspect.unwrap(self._stock.attribute)(self, **given)
 
 
 def _check_baselines(baselines: Any, tensors: tuple[Tensor, ...]) -> None:

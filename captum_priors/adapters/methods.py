@@ -10,7 +10,7 @@ import torch
 from captum.attr import LayerFeaturePermutation, NoiseTunnel
 from torch import Tensor, nn
 
-from captum_priors._captum import as_tuple
+from captum_priors._captum import as_tuple, logits_returned
 from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors._rows import Rows
 from captum_priors.adapters.captum import CaptumAdapter, adapted
@@ -57,7 +57,10 @@ class ModeAdapter(CaptumAdapter):
         return self._recomputed(given, tensors)
 
     def _run_stock(self, **given: Any) -> Any:
-        with nullcontext() if self.runs is None else self.runs.apart():
+        runs = nullcontext() if self.runs is None else self.runs.apart()
+        # Captum's wrappers of language models look for logits themselves.
+        model = getattr(self, "forward_func", None) if self.takes_tensors else None
+        with runs, logits_returned(model):
             return super()._run_stock(**given)
 
     def _on_second_run(self, layer: nn.Module) -> None:
