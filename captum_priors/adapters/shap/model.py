@@ -68,7 +68,7 @@ class TorchModel:
         with run_modules() as seen:
             for self._whole in (False, False, whole):  # a function shows its modules when it runs
                 try:
-                    return self.function(*map(self.convert, sample))
+                    return self.once(*sample)
                 except (IndexError, RuntimeError, TypeError) as error:
                     first = first or error
                     self._like = _first_float(seen) if seen else self._like
@@ -103,7 +103,7 @@ class TorchModel:
 
     def once(self, *arguments: Any) -> Any:
         """Evaluate on rows as they are, all at once."""
-        return self.function(*map(self.convert, arguments))
+        return logits_of(self.function(*map(self.convert, arguments)))
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Evaluate on rows, in parts that suit the device; in double precision."""
