@@ -21,6 +21,8 @@ from captum_priors.attr.expected_gradients import (
     reference_rows,
 )
 from captum_priors.engine import attribution_call, current_pass
+from captum_priors.engine._torch import leaf_of
+from captum_priors.engine.gradients import nodes
 from captum_priors.outputs import SeveralOutputs
 
 Tensors = tuple[Tensor, ...]
@@ -239,11 +241,8 @@ class Layer:
             return [t for t in _each(found) if isinstance(t, Tensor) and t.requires_grad]
 
         def hook(found: Any) -> Any:
-            sums = [t.sum() for t in tracked(found)]
-            slopes: Tensors = ()
-            if sums and before:
-                slopes = torch.autograd.grad(sums, before, retain_graph=True, allow_unused=True)
-            fed.append(any(slope is not None for slope in slopes))
+            leaves = (leaf_of(node) for node in nodes(tracked(found)))
+            fed.append(any(leaf is other for leaf in leaves for other in before))
             cut = _mapped(lambda t: t.detach().requires_grad_(t.is_floating_point()), found)
             before.extend(tracked(cut))
             return copied(cut)
