@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors import (
+    AttnLRP,
     AttributionPrior,
     ExpectedGradients,
     LayerExpectedGradients,
@@ -322,6 +323,14 @@ def test_the_difference_of_the_outputs_is_that_of_all_runs() -> None:
     gap = (model(*inputs) - model(*(0 * x for x in inputs)))[:, 1]
     # 200 differences, each times the slope at one of its ends.
     assert_same_numbers(sum(maps.sum((1, 2)) for maps in found), gap, 1e-2)
+
+
+def test_relevance_of_each_run_by_function() -> None:
+    case = two_texts()
+    found = differentiable(ca.LayerLRP(case.model, case.layer)).attribute(case.inputs, target=1)
+    embedded = tuple(map(case.layer, case.inputs))
+    expected = AttnLRP(case.model.compared).attribute(embedded, target=1)
+    assert_same_numbers(found, expected, ROUNDING)
 
 
 @pytest.mark.parametrize("cls", [ca.LayerIntegratedGradients, LayerExpectedGradients])
