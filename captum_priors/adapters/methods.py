@@ -35,7 +35,7 @@ class ModeAdapter(CaptumAdapter):
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
         tensors = self._check_call(given)
-        state = GlobalState.now(self.draws) if self.draws else None
+        state = GlobalState.now(self.draws) if self.draws and self._captured() else None
         try:
             with watched(self._captured(), self._on_second_run):
                 return self._attribute_once(given, tensors)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captum_priors._captum import forward_args
 from captum_priors._errors import refusal
-from captum_priors.attr.layers import Layer
+from captum_priors.attr.layers import Layer, runs_error
 from captum_priors.engine.random import GlobalState
 
 
@@ -29,17 +29,25 @@ class Runs:
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Pass what each run returns (or receives) through its module."""
-        turns = cycle(self.modules)
+        turns, last = cycle(self.modules), self.modules[-1]
+
+        def turn(found: Any) -> Any:
+            nonlocal last
+            last = next(turns)
+            return last(found)
+
         if self.to_input:
             hook = self.layer.register_forward_pre_hook(
-                lambda module, args: next(turns)(args[0] if len(args) == 1 else args)
+                lambda module, args: turn(args[0] if len(args) == 1 else args)
             )
         else:
-            hook = self.layer.register_forward_hook(lambda module, args, out: next(turns)(out))
+            hook = self.layer.register_forward_hook(lambda module, args, out: turn(out))
         try:
             yield
         finally:
             hook.remove()
+        if last is not self.modules[-1]:
+            raise runs_error("other numbers of runs than at the whole batch")
 
 
 def may_run_apart(explainer: Any, layer: nn.Module) -> bool:

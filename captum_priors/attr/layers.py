@@ -183,7 +183,7 @@ class Layer:
         first = current is not None and not current.seen.before
         runs = self._recorded(inputs, args)
         if len(runs) > 1 and first and self.runs_apart(inputs, args) is None:
-            raise _runs_error(f"{len(runs)} runs, of which one feeds another")
+            raise runs_error(f"{len(runs)} runs, of which one feeds another")
         found = _only_activations(runs)
         times, rest = divmod(found[0].shape[0], batch)
         alike = rest == 0 < times and all(len(a) == len(found[0]) for a in found)
@@ -259,13 +259,13 @@ class Layer:
         def hook(found: Any) -> Any:
             own = tuple(value.clone() for _, value in zip(_each(found), rest, strict=False))
             if len(own) < len(_each(found)):
-                raise _runs_error("more runs than at the whole batch")
+                raise runs_error("more runs than at the whole batch")
             return own if self.to_input or isinstance(found, tuple) else own[0]
 
         with self._hooked(hook):
             yield
         if next(rest, None) is not None:
-            raise _runs_error("fewer runs than at the whole batch")
+            raise runs_error("fewer runs than at the whole batch")
 
     @contextmanager
     def _hooked(self, hook: Any) -> Iterator[None]:
@@ -327,7 +327,8 @@ def _block_by_block(whole: Tensor, part: Tensor, times: int, counts: tuple[int, 
     return bool(by_example > 1e-3 * part.norm() and 4 * (of_blocks - part).norm() < by_example)
 
 
-def _runs_error(found: str) -> Exception:
+def runs_error(found: str) -> Exception:
+    """Word what is wrong with the runs of a layer."""
     return refusal(
         ValueError,
         "`layer`",
@@ -340,7 +341,7 @@ def _runs_error(found: str) -> Exception:
 def _only_activations(runs: list[Any]) -> Tensors:
     """Require that the layer ran, and dealt in floating-point tensors."""
     if not runs:
-        raise _runs_error("0 runs")
+        raise runs_error("0 runs")
     values = tuple(value for run in runs for value in _each(run))
     if not all(isinstance(v, Tensor) and v.is_floating_point() for v in values) or not values:
         raise refusal(
