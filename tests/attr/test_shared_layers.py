@@ -158,7 +158,7 @@ def test_runs_that_depend_on_the_batch_are_refused(runs: Any, found: str) -> Non
         explainer.attribute(ids, ids, n_samples=2, target=0)
     captum = differentiable(ca.LayerIntegratedGradients(model, model.embedding))
     # A run that is missing is missed by torch.
-    with pytest.raises((ValueError, RuntimeError), match="other numbers of runs|not .* been used"):
+    with pytest.raises((ValueError, RuntimeError), match=r"other numbers of runs|not .* been used"):
         captum.attribute(ids, n_steps=3, target=0)
 
 
