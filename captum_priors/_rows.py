@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_priors._captum import output_error, run_function, select_error, select_targets
+from captum_priors._captum import (
+    logits_of,
+    output_error,
+    run_function,
+    select_error,
+    select_targets,
+)
 from captum_priors._types import OutputTarget
 from captum_priors.engine import current_pass, refuse_coupled_examples, submodules_of
 from captum_priors.engine.gradients import refuse_batch_statistics
@@ -129,6 +135,7 @@ class Rows:
                     if "leaf Variable that requires grad" not in str(error):
                         raise
                     output = run(*given, *args)
+        output = output if isinstance(output, Tensor) else logits_of(output)
         if not isinstance(output, Tensor):
             raise select_error(output, self.target)
         if self.target is None:

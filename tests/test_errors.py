@@ -15,6 +15,7 @@ from captum.attr import (
     FeatureAblation,
     InputXGradient,
     IntegratedGradients,
+    LayerConductance,
     LayerGradCam,
     Saliency,
 )
@@ -542,6 +543,26 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "axis that is none": (
         lambda: concept(torch.ones(2), channel_dim=4)(images(), target=1),
         "(2,)",
+    ),
+    "layer that feeds itself": (
+        lambda: (lambda mix: LayerExpectedGradients(lambda z: mix(mix(z)), mix))(
+            nn.Linear(3, 3)
+        ).attribute(x(), x()),
+        "found 2 runs, of which one feeds another",
+    ),
+    "layer of two texts in one batch": (
+        lambda: (
+            lambda mix: LayerExpectedGradients(
+                lambda z: mix(torch.cat([z, -z])).view(len(z), -1), mix
+            )
+        )(nn.Linear(3, 3)).attribute(x(), x(), target=0),
+        "run it once for each",
+    ),
+    "delta of each run": (
+        lambda: (lambda mix: differentiable(LayerConductance(lambda z: mix(z) + mix(-z), mix)))(
+            nn.Linear(3, 3)
+        ).attribute(x(), target=0, return_convergence_delta=True),
+        "True for 2 runs",
     ),
     "layer of an LSTM": (
         lambda: (lambda lstm: ConceptPrior(lambda z: lstm(z)[0], lstm, torch.ones(2)))(

@@ -56,7 +56,7 @@ def _of_captum(error: Exception, tensors: list[Tensor], given: dict[str, Any]) -
         return refusal(
             TypeError,
             "`forward_func`",
-            "it to return a torch.Tensor",
+            "it to return a torch.Tensor, or to be a module whose output has logits",
             returned[1],
             "Wrap it in a function that returns the logits alone.",
         )

@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 def classification_arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keywords of a prior for a batch of sequence or image classification.
 
-    ``input_ids`` or ``pixel_values`` are its ``inputs``, ``labels`` its ``target``, and an
-    ``attention_mask`` is an additional argument. Others need a function of their own.
+    ``input_ids`` or ``pixel_values`` are its ``inputs``, ``labels`` its ``target``; an
+    ``attention_mask`` is an additional argument, and so are ``token_type_ids`` after it, which tell
+    the sentences of a pair apart. Others need a function of their own.
 
     Example:
         >>> import torch
@@ -33,16 +34,27 @@ def classification_arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
         >>> ids, labels = torch.ones(2, 5, dtype=torch.long), torch.tensor([0, 1])
         >>> list(classification_arguments({"input_ids": ids, "labels": labels}))
         ['inputs', 'target']
+        >>> pair = {"input_ids": ids, "labels": labels, "token_type_ids": ids}
+        >>> mask, types = classification_arguments(pair)["additional_forward_args"]
+        >>> mask is None, types is ids
+        (True, True)
     """
     name = "pixel_values" if "pixel_values" in inputs else "input_ids"
     arguments = {"inputs": inputs[name], "target": inputs["labels"]}
-    if inputs.get("attention_mask") is not None:
-        arguments["additional_forward_args"] = inputs["attention_mask"]
+    mask, types = inputs.get("attention_mask"), inputs.get("token_type_ids")
+    if types is not None:
+        arguments["additional_forward_args"] = (mask, types)
+    elif mask is not None:
+        arguments["additional_forward_args"] = mask
     return arguments
 
 
 class LogitsOf:
     """A classifier of ``transformers`` as an explainer calls it: ids and mask in, logits out.
+
+    What comes after the ids is passed by its name. BERT and its like may be explained as they are:
+    their second and third arguments are the mask and the token types, and the logits of a module's
+    output are found. Others have other arguments there, GPT-2 and XLNet among them.
 
     Example:
         >>> from types import SimpleNamespace
@@ -54,10 +66,10 @@ class LogitsOf:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def __call__(self, inputs: Any, attention_mask: Any = None) -> Any:
+    def __call__(self, inputs: Any, attention_mask: Any = None, token_type_ids: Any = None) -> Any:
         """Return the logits."""
-        more = {} if attention_mask is None else {"attention_mask": attention_mask}
-        return self.model(inputs, **more).logits
+        named = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        return self.model(inputs, **{k: v for k, v in named.items() if v is not None}).logits
 
 
 class PriorTrainerMixin:

@@ -108,7 +108,7 @@ class ConceptPrior(Term):
             raise refusal(
                 TypeError,
                 "`layer`",
-                "a layer that returns one tensor",
+                "a layer that runs once in each forward pass and returns one tensor",
                 f"{len(activations)}",
                 "Choose the layer before or behind it.",
             )

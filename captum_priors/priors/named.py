@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from captum.attr import InputXGradient, LayerGradCam, Saliency
 from torch import Tensor, nn
 
-from captum_priors._captum import select_error
+from captum_priors._captum import logits_of, select_error
 from captum_priors._checks import check_forward_func, check_layer
 from captum_priors._errors import refusal
 from captum_priors._shown import same, shown_value
@@ -130,7 +130,7 @@ class _SumOfLogProbabilities:
         self.forward_func = forward_func
 
     def __call__(self, *args: Any) -> Tensor:
-        logits = self.forward_func(*args)
+        logits = logits_of(self.forward_func(*args))
         if not isinstance(logits, Tensor):
             raise select_error(logits, None)
         if logits.dim() < 2 or logits.shape[1] < 2 or logits.shape[0] != args[0].shape[0]:

@@ -1,5 +1,6 @@
 """Hugging Face Trainer: BERT with a prior on its word embeddings, through fused attention."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -315,6 +316,78 @@ def test_annotations_are_popped_from_the_batch(tmp_path: Path) -> None:
         },
     ).train()
     assert seen[0].shape == (2, LENGTH)
+
+
+def test_pairs_of_sentences(tmp_path: Path) -> None:
+    """Token types travel with the mask, into the model as it is and by name."""
+    rows = [{**row, "token_type_ids": torch.arange(LENGTH) // 3} for row in data(4)]
+    values = []
+    for of in (LogitsOf, lambda model: model):
+
+        def prior(model: Any, of: Any = of) -> Prior:
+            explainer = LayerExpectedGradients(of(model), model.bert.embeddings.word_embeddings)
+            padding = torch.zeros(1, LENGTH, dtype=torch.long)
+            return restarted(1.0 * AttributionPrior(explainer, l1, baselines=padding))
+
+        seen, model = Recorder(), bert()
+        options = arguments(tmp_path, max_steps=1)
+        trainer = PriorTrainer(
+            model, options, train_dataset=rows, prior=prior, prior_arguments=seen
+        )
+        twin = prior(copy.deepcopy(model))
+        trainer.train()
+        (call,) = seen.calls
+        _, types = call["additional_forward_args"]
+        assert torch.equal(types, (torch.arange(LENGTH) // 3).expand(2, -1))
+        values.append(trainer.state.log_history[0]["prior"])
+        assert values[-1] == pytest.approx(twin(**call).item(), rel=1e-9)
+    assert values[0] == pytest.approx(values[1], rel=1e-9)
+
+
+class Pair(nn.Module):
+    """Two texts, of different lengths, through one BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = bert().bert
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, a: Tensor, b: Tensor, labels: Any = None) -> Any:
+        encoded = [self.encoder(input_ids=ids).pooler_output for ids in (a, b)]
+        logits = self.head(torch.cat(encoded, 1))
+        if labels is None:
+            return logits
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_two_texts_through_one_encoder(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def of_both(maps: Any) -> Tensor:
+        seen.append(tuple(m.shape for m in maps))
+        return l1(maps)
+
+    def prior(model: Any) -> Prior:
+        words = model.encoder.embeddings.word_embeddings
+        padding = (torch.zeros(1, 5).long(), torch.zeros(1, 3).long())
+        return 1.0 * AttributionPrior(
+            LayerExpectedGradients(model, words), of_both, baselines=padding
+        )
+
+    rows = [{"a": torch.arange(5) + k, "b": torch.arange(3) + 2 * k, "labels": k} for k in (1, 2)]
+    trainer = PriorTrainer(
+        Pair(),
+        arguments(tmp_path, max_steps=1),
+        train_dataset=rows,
+        prior=prior,
+        prior_arguments=lambda batch: {
+            "inputs": (batch["a"], batch["b"]),
+            "target": batch["labels"],
+        },
+    )
+    trainer.train()
+    assert seen == [((2, 5, 8), (2, 3, 8))]
+    assert trainer.state.log_history[0]["prior"] > 0
 
 
 # Mixed precision: reviews whose first token, a tag, tells the label in training.

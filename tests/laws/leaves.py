@@ -80,6 +80,17 @@ def net(out: int = CLASSES) -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, out))
 
 
+class Both(nn.Module):
+    """A network that runs twice, once for each of two inputs, and weighs what it says of them."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.clone()) - 0.5 * self.net(x)
+
+
 def conv() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, CLASSES))
 
@@ -235,6 +246,11 @@ EXPLAINED = [
     explained(
         "LayerEG",
         lambda m, way: LayerExpectedGradients(m, m[1], differentiation=way),
+        call={"n_samples": 2, "baselines": background()},
+    ),
+    explained(
+        "LayerEG-two-runs",
+        lambda m, way: LayerExpectedGradients(Both(m), m[1], differentiation=way),
         call={"n_samples": 2, "baselines": background()},
     ),
     explained(
