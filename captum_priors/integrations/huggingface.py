@@ -25,6 +25,9 @@ def classification_arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
     ``input_ids`` or ``pixel_values`` are its ``inputs``, ``labels`` its ``target``, and an
     ``attention_mask`` is an additional argument. Others need a function of their own.
 
+    Raises:
+        ValueError: If the batch has none of these.
+
     Example:
         >>> import torch
         >>> from captum_priors.integrations.huggingface import classification_arguments
@@ -33,6 +36,15 @@ def classification_arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
         ['inputs', 'target']
     """
     name = "pixel_values" if "pixel_values" in inputs else "input_ids"
+    if name not in inputs or "labels" not in inputs:
+        raise refusal(
+            ValueError,
+            "batch",
+            "`labels`, and `input_ids` or `pixel_values`",
+            ", ".join(inputs) or "nothing",
+            "Pass the trainer prior_arguments=..., a function of the batch that returns the "
+            "prior's keywords.",
+        )
     arguments = {"inputs": inputs[name], "target": inputs["labels"]}
     if inputs.get("attention_mask") is not None:
         arguments["additional_forward_args"] = inputs["attention_mask"]
@@ -161,11 +173,11 @@ class PriorTrainerMixin:
         )
         if training:
             self._continue_from_checkpoint()
-            value, values = evaluate(self.prior, arguments)
+            value, values = evaluate(self.prior, arguments, self)
             self._training_means.add(values)
             loss = loss + value / self._undivided_steps(num_items_in_batch)
         elif self.evaluate_prior:
-            self._evaluation_means.add(evaluate(self.prior, arguments)[1])
+            self._evaluation_means.add(evaluate(self.prior, arguments, self)[1])
         return (loss, outputs) if return_outputs else loss
 
     def _undivided_steps(self, num_items_in_batch: Any) -> int:

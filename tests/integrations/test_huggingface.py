@@ -21,7 +21,7 @@ from captum_priors.penalties import l1, l2, outside
 from captum_priors.priors import Prior
 from tests.integrations.launch import restarted
 
-L1, L2 = (f"AttributionPrior_LayerExpectedGradients_{name}_n_samples_2" for name in ("l1", "l2"))
+L1, L2 = "AttributionPrior", "AttributionPrior_2"
 LENGTH = 6
 
 
@@ -285,6 +285,22 @@ def test_annotations_are_popped_from_the_batch(tmp_path: Path) -> None:
         },
     ).train()
     assert seen[0].shape == (2, LENGTH)
+
+
+def test_a_missing_annotation_names_prior_arguments(tmp_path: Path) -> None:
+    def prior(model: Any) -> Prior:
+        words = model.bert.embeddings.word_embeddings
+        explainer = LayerExpectedGradients(LogitsOf(model), words)
+        return AttributionPrior(explainer, on_tags, baselines=torch.zeros(1, LENGTH).long())
+
+    trainer = PriorTrainer(bert(), arguments(tmp_path), train_dataset=data(), prior=prior)
+    with pytest.raises(TypeError, match=r"PriorTrainer calls the prior with what `prior_arguments"):
+        trainer.train()
+
+
+def test_a_batch_of_another_kind_names_prior_arguments() -> None:
+    with pytest.raises(ValueError, match=r"found input_values\. Pass the trainer prior_arguments="):
+        classification_arguments({"input_values": torch.ones(2)})
 
 
 # Mixed precision: reviews whose first token, a tag, tells the label in training.

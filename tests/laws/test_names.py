@@ -38,6 +38,7 @@ OTHER: dict[str, Any] = {
     "layers": ["1"],
     "lower_bound": -3.0,
     "n_samples": 3,
+    "name": "plain",
     "options_a": {"abs": False},
     "options_b": {"n_steps": 5},
     "positions": (-1.0, 0.0),
