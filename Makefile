@@ -50,6 +50,7 @@ docs: $(INSTALLED)
 	rm -rf docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 	$(BIN)/python docs/check_links.py docs/_build/html
+	$(BIN)/python docs/check_browser.py docs/_build/html
 
 # Every benchmark, at a size that fits into half an hour; FULL=1 for the size of the figures in
 # benchmarks/results, which BENCH_OUTPUT=benchmarks/results replaces.
