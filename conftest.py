@@ -1,4 +1,4 @@
-"""Doctests of what needs an extra that is not installed are skipped: the core's pass without any."""
+"""The core's doctests pass without extras: those that need one that is missing are skipped."""
 
 import re
 from importlib.util import find_spec

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
 
-from check_browser import browser, faults  # noqa: E402  # after the path
+from check_browser import browser, faults  # after the path
 
 STYLE = '<style>[data-theme="dark"] {background: rgb(20, 20, 20); color: rgb(COLOR)}</style>'
 PAGE = "<!doctype html><html>{style}<body><article><h1>Title</h1></article>{more}"
