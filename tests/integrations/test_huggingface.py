@@ -113,12 +113,16 @@ def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
     ],
 )
 def test_training_is_the_loop_written_by_hand(
-    make: Callable[[], Any], loss: Any, divided: bool, tmp_path: Path
+    make: Callable[[], Any],
+    loss: Any,
+    divided: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Accumulation over four micro-batches, of which the last step has two.
 
-    The trainer divides the loss of some models by the steps and not that of others; the prior is
-    the mean over the micro-batches for all.
+    The trainer divides the loss of some models by the steps and not that of others, which is said
+    once; the prior is the mean over the micro-batches for all.
     """
     seen, model = Recorder(), make()
     trainer = PriorTrainer(
@@ -132,6 +136,7 @@ def test_training_is_the_loop_written_by_hand(
     trainer.train()
     assert trainer.state.global_step == 3
     assert len(seen.calls) == 10
+    assert caplog.text.count("adds up the losses of 4 micro-batches") == (not divided)
 
     twin = make()
     prior = make_prior(twin)
