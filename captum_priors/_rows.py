@@ -189,6 +189,14 @@ def run_forward(
     return outputs
 
 
+def check_selects(outputs: Tensor, target: Any) -> None:
+    """Refuse a target that selects none of the outputs, where all of them are looked at."""
+    outputs = outputs.detach()
+    if outputs.numel() == len(outputs) and not isinstance(target, OutputTarget):
+        outputs = outputs.reshape(-1, 1).expand(-1, 2)  # the logit of a binary classifier
+    selected(outputs, target)
+
+
 def selected(output: Tensor, target: Any) -> Any:
     """Select the target outputs as Captum does, or say what does not fit."""
     if isinstance(target, OutputTarget):

@@ -375,7 +375,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "packed sequence": (lambda: AttributionPrior(Saliency(net()), l1)(packed()), "lengths in"),
     "several classes for each example": (
         lambda: AttributionPrior(Saliency(net()), l1)(x(), target=torch.ones(5, 3).long()),
-        "target=(class, row, column)",
+        "captum_priors.outputs.weighted(labels)",
     ),
     "class index of a dense model": (
         lambda: AttributionPrior(Saliency(nn.Conv2d(1, 3, 1)), l1)(images(), target=1),
@@ -773,7 +773,11 @@ MISTAKES: list[tuple[str, Callable[[Any], Any], str]] = [
     ),
     ("labels second", lambda p: p(x(), torch.zeros(5).long()), "pass them as target="),
     ("short target", lambda p: p(x(), x(), target=torch.zeros(4).long()), "to the rows of the inp"),
-    ("one-hot", lambda p: p(x(), x(), target=torch.eye(5)), "target.argmax(1) for one-hot rows"),
+    (
+        "one-hot",
+        lambda p: p(x(), x(), target=torch.eye(5)),
+        "One-hot rows are target.argmax(1). It",
+    ),
     ("a column", lambda p: p(x(), x(), target=torch.zeros(5, 1).long()), "target.flatten()"),
     ("a list", lambda p: p([x()], x(), target=1), "Pass a tuple of tensors"),
     ("a dict", lambda p: p({"x": x()}, x(), target=1), "the tensor that the model is called with"),

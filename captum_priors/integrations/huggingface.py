@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from captum_priors._checks import count
 from captum_priors._errors import refusal
@@ -28,6 +29,9 @@ def classification_arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
     ``attention_mask`` is an additional argument, and so are ``token_type_ids`` after it, which tell
     the sentences of a pair apart. Others need a function of their own.
 
+    Raises:
+        ValueError: If the batch has none of these.
+
     Example:
         >>> import torch
         >>> from captum_priors.integrations.huggingface import classification_arguments
@@ -40,6 +44,15 @@ def classification_arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
         (True, True)
     """
     name = "pixel_values" if "pixel_values" in inputs else "input_ids"
+    if name not in inputs or "labels" not in inputs:
+        raise refusal(
+            ValueError,
+            "batch",
+            "`labels`, and `input_ids` or `pixel_values`",
+            ", ".join(inputs) or "nothing",
+            "Pass the trainer prior_arguments=..., a function of the batch that returns the "
+            "prior's keywords.",
+        )
     arguments = {"inputs": inputs[name], "target": inputs["labels"]}
     mask, types = inputs.get("attention_mask"), inputs.get("token_type_ids")
     if types is not None:
@@ -77,10 +90,10 @@ class PriorTrainerMixin:
 
     The prior is averaged over the micro-batches of an optimizer step, whether or not the trainer
     divides its loss by their number. (It does not for models whose ``forward`` takes ``**kwargs``,
-    although some of these, BERT's classifier among them, return a mean; in transformers 5,
-    ``loss_is_scaled_for_ga = False`` on the trainer's class has it divide both.) With the training
-    loss it logs ``"prior"``, what was added on average, and each term's own value without its
-    weight as ``"prior/<term>"``.
+    although some of these, BERT's classifier among them, return a mean, which is then logged as a
+    warning; in transformers 5, ``loss_is_scaled_for_ga = False`` on the trainer's class has it
+    divide both.) With the training loss it logs ``"prior"``, what was added on average, and each
+    term's own value without its weight as ``"prior/<term>"``.
 
     Evaluation leaves ``eval_loss`` as it is, so that runs and early stopping compare, and reports
     the metrics ``"eval_prior"`` and ``"eval_prior/<term>"``. Each process saves the prior's
@@ -140,6 +153,7 @@ class PriorTrainerMixin:
         self._make_prior: Any = prior
         self._prior_of: tuple[Any, Any] = (None, None)
         self._resumes_from: str | bool | None = None
+        self._warned_of_sums = False
         self.prior_arguments, self.evaluate_prior = prior_arguments, evaluate_prior
         self.log_gradients_every = count("log_gradients_every", log_gradients_every, least=0)
         self._ratios: PriorLog | None = None
@@ -182,16 +196,44 @@ class PriorTrainerMixin:
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if training:
+            self._warn_of_sums(loss, outputs, arguments, num_items_in_batch)
             self._continue_from_checkpoint()
-            value, values = evaluate(self.prior, arguments)
+            value, values = evaluate(self.prior, arguments, self)
             self._training_means.add(values)
             added = value / self._undivided_steps(num_items_in_batch)
             ratio = None if self._ratios is None else self._ratios(loss, added)
             self._measured = self._measured if ratio is None else ratio
             loss = loss + added
         elif self.evaluate_prior:
-            self._evaluation_means.add(evaluate(self.prior, arguments)[1])
+            self._evaluation_means.add(evaluate(self.prior, arguments, self)[1])
         return (loss, outputs) if return_outputs else loss
+
+    def _warn_of_sums(
+        self, loss: Tensor, outputs: Any, arguments: Mapping[str, Any], num_items_in_batch: Any
+    ) -> None:
+        """Say once that the trainer adds up means, the model's own loss beside the prior's."""
+        steps = self._undivided_steps(num_items_in_batch)
+        if self._warned_of_sums or steps == 1 or self.args.world_size > 1:
+            return
+        self._warned_of_sums = True
+        logits, labels = getattr(outputs, "logits", None), arguments.get("target")
+        if not (isinstance(logits, Tensor) and isinstance(labels, Tensor) and logits.dim() == 2):
+            return
+        if labels.dtype != torch.long or labels.shape != logits.shape[:1]:
+            return
+        mean = F.cross_entropy(logits.detach().float(), labels)
+        # A loss that counts all examples of the step is smaller by their number.
+        if torch.isclose(loss.detach().float(), mean, rtol=1e-3):
+            logger.warning(
+                "%s adds up the losses of %d micro-batches without dividing them, because the "
+                "model's forward takes **kwargs; but the model returns their means, so its loss "
+                "counts %d times as much as without accumulation, and as the prior does. Set "
+                "loss_is_scaled_for_ga = False on the trainer's class (transformers 5), or "
+                "trainer.model_accepts_loss_kwargs = False.",
+                type(self).__name__,
+                steps,
+                steps,
+            )
 
     def _undivided_steps(self, num_items_in_batch: Any) -> int:
         """Return the steps of accumulation that the trainer does not divide its loss by."""

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from captum_priors._captum import as_tuple
-from captum_priors._errors import refusal
-from captum_priors.integrations._terms import RATIO, evaluate
+from captum_priors._errors import refusal, type_of
+from captum_priors.integrations._terms import RATIO, TOTAL, evaluate
 from captum_priors.priors.base import Prior
 from captum_priors.tuning import PriorLog
 
@@ -25,6 +25,7 @@ class PriorMixin:
     Each batch logs ``"prior"``, what is added to the loss, and each term's own value without its
     weight as ``"prior/<term>"``. Validation and test batches log ``"val_prior"`` and
     ``"test_prior"`` in the same way and change no loss, also under ``trainer.validate()``.
+    ``prior_on_bar = True`` in the class shows ``"prior"`` on the progress bar.
 
     With ``log_gradients_every = 100``, on the class or in ``__init__``, each hundredth batch logs
     ``"prior_gradient_ratio"`` (:class:`captum_priors.tuning.PriorLog`), unless a step of your own
@@ -65,6 +66,7 @@ class PriorMixin:
 
     prior: Prior
     log_gradients_every: int = 0
+    prior_on_bar: bool = False
     _prior_was_added = False
     _ratios: PriorLog | None = None
 
@@ -86,6 +88,15 @@ class PriorMixin:
         Override it for others: ``inputs``, and whatever else the prior is to be given, ``target``,
         ``baselines``, ``additional_forward_args``, annotations.
         """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise refusal(
+                TypeError,
+                f"{type(self).__name__}: batch",
+                "a pair (x, y)",
+                f"{len(batch)} entries" if isinstance(batch, (tuple, list)) else type_of(batch),
+                "Override prior_arguments(self, batch): return the prior's keywords, such as "
+                "{'inputs': x, 'target': y, 'annotation': mask}.",
+            )
         inputs, target = batch
         return {"inputs": inputs, "target": target}
 
@@ -99,10 +110,12 @@ class PriorMixin:
         """
         self._prior_was_added = torch.is_grad_enabled()  # looking at a value adds nothing
         arguments = self.prior_arguments(batch)
-        value, values = evaluate(self.prior, arguments)
+        value, values = evaluate(self.prior, arguments, self)
         options = {"batch_size": len(as_tuple(arguments["inputs"])[0]), **log_options}
-        named = {prefix + name: number for name, number in values.items()}
-        self.log_dict(named, **options)  # type: ignore[attr-defined]  # the framework's
+        shown = {"prog_bar": self.prior_on_bar, **options}
+        logger: Any = self  # the framework's
+        logger.log(prefix + TOTAL, values.pop(TOTAL), **shown)
+        logger.log_dict({prefix + name: number for name, number in values.items()}, **options)
         return value
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:

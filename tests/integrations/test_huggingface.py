@@ -23,7 +23,7 @@ from captum_priors.priors import Prior
 from captum_priors.tuning import PriorLog
 from tests.integrations.launch import restarted
 
-L1, L2 = (f"AttributionPrior_LayerExpectedGradients_{name}_n_samples_2" for name in ("l1", "l2"))
+L1, L2 = "AttributionPrior", "AttributionPrior_2"
 LENGTH = 6
 
 
@@ -115,12 +115,16 @@ def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
     ],
 )
 def test_training_is_the_loop_written_by_hand(
-    make: Callable[[], Any], loss: Any, divided: bool, tmp_path: Path
+    make: Callable[[], Any],
+    loss: Any,
+    divided: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Accumulation over four micro-batches, of which the last step has two.
 
-    The trainer divides the loss of some models by the steps and not that of others; the prior is
-    the mean over the micro-batches for all.
+    The trainer divides the loss of some models by the steps and not that of others, which is said
+    once; the prior is the mean over the micro-batches for all.
     """
     seen, model = Recorder(), make()
     trainer = PriorTrainer(
@@ -134,6 +138,7 @@ def test_training_is_the_loop_written_by_hand(
     trainer.train()
     assert trainer.state.global_step == 3
     assert len(seen.calls) == 10
+    assert caplog.text.count("adds up the losses of 4 micro-batches") == (not divided)
 
     twin = make()
     prior = make_prior(twin)
@@ -388,6 +393,22 @@ def test_two_texts_through_one_encoder(tmp_path: Path) -> None:
     trainer.train()
     assert seen == [((2, 5, 8), (2, 3, 8))]
     assert trainer.state.log_history[0]["prior"] > 0
+
+
+def test_a_missing_annotation_names_prior_arguments(tmp_path: Path) -> None:
+    def prior(model: Any) -> Prior:
+        words = model.bert.embeddings.word_embeddings
+        explainer = LayerExpectedGradients(LogitsOf(model), words)
+        return AttributionPrior(explainer, on_tags, baselines=torch.zeros(1, LENGTH).long())
+
+    trainer = PriorTrainer(bert(), arguments(tmp_path), train_dataset=data(), prior=prior)
+    with pytest.raises(TypeError, match=r"PriorTrainer calls the prior with what `prior_arguments"):
+        trainer.train()
+
+
+def test_a_batch_of_another_kind_names_prior_arguments() -> None:
+    with pytest.raises(ValueError, match=r"found input_values\. Pass the trainer prior_arguments="):
+        classification_arguments({"input_values": torch.ones(2)})
 
 
 # Mixed precision: reviews whose first token, a tag, tells the label in training.

@@ -24,7 +24,7 @@ from tests.integrations.launch import restarted
 # Most of these modules have nothing to validate.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 
-L1, L2 = (f"AttributionPrior_ExpectedGradients_{name}" for name in ("l1", "l2"))
+L1, L2 = "AttributionPrior", "small"
 
 
 class Classifier(LightningModule):
@@ -55,7 +55,7 @@ def make_prior(net: nn.Module, every: int = 2) -> Prior:
     torch.manual_seed(4)
     background = torch.randn(7, 4)
     sparse = AttributionPrior(ExpectedGradients(net), l1, baselines=background)
-    small = AttributionPrior(ExpectedGradients(net), l2, baselines=background)
+    small = AttributionPrior(ExpectedGradients(net), l2, baselines=background, name="small")
     return restarted(0.5 * (sparse + Lazy(small, every=every)))
 
 
@@ -267,3 +267,20 @@ def test_step_that_goes_without_the_prior_is_refused(kind: Any) -> None:
 def test_order_of_bases() -> None:
     with pytest.raises(TypeError, match=r"bases of Late: expected PriorMixin before .* Change"):
         type("Late", (Classifier, PriorMixin), {})
+
+
+def test_the_bar_shows_the_prior_if_asked() -> None:
+    class OnTheBar(Regularized):
+        prior_on_bar = True
+
+    for kind, shown in ((Regularized, set()), (OnTheBar, {"prior"})):
+        fit = trainer()
+        fit.fit(kind(), loader())
+        assert fit.progress_bar_metrics.keys() == shown
+        assert f"prior/{L2}" in fit.logged_metrics
+
+
+@pytest.mark.parametrize("batch", [{"x": 1, "y": 2}, (1, 2, 3), torch.ones(2)])
+def test_batches_that_are_no_pairs_name_prior_arguments(batch: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected a pair .* Override prior_arguments\(self, batc"):
+        Regularized().prior_loss(batch)

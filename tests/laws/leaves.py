@@ -55,7 +55,12 @@ WAYS = ("double_backprop", "recompute", "finite_difference")
 FEATURES, CLASSES = 5, 3
 
 
-_SHARED = {"differentiation": "double_backprop", "reduction": "mean", "smooth": None}
+_SHARED = {
+    "differentiation": "double_backprop",
+    "reduction": "mean",
+    "smooth": None,
+    "name": None,
+}
 
 
 def options_of(cls: Any) -> dict[str, Any]:
