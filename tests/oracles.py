@@ -235,6 +235,21 @@ def cure(net: TanhNet, x: Array, label: int, h: float) -> float:
     return float((change**2).sum())
 
 
+def r2et(
+    net: TanhNet, x: Array, output: int, k: int, c: float, h: float, near: int | None = None
+) -> float:
+    g = net.jacobian(x)[output]
+    size = {i: abs(float(v)) for i, v in enumerate(g)}
+    order = sorted(size, key=lambda i: -size[i])
+    top, rest = order[:k], order[k:]
+    if near is not None:
+        top, rest = top[-near:], rest[:near]
+    pairs = [math.exp(size[j] - size[i]) for i in top for j in rest]
+    z = np.sign(g) / math.sqrt(len(g))
+    turned = net.jacobian(x + h * z)[output] - g
+    return sum(pairs) / len(pairs) + c * math.sqrt(float((turned**2).sum())) / h
+
+
 def integrated_loss_gradients(net: TanhNet, x: Array, end: Array, label: int, n: int) -> Array:
     total = np.zeros_like(x)
     for k in range(n):

@@ -75,6 +75,7 @@ from captum_priors.priors import (
 )
 from captum_priors.stability import (
     ATEX,
+    R2ET,
     ActivationSensitivity,
     AttributionAlignment,
     CurvatureRegularization,
@@ -186,6 +187,7 @@ EXPLAINED: dict[str, Call] = {
     "CurvatureRegularization": regularizer(CurvatureRegularization),
     "InputGradientRegularization": regularizer(InputGradientRegularization),
     "RobustAttribution": regularizer(RobustAttribution),
+    "R2ET": regularizer(lambda model: R2ET(model, top_k=2)),
     "SaliencyGuided": regularizer(SaliencyGuided),
     "TopKAttack": attack(TopKAttack, 2),
     "MassCenterAttack": attack(MassCenterAttack),
@@ -536,6 +538,10 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "penalty as distance": (lambda: gradient_maps(lambda z: z + 1, l1)(x(), target=1), "l1()"),
     "class as distance": (lambda: gradient_maps(lambda z: z + 1, SoftTopK), "class SoftTopK"),
+    "R2ET of all features": (
+        lambda: R2ET(net(), top_k=3)(x(), target=1),
+        "fewer than the 3 features",
+    ),
     "smooth a word": (lambda: smooth_activations("model", 10), "model"),
     "smooth by zero": (lambda: smooth_activations(net(), 0), "0"),
     "NumPy path": (lambda: manipulability_bound(net(), x().numpy(), x(), target=1), "ndarray"),
