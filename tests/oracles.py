@@ -100,6 +100,29 @@ def background(attributions: Array, mask: Array) -> Array:
     return np.array(totals)
 
 
+def rationale(attributions: Array, mask: Array, kind: str) -> Array:
+    """One place after another; the mask has the channels of the attributions."""
+    totals = []
+    for example, m in zip(attributions, np.broadcast_to(mask, attributions.shape), strict=True):
+        sizes, marks = [abs(float(v)) for v in example.flat], [float(v) for v in m.flat]
+        pairs = [(a / sum(sizes), w / sum(marks)) for a, w in zip(sizes, marks, strict=True)]
+        if kind == "order":
+            most = max((1 - w) * a for a, w in zip(sizes, marks, strict=True))
+            short = [w * (1 - a / most) ** 2 for a, w in zip(sizes, marks, strict=True) if a < most]
+            totals.append(sum(short) / sum(marks))
+        elif kind in ("kl", "bce"):
+            found = sum(m * math.log(m / q) for q, m in pairs if m > 0)
+            if kind == "bce":
+                found += sum((1 - m) * math.log((1 - m) / (1 - q)) for q, m in pairs if m < 1)
+            totals.append(found)
+        else:
+            apart = [abs(q - m) * sum(marks) for q, m in pairs]
+            if kind == "huber":
+                apart = [d**2 / 2 if d < 1 else d - 0.5 for d in apart]
+            totals.append(sum(apart) / sum(marks))
+    return np.array(totals)
+
+
 def alignment(attributions: Array, given: Array, *, measure: str = "cosine") -> Array:
     given = np.broadcast_to(given, attributions.shape)
     return cosine(attributions, given) if measure == "cosine" else mse(attributions, given)

@@ -59,6 +59,7 @@ from captum_priors.penalties import (
     l1,
     l2,
     outside,
+    rationale,
     total_variation,
 )
 from captum_priors.priors import (
@@ -624,6 +625,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "groups beyond the features": (lambda: group_sparsity(x(), groups=[[0, 9]]), "9"),
     "annotation by position": (lambda: outside(x(), x()), "outside()"),
     "unknown measure": (lambda: alignment(x(), annotation=x(), measure="l2"), "cosine"),
+    "unknown kind": (lambda: rationale(x(), annotation=x(), kind="mse"), "'huber'"),
     "graph of other features": (lambda: GraphLaplacian(torch.ones(4, 4))(x()), "4 features"),
     "words as dim": (lambda: total_variation(x(), dim="2"), "'2'"),
 }
@@ -642,7 +644,7 @@ def test_penalties(penalty: Any) -> None:
     fails(penalty)
 
 
-@pytest.mark.parametrize("penalty", [outside, energy_outside, background, alignment])
+@pytest.mark.parametrize("penalty", [outside, energy_outside, background, alignment, rationale])
 def test_penalties_of_an_annotation(penalty: Any) -> None:
     for wrong in (x().numpy(), None, x()[:, :2], x()[:3], x().to("meta")):
         fails(lambda wrong=wrong: penalty(x(), annotation=wrong))
