@@ -65,6 +65,7 @@ from captum_priors.penalties import (
 from captum_priors.priors import (
     HINT,
     AgreementPrior,
+    Comprehensiveness,
     ConceptPrior,
     EnergyPrior,
     GraphPrior,
@@ -73,6 +74,7 @@ from captum_priors.priors import (
     RobustRightReasons,
     RRRGradCAM,
     SparsityPrior,
+    Sufficiency,
 )
 from captum_priors.stability import (
     ATEX,
@@ -180,6 +182,8 @@ EXPLAINED: dict[str, Call] = {
     "EnergyPrior": annotated(EnergyPrior),
     "HINT": annotated(lambda model: HINT(model, model.conv)),
     "RobustRightReasons": annotated(lambda model: RobustRightReasons(model, radius=0.1)),
+    "Comprehensiveness": annotated(Comprehensiveness),
+    "Sufficiency": annotated(Sufficiency),
     "RRRGradCAM": annotated(lambda model: RRRGradCAM(model, model.conv)),
     "ConceptPrior": regularizer(lambda model: ConceptPrior(model, model.conv, torch.ones(2))),
     "AgreementPrior": regularizer(lambda model: AgreementPrior(Saliency(model), DeepLift(model))),
@@ -452,6 +456,13 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "no annotation of R4": (
         lambda: RobustRightReasons(net(), radius=0.1)(x(), target=1),
         "where evidence may lie",
+    ),
+    "no rationale": (lambda: Sufficiency(net())(x(), target=1), "where the rationale is"),
+    "a word for a form": (lambda: Comprehensiveness(net(), form="logit"), "'probability', 'log'"),
+    "a negative margin": (lambda: Sufficiency(net(), margin=-1), "at least 0"),
+    "baselines of other features": (
+        lambda: Sufficiency(net())(x(), torch.ones(5, 4), 1, annotation=torch.ones(5, 3)),
+        "`baselines`",
     ),
     "a tuple of annotations of one input": (
         lambda: RobustRightReasons(net(), radius=0.1)(x(), target=1, annotation=(x(), x())),

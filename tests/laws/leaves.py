@@ -29,12 +29,14 @@ from captum_priors.penalties import l2
 from captum_priors.priors import (
     HINT,
     AgreementPrior,
+    Comprehensiveness,
     ConceptPrior,
     EnergyPrior,
     PixelPrior,
     RightForTheRightReasons,
     RobustRightReasons,
     RRRGradCAM,
+    Sufficiency,
 )
 from captum_priors.stability import (
     ATEX,
@@ -283,7 +285,18 @@ def robust(attack: str) -> Leaf:
     return Leaf(f"R4-{attack}", make, RobustRightReasons, needs=needs, **flags)
 
 
+def erasing(cls: Any, form: str) -> Leaf:
+    def make(model: Any, **options: Any) -> Any:
+        return cls(model, **{"form": form, "margin": 1.0, **options})
+
+    return Leaf(f"{cls.__name__}-{form}", make, cls, annotated=True, labels=True, draws=False)
+
+
 NAMED = [
+    erasing(Comprehensiveness, "probability"),
+    erasing(Comprehensiveness, "log"),
+    erasing(Sufficiency, "probability"),
+    erasing(Sufficiency, "log"),
     robust("random"),
     robust("pgd"),
     named("RRR", RightForTheRightReasons, **_MASKED),

@@ -37,6 +37,7 @@ from tests.laws.leaves import LEAVES, background, net, options_of
 OTHER: dict[str, Any] = {
     "layers": ["1"],
     "lower_bound": -3.0,
+    "margin": 0.5,
     "n_nearest": 3,
     "n_samples": 3,
     "options_a": {"abs": False},

@@ -114,8 +114,9 @@ def _annotated(
     name: str, penalty: Any, oracle: Any, high: Any, given: Tensor, **promises: Any
 ) -> Row:
     known: dict[str, Any] = {"mask": given}
-    if name in KINDS:
-        known["kind"] = name
+    kind = name.partition("-")[0]
+    if kind in KINDS:
+        known["kind"] = kind
     if oracle is oracles.alignment:
         known = {"given": given, "measure": name}
     return Row(
@@ -217,7 +218,14 @@ PENALTIES = [
         for kind, high in KINDS.items()
     ),
     *(
-        _annotated(kind, RATIONALES[kind], _rationale_of_words, KINDS[kind], WORDS, shape=(4, 7, 3))
+        _annotated(
+            f"{kind}-words",
+            RATIONALES[kind],
+            _rationale_of_words,
+            KINDS[kind],
+            WORDS,
+            shape=(4, 7, 3),
+        )
         for kind in ("kl", "order")
     ),
     _annotated("cosine", alignment, oracles.alignment, lambda _: 2, WANTED, even=False),
