@@ -7,6 +7,7 @@ import json
 import platform
 import random
 import statistics
+import subprocess
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -93,6 +94,8 @@ def save(output: Path, name: str, settings: dict[str, Any], results: Any) -> Non
         "captum": captum.__version__,
         "captum_priors": captum_priors.__version__,
         "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "processor": _processor(),
     }
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     settings.pop("output", None)
@@ -100,6 +103,28 @@ def save(output: Path, name: str, settings: dict[str, Any], results: Any) -> Non
         settings["data"] = str(settings["data"]).partition("=")[0] + "=DIR"
     document = {"benchmark": name, "settings": settings, "versions": versions, "results": results}
     (output / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _commit() -> str:
+    """Name the commit that ran, with a plus where files differ from it; nothing outside Git."""
+    described = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            described, cwd=Path(__file__).parent, check=True, capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    """Name the processor as Linux does, or as Python knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor()
 
 
 def save_plot(output: Path, name: str, figure: Figure) -> None:
