@@ -94,8 +94,9 @@ def save(output: Path, name: str, settings: dict[str, Any], results: Any) -> Non
         "captum": captum.__version__,
         "captum_priors": captum_priors.__version__,
         "threads": torch.get_num_threads(),
-        "cpu": _first_line("sed", "-n", "s/^model name.*: //p", "/proc/cpuinfo"),
-        "commit": _first_line("git", "-C", str(RESULTS), "rev-parse", "HEAD"),
+        # with a plus where files differ from it
+        "commit": _first_line("git", "-C", str(RESULTS), "describe", "--always", "--dirty=+"),
+        "processor": _first_line("sed", "-n", "s/^model name.*: //p", "/proc/cpuinfo"),
     }
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     settings.pop("output", None)

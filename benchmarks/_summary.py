@@ -200,6 +200,29 @@ def _right_reasons(results: Any) -> Iterator[Row]:
             )
 
 
+def _rationales(results: Any) -> Iterator[Row]:
+    gains = results["gain over no prior, paired"]
+    for name, row in results["found"].items():
+        keys = ("originals", "counterfactuals", "AUC, trained on", "AUC, left out")
+        each = (f"{row[key]['mean']:.3f} ± {row[key]['spread']:.3f}" for key in keys)
+        gain = gains[name]["counterfactuals"]
+        yield (
+            f"rationales of reviews, {name}: accuracy on originals; on counterfactuals; agreement "
+            "(ROC-AUC) of the explainer trained on; of leaving words out",
+            "; ".join(each),
+            ""
+            if name == "no prior"
+            else f"counterfactuals {gain['mean']:+.3f} ± {gain['error']:.3f} (standard error)",
+        )
+
+
+def _ranked_gradients(results: Any) -> Iterator[Row]:
+    for name, row in results["found"].items():
+        keys = ("accuracy", "top-8, attack")
+        each = (f"{row[key]['mean']:.3f} ± {row[key]['spread']:.3f}" for key in keys)
+        yield f"digits, {name}: accuracy; top-8 intersection under attack", "; ".join(each), ""
+
+
 def _pixel_prior(results: Any) -> Iterator[Row]:
     for name, row in results.get("found", {}).items():
         shown = [
@@ -323,8 +346,10 @@ ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
     "concepts_and_agreement": _concepts_and_agreement,
     "batch_norm": _batch_norm,
     "right_reasons": _right_reasons,
+    "rationales": _rationales,
     "stability_study": _stability_study,
     "choose_weight": _choose_weight,
+    "ranked_gradients": _ranked_gradients,
     "relu_differentiation": _relu_differentiation,
     "nhanes_sparsity": _nhanes_sparsity,
     "nhanes_references": _nhanes_references,

@@ -13,12 +13,9 @@ another seed. Value and weight of a pair are the same; so are its initial networ
 
 import copy
 import functools
-import platform
 import statistics
-import subprocess
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -218,17 +215,6 @@ def draw(runs: dict[str, list[dict[str, float]]]) -> Figure:
     return figure
 
 
-def commit() -> str:
-    """Of the code that ran, where that is known."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def main() -> None:
     """Run the seeds."""
     options = arguments_of(__doc__, data="mnist=DIR with the t10k-* IDX files").parse_args()
@@ -244,8 +230,6 @@ def main() -> None:
         "what is meant less what is written": paired(runs),
         "of each seed": runs,
         "weights": {name: weight for name, (weight, _) in PENALTIES.items()},
-        "commit": commit(),
-        "processor": f"{platform.machine()}, one thread",
     }
     for name, each in results["certificates"].items():
         print(f"{name}: {each[0]}")

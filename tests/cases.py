@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from captum_priors import ExpectedGradients, LayerExpectedGradients, differentiable
 from captum_priors.stability import (
     ATEX,
+    R2ET,
     ActivationSensitivity,
     AttributionAlignment,
     CurvatureRegularization,
@@ -296,6 +297,7 @@ REGULARIZERS = [
     RegularizerRow("Jacobian-exact", JacobianRegularization, {"n_samples": None}, _WAYS, False),
     RegularizerRow("InputGradient", InputGradientRegularization, {}, _WAYS, False),
     RegularizerRow("CURE", CurvatureRegularization, {"step_size": 0.5}, _WAYS, False),
+    RegularizerRow("R2ET", R2ET, {"top_k": 2, "step_size": 0.5}, _WAYS, False),
     RegularizerRow("SSR", SmoothSurface, {}, _WAYS, False),
     RegularizerRow("SGT", SaliencyGuided),
     RegularizerRow(

@@ -100,6 +100,29 @@ def background(attributions: Array, mask: Array) -> Array:
     return np.array(totals)
 
 
+def rationale(attributions: Array, mask: Array, kind: str) -> Array:
+    """One place after another; the mask has the channels of the attributions."""
+    totals = []
+    for example, m in zip(attributions, np.broadcast_to(mask, attributions.shape), strict=True):
+        sizes, marks = [abs(float(v)) for v in example.flat], [float(v) for v in m.flat]
+        pairs = [(a / sum(sizes), w / sum(marks)) for a, w in zip(sizes, marks, strict=True)]
+        if kind == "order":
+            most = max((1 - w) * a for a, w in zip(sizes, marks, strict=True))
+            short = [w * (1 - a / most) ** 2 for a, w in zip(sizes, marks, strict=True) if a < most]
+            totals.append(sum(short) / sum(marks))
+        elif kind in ("kl", "bce"):
+            found = sum(m * math.log(m / q) for q, m in pairs if m > 0)
+            if kind == "bce":
+                found += sum((1 - m) * math.log((1 - m) / (1 - q)) for q, m in pairs if m < 1)
+            totals.append(found)
+        else:
+            apart = [abs(q - m) * sum(marks) for q, m in pairs]
+            if kind == "huber":
+                apart = [d**2 / 2 if d < 1 else d - 0.5 for d in apart]
+            totals.append(sum(apart) / sum(marks))
+    return np.array(totals)
+
+
 def alignment(attributions: Array, given: Array, *, measure: str = "cosine") -> Array:
     given = np.broadcast_to(given, attributions.shape)
     return cosine(attributions, given) if measure == "cosine" else mse(attributions, given)
@@ -233,6 +256,21 @@ def cure(net: TanhNet, x: Array, label: int, h: float) -> float:
     z = z / np.linalg.norm(z)
     change = net.loss_gradient(x + h * z, label) - net.loss_gradient(x, label)
     return float((change**2).sum())
+
+
+def r2et(
+    net: TanhNet, x: Array, output: int, k: int, c: float, h: float, near: int | None = None
+) -> float:
+    g = net.jacobian(x)[output]
+    size = {i: abs(float(v)) for i, v in enumerate(g)}
+    order = sorted(size, key=lambda i: -size[i])
+    top, rest = order[:k], order[k:]
+    if near is not None:
+        top, rest = top[-near:], rest[:near]
+    pairs = [math.exp(size[j] - size[i]) for i in top for j in rest]
+    z = np.sign(g) / math.sqrt(len(g))
+    turned = net.jacobian(x + h * z)[output] - g
+    return sum(pairs) / len(pairs) + c * math.sqrt(float((turned**2).sum())) / h
 
 
 def integrated_loss_gradients(net: TanhNet, x: Array, end: Array, label: int, n: int) -> Array:

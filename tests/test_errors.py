@@ -60,11 +60,13 @@ from captum_priors.penalties import (
     l1,
     l2,
     outside,
+    rationale,
     total_variation,
 )
 from captum_priors.priors import (
     HINT,
     AgreementPrior,
+    Comprehensiveness,
     ConceptPrior,
     EnergyPrior,
     GraphPrior,
@@ -73,9 +75,11 @@ from captum_priors.priors import (
     RobustRightReasons,
     RRRGradCAM,
     SparsityPrior,
+    Sufficiency,
 )
 from captum_priors.stability import (
     ATEX,
+    R2ET,
     ActivationSensitivity,
     AttributionAlignment,
     CurvatureRegularization,
@@ -180,6 +184,8 @@ EXPLAINED: dict[str, Call] = {
     "EnergyPrior": annotated(EnergyPrior),
     "HINT": annotated(lambda model: HINT(model, model.conv)),
     "RobustRightReasons": annotated(lambda model: RobustRightReasons(model, radius=0.1)),
+    "Comprehensiveness": annotated(Comprehensiveness),
+    "Sufficiency": annotated(Sufficiency),
     "RRRGradCAM": annotated(lambda model: RRRGradCAM(model, model.conv)),
     "ConceptPrior": regularizer(lambda model: ConceptPrior(model, model.conv, torch.ones(2))),
     "AgreementPrior": regularizer(lambda model: AgreementPrior(Saliency(model), DeepLift(model))),
@@ -188,6 +194,7 @@ EXPLAINED: dict[str, Call] = {
     "CurvatureRegularization": regularizer(CurvatureRegularization),
     "InputGradientRegularization": regularizer(InputGradientRegularization),
     "RobustAttribution": regularizer(RobustAttribution),
+    "R2ET": regularizer(lambda model: R2ET(model, top_k=2)),
     "SaliencyGuided": regularizer(SaliencyGuided),
     "TopKAttack": attack(TopKAttack, 2),
     "MassCenterAttack": attack(MassCenterAttack),
@@ -495,6 +502,13 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: RobustRightReasons(net(), radius=0.1)(x(), target=1),
         "where evidence may lie",
     ),
+    "no rationale": (lambda: Sufficiency(net())(x(), target=1), "where the rationale is"),
+    "a word for a form": (lambda: Comprehensiveness(net(), form="logit"), "'probability', 'log'"),
+    "a negative margin": (lambda: Sufficiency(net(), margin=-1), "at least 0"),
+    "baselines of other features": (
+        lambda: Sufficiency(net())(x(), torch.ones(5, 4), 1, annotation=torch.ones(5, 3)),
+        "`baselines`",
+    ),
     "a tuple of annotations of one input": (
         lambda: RobustRightReasons(net(), radius=0.1)(x(), target=1, annotation=(x(), x())),
         "one for each input",
@@ -601,6 +615,10 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "penalty as distance": (lambda: gradient_maps(lambda z: z + 1, l1)(x(), target=1), "l1()"),
     "class as distance": (lambda: gradient_maps(lambda z: z + 1, SoftTopK), "class SoftTopK"),
+    "R2ET of all features": (
+        lambda: R2ET(net(), top_k=3)(x(), target=1),
+        "fewer than the 3 features",
+    ),
     "smooth a word": (lambda: smooth_activations("model", 10), "model"),
     "smooth by zero": (lambda: smooth_activations(net(), 0), "0"),
     "NumPy path": (lambda: manipulability_bound(net(), x().numpy(), x(), target=1), "ndarray"),
@@ -703,6 +721,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "groups beyond the features": (lambda: group_sparsity(x(), groups=[[0, 9]]), "9"),
     "annotation by position": (lambda: outside(x(), x()), "outside()"),
     "unknown measure": (lambda: alignment(x(), annotation=x(), measure="l2"), "cosine"),
+    "unknown kind": (lambda: rationale(x(), annotation=x(), kind="mse"), "'huber'"),
     "graph of other features": (lambda: GraphLaplacian(torch.ones(4, 4))(x()), "4 features"),
     "words as dim": (lambda: total_variation(x(), dim="2"), "'2'"),
 }
@@ -721,7 +740,7 @@ def test_penalties(penalty: Any) -> None:
     fails(penalty)
 
 
-@pytest.mark.parametrize("penalty", [outside, energy_outside, background, alignment])
+@pytest.mark.parametrize("penalty", [outside, energy_outside, background, alignment, rationale])
 def test_penalties_of_an_annotation(penalty: Any) -> None:
     for wrong in (x().numpy(), None, x()[:, :2], x()[:3], x().to("meta")):
         fails(lambda wrong=wrong: penalty(x(), annotation=wrong))

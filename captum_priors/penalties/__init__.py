@@ -15,7 +15,13 @@ zero; which examples have an annotation is said to the prior, ``annotated=`` or 
 (:class:`captum_priors.Term`).
 """
 
-from captum_priors.penalties.annotation import alignment, background, energy_outside, outside
+from captum_priors.penalties.annotation import (
+    alignment,
+    background,
+    energy_outside,
+    outside,
+    rationale,
+)
 from captum_priors.penalties.penalties import (
     GraphLaplacian,
     entropy,
@@ -37,5 +43,6 @@ __all__ = [
     "l1",
     "l2",
     "outside",
+    "rationale",
     "total_variation",
 ]

@@ -10,6 +10,7 @@ from captum_priors.priors.agreement import AgreementPrior
 from captum_priors.priors.attribution import AttributionPrior
 from captum_priors.priors.base import Call, Prior, Term
 from captum_priors.priors.concept import ConceptPrior
+from captum_priors.priors.erasure import Comprehensiveness, Sufficiency
 from captum_priors.priors.named import (
     HINT,
     EnergyPrior,
@@ -28,6 +29,7 @@ __all__ = [
     "AgreementPrior",
     "AttributionPrior",
     "Call",
+    "Comprehensiveness",
     "ConceptPrior",
     "EnergyPrior",
     "GraphPrior",
@@ -41,5 +43,6 @@ __all__ = [
     "SparsityPrior",
     "StabilityPrior",
     "Subsample",
+    "Sufficiency",
     "Term",
 ]

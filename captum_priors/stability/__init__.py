@@ -3,9 +3,9 @@
 An explanation is a derivative, so it can move where the model is curved, whatever its predictions
 do. :func:`manipulability_bound` says how far at most. To lower it: :class:`smooth_activations`,
 :func:`weight_decay_groups` and :class:`HessianPenalty` (Dombrowski et al.); :class:`ATEX`, which
-matches predictions alone; :class:`ActivationSensitivity` of single neurons; and the neighbours to
-compare them with. All that return a number are priors: they add up and scale, and leave no trace in
-the training state.
+matches predictions alone; :class:`R2ET`, which keeps the largest gradients the largest;
+:class:`ActivationSensitivity` of single neurons; and the neighbours to compare them with. All that
+return a number are priors: they add up and scale, and leave no trace in the training state.
 
     >>> import torch
     >>> import torch.nn.functional as F
@@ -26,12 +26,14 @@ from captum_priors.stability.gradients import (
     SmoothSurface,
 )
 from captum_priors.stability.hessian import HessianPenalty
+from captum_priors.stability.ranking import R2ET
 from captum_priors.stability.robust import AttributionAlignment, RobustAttribution
 from captum_priors.stability.sensitivity import ActivationSensitivity
 from captum_priors.stability.smooth import smooth_activations, weight_decay_groups
 
 __all__ = [
     "ATEX",
+    "R2ET",
     "ActivationSensitivity",
     "AttributionAlignment",
     "CurvatureRegularization",

@@ -14,7 +14,7 @@ from torch import Tensor
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_floating, check_forward_func
 from captum_priors._errors import one_of
-from captum_priors.attacks.ball import Tensors
+from captum_priors.attacks.ball import Tensors, unit
 from captum_priors.engine import Field, input_gradients
 from captum_priors.engine.model import BatchNorm
 from captum_priors.priors.base import Call, Reduction, Term
@@ -87,6 +87,15 @@ class GradientRegularizer(Regularizer):
         one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))
         self.differentiation = differentiation
         self.replayed = differentiation == "finite_difference"
+
+    def _gradients_along_sign(self, call: Call, step_size: float) -> tuple[Tensor, Tensor]:
+        """Gradients, as rows, at the inputs and a step along the sign of these, a constant."""
+        with torch.no_grad():
+            signs = flat_rows(self._input_gradients(call, call.inputs)).sign()
+            moves = points_of(step_size * unit(signs), call.inputs)
+        both = tuple(torch.cat([x + m, x]) for x, m in zip(call.inputs, moves, strict=True))
+        there, here = flat_rows(self._input_gradients(call, both)).chunk(2)
+        return here, there
 
 
 # ---- Rows ----------------------------------------------------------------------------------

@@ -8,14 +8,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from captum_priors._checks import count, positive
-from captum_priors.attacks.ball import Tensors, unit
+from captum_priors.attacks.ball import Tensors
 from captum_priors.priors.base import Call
 from captum_priors.priors.classes import logits_of
 from captum_priors.stability.base import (
     GradientRegularizer,
     Shared,
     flat_rows,
-    points_of,
     repeated,
     square_norms,
 )
@@ -95,11 +94,7 @@ class CurvatureRegularization(GradientRegularizer):
         self.step_size = positive("step_size", step_size)
 
     def _scores(self, call: Call) -> Tensor:
-        with torch.no_grad():
-            signs = flat_rows(self._input_gradients(call, call.inputs)).sign()
-            moves = points_of(self.step_size * unit(signs), call.inputs)
-        both = tuple(torch.cat([x + m, x]) for x, m in zip(call.inputs, moves, strict=True))
-        there, here = flat_rows(self._input_gradients(call, both)).chunk(2)
+        here, there = self._gradients_along_sign(call, self.step_size)
         return (there - here).square().sum(1)
 
 

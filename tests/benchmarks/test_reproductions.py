@@ -80,6 +80,44 @@ def test_tags_mark_the_ill_and_are_forbidden(tmp_path: Path) -> None:
         assert (images == 1).flatten(1).sum(1).tolist() == [marked] * 4
 
 
+def test_edits_are_the_rationale(tmp_path: Path) -> None:
+    module = script("rationales")
+    module.LENGTH, module.LEFT_OUT = 12, 1
+    before, after = "Not <br />good! I saw it in 1990", "So good! I never saw it"
+    words = module.words_of(before)
+    assert words == ["not", "good", "!", "i", "saw", "it", "in", "1990"]
+    marked = [True, *[False] * 5, True, True]
+    assert module.edited(words, module.words_of(after)) == marked
+    for part in ("train", "dev", "test"):
+        texts = [("Negative", before), ("Positive", after)] * 3
+        lines = [f"{label}\t{text}\t{i // 2}" for i, (label, text) in enumerate(texts)]
+        path = tmp_path / f"{part}_paired.tsv"
+        path.write_text("\n".join(["Sentiment\tText\tbatch_id", *lines, ""]))
+    parts, n_words = module.load(tmp_path)
+    ids, marks, labels, turned = parts["test"]
+    assert n_words == 10  # of the originals alone, with padding and all others
+    assert labels.tolist() == [0, 0, 0]
+    assert marks[0, :8].tolist() == marked
+    assert not marks[:, 8:].any()
+    assert bool((ids[:, :8] > 1).all() & (ids[:, 8:] == 0).all())
+    assert (turned[0] == 1).sum() == 2  # so, never
+    assert module.agreement(1.0 * marks, parts["test"]) == {"AUC": 1, "share": 1}
+    found = module.try_seed(0, f"imdb_counterfactual={tmp_path}", 1, (0.1,))
+    assert len(found) == 2 + len(module.PRIORS)
+    states = {name: state for (name, _), (_, state) in found.items()}
+    explained = module.explain_seed(states, f"imdb_counterfactual={tmp_path}")
+    # Every prior did something of its own in one step.
+    assert len({tuple(row.values()) for row in explained.values()}) == len(found)
+
+
+def test_ranked_gradients_stay() -> None:
+    module = script("ranked_gradients")
+    assert [len(y) for _, y in module.digits().values()] == [1000, 300, 497]
+    settings = ("no prior", 0.0, 0), ("R2ET", 0.3, 0)
+    found = [module.tried(setting, "validation", 3, 20) for setting in settings]
+    assert found[1]["top-8, attack"] > found[0]["top-8, attack"] + 0.1
+
+
 def test_worst_groups_run(small_mnist: str) -> None:
     module = script("right_reasons")
     found = module.run_seed(("decoy MNIST", 0), {"decoy MNIST": small_mnist}, quick=True)

@@ -6,6 +6,7 @@ A new regularizer, prior or explainer joins with one row.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import captum.attr as ca
@@ -28,15 +29,18 @@ from captum_priors.penalties import l2
 from captum_priors.priors import (
     HINT,
     AgreementPrior,
+    Comprehensiveness,
     ConceptPrior,
     EnergyPrior,
     PixelPrior,
     RightForTheRightReasons,
     RobustRightReasons,
     RRRGradCAM,
+    Sufficiency,
 )
 from captum_priors.stability import (
     ATEX,
+    R2ET,
     ActivationSensitivity,
     AttributionAlignment,
     CurvatureRegularization,
@@ -134,11 +138,14 @@ class Leaf:
 
 _ASCENT = {"step_num": 2, "attack_n_steps": 2, "radius": 0.2, "step_size": 0.15}
 _TWO = ("double_backprop", "finite_difference")
+_RANKING: dict[str, Any] = {"needs": (("top_k", 2),), "draws": False, "ways": _TWO}
 
 
 def regularizer(name: str, cls: Any, options: dict[str, Any], **flags: Any) -> Leaf:
+    complete = partial(cls, **dict(flags.get("needs", ())))
+
     def make(model: Any, **more: Any) -> Any:
-        return made(cls, model, **{**options, **more})
+        return made(complete, model, **{**options, **more})
 
     return Leaf(name, make, cls, frozen=tuple(options.items()), **flags)
 
@@ -224,6 +231,8 @@ REGULARIZERS = [
         draws=False,
         ways=_TWO,
     ),
+    regularizer("R2ET", R2ET, {"step_size": 0.5}, **_RANKING),
+    regularizer("R2ET-gap", R2ET, {"curvature": 0.0}, stacks=False, **_RANKING),
     regularizer("SSR", SmoothSurface, {}, draws=False, ways=_TWO),
     regularizer("SGT", SaliencyGuided, {}),
     regularizer("IG-NORM", RobustAttribution, {**_ASCENT, "n_steps": 4}, labels=True, ways=_TWO),
@@ -297,7 +306,18 @@ def robust(attack: str) -> Leaf:
     return Leaf(f"R4-{attack}", make, RobustRightReasons, needs=needs, **flags)
 
 
+def erasing(cls: Any, form: str) -> Leaf:
+    def make(model: Any, **options: Any) -> Any:
+        return cls(model, **{"form": form, "margin": 1.0, **options})
+
+    return Leaf(f"{cls.__name__}-{form}", make, cls, annotated=True, labels=True, draws=False)
+
+
 NAMED = [
+    erasing(Comprehensiveness, "probability"),
+    erasing(Comprehensiveness, "log"),
+    erasing(Sufficiency, "probability"),
+    erasing(Sufficiency, "log"),
     robust("random"),
     robust("pgd"),
     named("RRR", RightForTheRightReasons, **_MASKED),

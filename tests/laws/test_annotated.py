@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_priors import AttributionPrior, StabilityPrior, Subsample, shared
 from captum_priors.attacks import DistanceAttack
 from captum_priors.distances import mse
-from captum_priors.penalties import alignment, energy_outside, group_sparsity, outside
+from captum_priors.penalties import alignment, energy_outside, group_sparsity, outside, rationale
 from captum_priors.priors import (
     EnergyPrior,
     PixelPrior,
@@ -23,7 +23,12 @@ from tests.cases import tuple_inputs
 from tests.laws.leaves import LEAVES_AND_WAYS, Leaf, background, conv, net, way_options
 
 KNOWN = torch.tensor([True, False, False, True])
-PENALTIES = {"outside": outside, "energy_outside": energy_outside, "alignment": alignment}
+PENALTIES = {
+    "outside": outside,
+    "energy_outside": energy_outside,
+    "rationale": rationale,
+    "alignment": alignment,
+}
 
 
 def explained(penalty: Any) -> Callable[..., Any]:
@@ -144,7 +149,7 @@ MASKED: dict[str, Callable[[nn.Module], Any]] = {
     **{
         name: lambda m, p=p: AttributionPrior(Saliency(m), p, abs=False)  # type: ignore[misc]  # a default
         for name, p in PENALTIES.items()
-        if name != "energy_outside"
+        if name not in ("energy_outside", "rationale")  # which sum what shares a value
     },
     "RRR": RightForTheRightReasons,
     "R4": lambda m: RobustRightReasons(m, radius=0.1).eval(),

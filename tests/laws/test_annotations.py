@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_priors import AttributionPrior, ExpectedGradients, Lazy, StabilityPrior, Subsample
-from captum_priors.penalties import alignment, background, energy_outside, outside
+from captum_priors.penalties import alignment, background, energy_outside, outside, rationale
 from captum_priors.priors import EnergyPrior, Prior, RightForTheRightReasons
 from tests.laws.leaves import background as reference_rows
 from tests.laws.leaves import net
@@ -91,6 +91,7 @@ PENALTIES = {
     "outside": outside,
     "energy_outside": energy_outside,
     "background": background,
+    "rationale": rationale,
     "alignment": alignment,
 }
 MASKS = {

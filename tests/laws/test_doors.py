@@ -17,6 +17,7 @@ from captum_priors.penalties import (
     group_sparsity,
     l2,
     outside,
+    rationale,
 )
 from tests.laws.leaves import FEATURES, REFUSALS, Leaf, net, noise, those
 
@@ -58,6 +59,7 @@ ANNOTATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "outside": lambda a, m: outside(a, annotation=m),
     "energy_outside": lambda a, m: energy_outside(a, annotation=m),
     "background": lambda a, m: background(a, annotation=m),
+    "rationale": lambda a, m: rationale(a, annotation=m),
     "alignment": lambda a, m: alignment(a, annotation=m),
     "alignment-mse": lambda a, m: alignment(a, annotation=m, measure="mse"),
     "group_sparsity": lambda a, m: group_sparsity(a, groups=m[0]),

@@ -37,6 +37,8 @@ from tests.laws.leaves import LEAVES, Leaf, background, every_leaf, net, options
 OTHER: dict[str, Any] = {
     "layers": ["1"],
     "lower_bound": -3.0,
+    "margin": 0.5,
+    "n_nearest": 3,
     "n_samples": 3,
     "name": "plain",
     "options_a": {"abs": False},

@@ -33,7 +33,19 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You are providing multiple inputs for Lime / Kernel SHAP",  # advice about speed
     "ignore:Objective did not converge",  # more is asked of the lasso than float64 holds
 )
-LABELLED = ("InputGradient", "CURE", "IG-NORM", "IG-SUM-NORM", "ART", "R4-random", "R4-pgd")
+LABELLED = (
+    "InputGradient",
+    "CURE",
+    "IG-NORM",
+    "IG-SUM-NORM",
+    "ART",
+    "R4-random",
+    "R4-pgd",
+    "Comprehensiveness-probability",
+    "Comprehensiveness-log",
+    "Sufficiency-probability",
+    "Sufficiency-log",
+)
 FOREIGN = "Stability-FGSM"  # Captum's attack knows indices alone
 # These look at all outputs, or at predictions: with a function around the model they say other.
 OF_ALL = (

@@ -58,6 +58,9 @@ def test_token_ids_in_explainers_of_shap(name: str) -> None:
 @leaves_but(
     *("LayerEG", "LayerEG-two-runs", "HINT", "RRR-CAM", "Concept", "Concept-maps-random"),
     *("Stability", "Stability-FGSM"),
+    # Which replace ids by others.
+    *("Comprehensiveness-probability", "Comprehensiveness-log"),
+    *("Sufficiency-probability", "Sufficiency-log"),
 )
 def test_token_ids_in_priors(leaf: Leaf) -> None:
     ids = torch.randint(9, (4, FEATURES))

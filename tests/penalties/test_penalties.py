@@ -28,6 +28,7 @@ from captum_priors.penalties import (
     l1,
     l2,
     outside,
+    rationale,
     total_variation,
 )
 from captum_priors.penalties.annotation import resized
@@ -113,6 +114,9 @@ def _annotated(
     name: str, penalty: Any, oracle: Any, high: Any, given: Tensor, **promises: Any
 ) -> Row:
     known: dict[str, Any] = {"mask": given}
+    kind = name.partition("-")[0]
+    if kind in KINDS:
+        known["kind"] = kind
     if oracle is oracles.alignment:
         known = {"given": given, "measure": name}
     return Row(
@@ -125,7 +129,7 @@ WEIGHTS = _weights(30)
 LABELS = torch.as_tensor(_table.permutation(np.arange(30) % 4))
 GROUPS = [[i for i, label in enumerate(LABELS.tolist()) if label == g] for g in range(4)]
 OVERLAPPING = [[0, 1, 2], [2, 3], [29]]
-PIXELS, MAPS = _mask(4, 2, 3, 5), _mask(4, 3, 5)
+PIXELS, MAPS, WORDS = _mask(4, 2, 3, 5), _mask(4, 3, 5), _mask(4, 7, 1)
 WANTED = torch.as_tensor(_table.standard_normal((4, 2, 3, 5)))
 LARGEST = float(WANTED.abs().max())
 
@@ -138,6 +142,21 @@ def _energy_over_channels(attributions: Any, *, mask: Any) -> Any:
 def _eps(size: float) -> float:
     """Nothing lies inside."""
     return -math.log(torch.finfo(torch.float64).eps)
+
+
+KINDS = {
+    "bce": lambda size: 2 * _eps(size) + 2,  # of one place that has all, and of one that has none
+    "kl": _eps,
+    "l1": lambda _: 2,
+    "huber": lambda _: 1.5,
+    "order": lambda _: 1,
+}
+RATIONALES = {kind: partial(rationale, kind=kind) for kind in KINDS}
+
+
+def _rationale_of_words(attributions: Any, *, mask: Any, kind: str) -> Any:
+    """An embedding's numbers are summed first where the annotation has one for each word."""
+    return oracles.rationale(attributions.sum(2, keepdims=True), mask, kind)
 
 
 def _squares(size: float) -> float:
@@ -194,6 +213,21 @@ PENALTIES = [
     _annotated("background", background, oracles.background, _eps, PIXELS),
     _annotated("background-maps", background, oracles.background, _eps, MAPS.unsqueeze(1)),
     _annotated("energy-maps", energy_outside, _energy_over_channels, _one, MAPS, even=False),
+    *(
+        _annotated(kind, RATIONALES[kind], oracles.rationale, high, PIXELS)
+        for kind, high in KINDS.items()
+    ),
+    *(
+        _annotated(
+            f"{kind}-words",
+            RATIONALES[kind],
+            _rationale_of_words,
+            KINDS[kind],
+            WORDS,
+            shape=(4, 7, 3),
+        )
+        for kind in ("kl", "order")
+    ),
     _annotated("cosine", alignment, oracles.alignment, lambda _: 2, WANTED, even=False),
     _annotated(
         "mse",
@@ -347,6 +381,24 @@ def test_values_at_the_ends() -> None:
     assert l1(torch.full((1, 2000), 100.0, dtype=torch.float16)).item() == 2e5
 
 
+@pytest.mark.parametrize("takes", RATIONALES.values(), ids=RATIONALES.keys())
+def test_rationale_at_its_ends(takes: Any) -> None:
+    """Zero where evidence is spread as the rationale is, and where there is nothing to compare."""
+    mask = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 1]])
+    torch.testing.assert_close(takes(-3 * mask, annotation=mask), torch.zeros(2))
+    phi = torch.tensor([[1.0, -2, 4, 2], [1, 2, 3, 4]])
+    assert takes(phi, annotation=0 * mask).tolist() == [0, 0]
+    assert takes(0 * phi, annotation=mask).tolist() == [0, 0]
+    found, padding = takes(phi, annotation=mask), torch.zeros(2, 5)
+    assert found[0] > 0
+    assert (found[1] > 0) == (takes is not RATIONALES["order"])
+    both = (torch.cat([each, padding], 1) for each in (phi, mask))
+    torch.testing.assert_close(takes(next(both), annotation=next(both)), found)
+    # All of the evidence elsewhere, in float32: the logarithm of the precision at most.
+    worst = takes((1 - mask).float()[:, 1:], annotation=mask.float()[:, 1:])
+    assert bool(worst.isfinite().all() & (worst >= 0.75).all())  # of Huber's squares
+
+
 def test_standardized_total_variation_ignores_an_offset() -> None:
     phi = torch.randn(3, 2, 4, 5)
     # The offset costs one digit.
@@ -375,12 +427,13 @@ def _as_grad_cam(phi: Tensor, *, annotation: Any) -> Tensor:
     return outside(phi, annotation=resized(phi, annotation, "mask"))
 
 
-TAKE_MASKS = [outside, energy_outside, background, _as_grad_cam, wrong_reason_rate]
+SUM_SHARED = [energy_outside, *RATIONALES.values()]
+TAKE_MASKS = [outside, *SUM_SHARED, background, _as_grad_cam, wrong_reason_rate]
 TAKE_MAPS = [alignment, by_mse, _as_hint]
 takes_annotation = pytest.mark.parametrize(
     "takes",
     [*TAKE_MASKS, *TAKE_MAPS],
-    ids=["outside", "energy", "background", "cam", "wrr", "cos", "mse", "hint"],
+    ids=["outside", "energy", *KINDS, "background", "cam", "wrr", "cos", "mse", "hint"],
 )
 
 
@@ -394,12 +447,12 @@ def test_annotation_has_the_attributions_dimensions_or_shares_them(takes: Any) -
         found = takes(PHI, annotation=shared(one))
         torch.testing.assert_close(found, takes(PHI, annotation=maps[:1].expand(4, 6, 6)))
     full = maps[:, None].expand_as(PHI)
-    if takes is not energy_outside:  # which sums channels that share their annotation
+    if takes not in SUM_SHARED:  # which sum channels that share their annotation
         torch.testing.assert_close(takes(PHI, annotation=full), expected, rtol=ROUNDING, atol=0)
     time = torch.randn(3, 7, 2)
     if takes not in (_as_hint, _as_grad_cam):  # which are for images
         steps = _mask(3, 7, 1)
-        wide = steps.expand_as(time) if takes is not energy_outside else steps
+        wide = steps.expand_as(time) if takes not in SUM_SHARED else steps
         torch.testing.assert_close(takes(time, annotation=steps), takes(time, annotation=wide))
 
 
@@ -557,6 +610,9 @@ VALUES: dict[str, Bad] = {
     ),
     r"`measure`: expected one of 'cosine', 'mse', found 'dot'\.": lambda: alignment(
         TWO, annotation=TWO, measure="dot"
+    ),
+    r"`kind`: expected one of 'bce', .* 'order', found 'mse'\.": lambda: rationale(
+        TWO, annotation=TWO.abs().clamp_max(1), kind="mse"
     ),
     r"`adjacency`: expected a square matrix .*, found list\. Pass": lambda: GraphLaplacian([[0.0]]),
     r"`adjacency`: expected a square matrix .*, found \(2, 3\)\.": lambda: GraphLaplacian(TWO),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_priors.stability import (
+    R2ET,
     ActivationSensitivity,
     AttributionAlignment,
     CurvatureRegularization,
@@ -135,6 +136,25 @@ def test_one_logit_is_a_binary_classifier(x: Tensor) -> None:
 def test_cure(model: nn.Module, net: Any, x: Tensor, y: Tensor) -> None:
     squares = [oracles.cure(net, a, c, 0.7) for a, c in pairs(x, y)]
     assert_mean(CurvatureRegularization(model, 0.7)(x, target=y), squares)
+
+
+@pytest.mark.parametrize("near", [None, 1, 2, 9])
+@pytest.mark.parametrize(("k", "c", "h"), [(1, 0.0, 0.1), (3, 0.7, 0.3)])
+def test_r2et(
+    model: nn.Module, net: Any, x: Tensor, y: Tensor, k: int, c: float, h: float, near: Any
+) -> None:
+    expected = [oracles.r2et(net, a, label, k, c, h, near) for a, label in pairs(x, y)]
+    prior = R2ET(model, top_k=k, n_nearest=near, curvature=c, step_size=h)
+    assert_mean(prior(x, target=y), expected)
+
+
+def test_r2et_of_large_and_of_vanishing_gradients() -> None:
+    """Finite wherever the gap is, and a gradient of zero, not NaN, where nothing turns."""
+    w = torch.tensor([900.0, 899.0, 2.0], requires_grad=True)
+    value = R2ET(lambda x: x @ w, top_k=1)(torch.randn(N, 3))
+    torch.testing.assert_close(value, (torch.tensor([-1.0, -898.0])).exp().mean())
+    (found,) = torch.autograd.grad(value, w)
+    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, 0.0]) * value.detach())
 
 
 def test_smooth_surface(model: nn.Module, net: Any, x: Tensor) -> None:

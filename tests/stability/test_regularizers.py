@@ -23,6 +23,7 @@ from captum_priors.penalties import l1
 from captum_priors.priors import Prior
 from captum_priors.stability import (
     ATEX,
+    R2ET,
     ActivationSensitivity,
     AttributionAlignment,
     CurvatureRegularization,
@@ -346,6 +347,10 @@ def test_wrong_types_are_refused(make: Any) -> None:
         lambda m: ActivationSensitivity(m, layers=["8"]),
         lambda m: ActivationSensitivity(m, layers=[3]),
         lambda m: CurvatureRegularization(m, step_size=0),
+        lambda m: R2ET(m, top_k=0),
+        lambda m: R2ET(m, top_k=2, n_nearest=0),
+        lambda m: R2ET(m, top_k=2, curvature=-1),
+        lambda m: R2ET(m, top_k=2, step_size=0),
         lambda m: SaliencyGuided(m, 0),
         lambda m: SaliencyGuided(m, 1.5),
         lambda m: RobustAttribution(m, "ig"),
