@@ -12,7 +12,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn
 
-from captum_priors import __version__
 from captum_priors._demo import UsageError
 
 DEMOS = {
@@ -51,7 +50,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("demo", nargs="?", choices=DEMOS, default="tag", help="default: tag")
     parser.add_argument("--list", action="store_true", help="say what the demos are")
-    parser.add_argument("--version", action="version", version=f"captum_priors {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"captum_priors {version('captum_priors')}"
+    )
     parser.add_argument(
         "--data",
         default="digits",

@@ -10,8 +10,8 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from captum_priors import ExpectedGradients
 from captum_priors._demo.base import GREEN, NAMES, RED, Demo, Figures, bare, fit
+from captum_priors.attr import ExpectedGradients
 from captum_priors.metrics import gini
 from captum_priors.priors import SparsityPrior
 

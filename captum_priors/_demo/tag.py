@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from captum_priors import ExpectedGradients, shared
 from captum_priors._demo.base import (
     EVIDENCE,
     GREEN,
@@ -23,6 +22,8 @@ from captum_priors._demo.base import (
     fit,
 )
 from captum_priors._demo.data import digits
+from captum_priors._rows import shared
+from captum_priors.attr import ExpectedGradients
 from captum_priors.priors import RightForTheRightReasons
 
 WEIGHT, RATE = 0.05, 5e-3

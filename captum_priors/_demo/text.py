@@ -9,9 +9,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from captum_priors import AttributionPrior, LayerExpectedGradients
 from captum_priors._demo.base import EVIDENCE, GREEN, NAMES, RED, Demo, Figures, accuracy, fit
+from captum_priors.attr import LayerExpectedGradients
 from captum_priors.penalties import outside
+from captum_priors.priors import AttributionPrior
 
 WEIGHT, RATE, LENGTH = 1.0, 4e-3, 12
 PLACES = ["[print]", "[web]"]
