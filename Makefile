@@ -12,12 +12,15 @@ BENCH_OUTPUT ?= bench-output
 # Processes for tests and mutants; each keeps to one thread.
 JOBS ?= 2
 
+# What test-oldest installs beside the others.
+OLDEST ?= captum==0.8.0
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # What the demo needs; the development tools bring it along.
 INSTALLED_DEMO := $(VENV)/.installed-demo
 
-.PHONY: demo picture test mutants test-oldest tutorials tutorials-write docs bench tables lint clean
+.PHONY: demo picture test mutants test-oldest tutorials tutorials-write docs bench tables package lint clean
 
 demo: $(INSTALLED_DEMO)
 	$(BIN)/python -m captum_priors $(DEMO) --data $(DATA) --output $(OUTPUT)
@@ -35,11 +38,12 @@ test: lint
 mutants: $(INSTALLED)
 	$(BIN)/python -m tests.mutants --jobs $(JOBS) $(PARTS)
 
-# What depends on Captum's code, on the oldest Captum that pyproject.toml allows.
+# What depends on Captum's code, on the oldest Captum that pyproject.toml allows, or on all of
+# OLDEST='-r .ci/oldest.txt'.
 test-oldest: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest captum==0.8.0
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest $(OLDEST)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q -n $(JOBS) tests/adapters tests/attr tests/test_laws.py \
-		--ignore-glob='tests/adapters/test_shap*' -m 'not slow'
+		$(if $(findstring -r,$(OLDEST)),,--ignore-glob='tests/adapters/test_shap*') -m 'not slow'
 
 # The notebooks from top to bottom, with warnings as errors; the files stay as they are.
 tutorials: $(INSTALLED)
@@ -54,6 +58,7 @@ docs: $(INSTALLED)
 	rm -rf docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 	$(BIN)/python docs/check_links.py docs/_build/html
+	$(BIN)/python docs/check_browser.py docs/_build/html
 
 # Every benchmark, at a size that fits into half an hour; FULL=1 for the size of the figures in
 # benchmarks/results, which BENCH_OUTPUT=benchmarks/results replaces.
@@ -64,6 +69,17 @@ bench: $(INSTALLED)
 # The site's tables, from the registries and benchmarks/results.
 tables: $(INSTALLED)
 	$(BIN)/python -m tests.support_table
+
+# The distributions, into dist; the source distribution has what its tests read. RELEASE is the
+# version that they have to be of.
+package: $(INSTALLED)
+	rm -rf dist build/sdist
+	$(BIN)/python -m build --outdir dist .
+	mkdir -p build/sdist
+	tar -xzf dist/*.tar.gz -C build/sdist --strip-components 1
+	$(if $(RELEASE),test -f dist/captum_priors-$(RELEASE).tar.gz)
+	cd build/sdist && OMP_NUM_THREADS=1 PYTHONPATH=. $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
+		tests/test_public_api.py tests/test_readme.py tests/test_package.py tests/docs/test_site.py tests/penalties
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

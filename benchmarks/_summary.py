@@ -142,6 +142,20 @@ def _decoy_mnist(results: Any) -> Iterator[Row]:
         )
 
 
+def _published_code(results: Any) -> Iterator[Row]:
+    for name, row in results["found"].items():
+        shown = f"{row['test']['mean']:.3f} ± {row['test']['spread']:.3f}"
+        gain = results["what is meant less what is written"].get(name)
+        if gain is not None:
+            shown += f"; {gain['mean']:+.3f} ± {gain['error']:.3f} (standard error)"
+        yield (
+            f"decoy MNIST, {name}: test accuracy"
+            + ("; what is meant less that, paired" if gain is not None else ""),
+            shown,
+            "",
+        )
+
+
 def _concepts_and_agreement(results: Any) -> Iterator[Row]:
     parts = {
         "concepts": ("a tag on MNIST's 8", ("clean", "all tagged")),
@@ -271,6 +285,18 @@ def _relu_differentiation(results: Any) -> Iterator[Row]:
         )
 
 
+def _choose_weight(results: Any) -> Iterator[Row]:
+    for name, row in results.items():
+        proposed, good = row["proposed"], row["as good as the best"]
+        yield (
+            f"`choose_weight`, {name}: proposal over the best of the decades; proposal (before "
+            "training); best (as good: within a standard error)",
+            f"{row['proposed over best']:.2g}; {proposed['early']:.2g} ({proposed['start']:.2g}); "
+            f"{row['best weight']:g} ({min(good):g} to {max(good):g})",
+            "0.1 to 10",
+        )
+
+
 def _stability_study(results: Any) -> Iterator[Row]:
     for name, row in results["results"].items():
         found = row["top-50, attack"]
@@ -293,10 +319,12 @@ ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
     "fused_attention": _fused_attention,
     "pixel_prior": _pixel_prior,
     "decoy_mnist": _decoy_mnist,
+    "published_code": _published_code,
     "concepts_and_agreement": _concepts_and_agreement,
     "batch_norm": _batch_norm,
     "right_reasons": _right_reasons,
     "stability_study": _stability_study,
+    "choose_weight": _choose_weight,
     "relu_differentiation": _relu_differentiation,
     "nhanes_sparsity": _nhanes_sparsity,
     "nhanes_references": _nhanes_references,

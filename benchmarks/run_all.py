@@ -31,7 +31,10 @@ REDUCED = {
     )
 } | {"batch_norm": ["--core"]}
 # Those that take longest go first, so that none of them is left to run alone.
-FIRST = ("batch_norm", "pixel_prior", "nhanes_sparsity", "training_step", "stability_study")
+FIRST = (
+    *("batch_norm", "pixel_prior", "nhanes_sparsity", "training_step", "stability_study"),
+    "choose_weight",
+)
 
 
 def data_sets(script: Path, *, optional: bool = False) -> list[str]:

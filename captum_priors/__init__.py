@@ -19,7 +19,8 @@ add the prior to the loss:
 Penalties live in :mod:`captum_priors.penalties`, distances in :mod:`captum_priors.distances`, the
 papers' priors in :mod:`captum_priors.priors`, what keeps explanations from being manipulated in
 :mod:`captum_priors.stability`, what manipulates them in :mod:`captum_priors.attacks`, scores in
-:mod:`captum_priors.metrics`, and the certificate in :mod:`captum_priors.testing`.
+:mod:`captum_priors.metrics`, the choice of a weight in :mod:`captum_priors.tuning`, and the
+certificate in :mod:`captum_priors.testing`.
 """
 
 from captum_priors._errors import NotDifferentiableError

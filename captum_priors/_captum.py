@@ -1,7 +1,8 @@
 """The only module that touches Captum's private helpers, so that an upgrade is checked here."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from captum._utils.common import (
@@ -29,7 +30,7 @@ from captum.attr._utils.lrp_rules import (
     IdentityRule,
     PropagationRule,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_priors._errors import TargetError, refusal
 from captum_priors._types import TensorOrTuple
@@ -49,6 +50,8 @@ __all__ = [
     "compute_gradients",
     "forward_args",
     "like_inputs",
+    "logits_of",
+    "logits_returned",
     "output_error",
     "progress",
     "run_function",
@@ -88,6 +91,29 @@ def call_baselines(baselines: Any, inputs: TensorOrTuple) -> Any:
     return baselines(inputs) if inspect.signature(baselines).parameters else baselines()
 
 
+def logits_of(output: Any) -> Any:
+    """Return the logits of an output that has some, as those of transformers' classifiers do."""
+    found = None if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else output
+
+
+@contextmanager
+def logits_returned(model: Any) -> Iterator[None]:
+    """Let a module return its logits, to Captum, which knows tensors alone."""
+    hook = None
+    if isinstance(model, nn.Module):
+        hook = model.register_forward_hook(_logits_hook)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def _logits_hook(module: nn.Module, args: Any, output: Any) -> Any:
+    return logits_of(output)
+
+
 def output_error(output: Tensor, n_rows: int) -> Exception:
     """Word that outputs are not one row for each row of inputs."""
     return refusal(
@@ -104,7 +130,7 @@ def tensor_error(returned: str) -> Exception:
     return refusal(
         TypeError,
         "`forward_func`",
-        "it to return a torch.Tensor",
+        "it to return a torch.Tensor, or to be a module whose output has logits",
         returned,
         "Wrap it in a function that returns the logits alone; for a model of transformers, "
         "captum_priors.integrations.huggingface.LogitsOf(model).",

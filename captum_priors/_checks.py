@@ -70,8 +70,13 @@ def check_floating(tensors: Sequence[Tensor]) -> None:
             )
 
 
-def check_target(target: Any, n_examples: int, *, several: bool = True) -> None:
-    """Require one target for all examples, or one for each; or ``several``, a map for each."""
+def check_target(
+    target: Any, n_examples: int, *, several: bool = True, labels: bool = False
+) -> None:
+    """Require one target for all examples, or one for each; or ``several``, a map for each.
+
+    ``labels`` says that class labels are wanted, for what to do about others.
+    """
     if target is None or (isinstance(target, (int, tuple)) and not isinstance(target, bool)):
         return
     if isinstance(target, OutputTarget):
@@ -89,7 +94,7 @@ def check_target(target: Any, n_examples: int, *, several: bool = True) -> None:
         if target.dtype == torch.long and target.shape == (n_examples,):
             return
         if target.dim() > 1:
-            raise _several_targets(target)
+            raise _several_targets(target, labels)
         length, found = n_examples if target.numel() == 1 else len(target), str(target.dtype)
         whole = not target.is_floating_point() and target.dtype != torch.bool
     elif isinstance(target, list):
@@ -116,21 +121,28 @@ def check_target(target: Any, n_examples: int, *, several: bool = True) -> None:
         )
 
 
-def _several_targets(target: Tensor) -> TargetError:
-    one_column = target.dim() == 2 and target.shape[1] == 1
-    one_hot = target.dim() == 2 and bool((target != 0).sum(1).eq(1).all())
-    return refusal(
-        TargetError,
-        "`target`",
-        "at most one dimension",
-        f"shape {tuple(target.shape)}",
-        "Pass class indices of shape (batch,): target.argmax(1) for one-hot rows, "
-        "target.flatten() for shape (batch, 1)."
-        if one_column or one_hot
-        else "It selects one output for each example. For labels of several classes or of each "
-        "pixel, pass the index of one output, target=(class, row, column), or a sum of those that "
-        "are meant, captum_priors.outputs.weighted(labels) or total(mask).",
-    )
+def _several_targets(target: Tensor, labels: bool) -> TargetError:
+    if target.dim() == 2 and target.shape[1] == 1:
+        remedy = "Pass class indices of shape (batch,), target.flatten()."
+    elif target.dim() > 2:
+        remedy = (
+            "It selects one output for each example. For labels of each pixel pass the index of "
+            "one output, target=(class, row, column), or a sum of those that are meant, "
+            "captum_priors.outputs.total(mask)."
+        )
+    else:
+        remedy = (
+            "It takes one class label for each example. Of a model with several labels explain "
+            "one after another: lambda x: model(x)[:, k], with target=labels[:, k]."
+            if labels
+            else "It selects one output for each example. If examples have several labels, pass "
+            "the sum of theirs, captum_priors.outputs.weighted(labels), or one map for each "
+            "output, captum_priors.outputs.each()."
+        )
+        if bool((target != 0).sum(1).eq(1).all()):
+            remedy = f"One-hot rows are target.argmax(1). {remedy}"
+    expected, found = "at most one dimension", f"shape {tuple(target.shape)}"
+    return refusal(TargetError, "`target`", expected, found, remedy)
 
 
 def check_labels(target: Any) -> None:
@@ -173,6 +185,13 @@ def check_keywords(prior: Any, baselines: Any, annotations: dict[str, Any]) -> N
 
 
 # ---- Options -------------------------------------------------------------------------------
+
+
+def check_name(name: Any) -> None:
+    """Require something that a logger can show, where there is a name."""
+    if name is not None and not (isinstance(name, str) and any(c.isalnum() for c in name)):
+        remedy = "Pass for example name='sparse'."
+        raise refusal(ValueError, "`name`", "a word, or None", repr(name), remedy)
 
 
 def check_forward_func(forward_func: Any) -> None:

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_priors._captum import output_error, run_function, select_error, select_targets
+from captum_priors._captum import (
+    logits_of,
+    output_error,
+    run_function,
+    select_error,
+    select_targets,
+)
 from captum_priors._types import OutputTarget
 from captum_priors.engine import current_pass, refuse_coupled_examples, submodules_of
 from captum_priors.engine.gradients import refuse_batch_statistics
@@ -129,6 +135,7 @@ class Rows:
                     if "leaf Variable that requires grad" not in str(error):
                         raise
                     output = run(*given, *args)
+        output = output if isinstance(output, Tensor) else logits_of(output)
         if not isinstance(output, Tensor):
             raise select_error(output, self.target)
         if self.target is None:
@@ -180,6 +187,14 @@ def run_forward(
     n = inputs[0].shape[0] if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() else 1
     outputs: Tensor = Rows(forward_func, target, args, n)(inputs)
     return outputs
+
+
+def check_selects(outputs: Tensor, target: Any) -> None:
+    """Refuse a target that selects none of the outputs, where all of them are looked at."""
+    outputs = outputs.detach()
+    if outputs.numel() == len(outputs) and not isinstance(target, OutputTarget):
+        outputs = outputs.reshape(-1, 1).expand(-1, 2)  # the logit of a binary classifier
+    selected(outputs, target)
 
 
 def selected(output: Tensor, target: Any) -> Any:

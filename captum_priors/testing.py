@@ -1,22 +1,25 @@
-"""The certificate: is the gradient of an attribution the derivative of its value?"""
+"""Certificates: is the gradient of an attribution, or of a loss, the derivative of its value?"""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from captum.attr import Attribution
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_tensors
-from captum_priors._errors import NotDifferentiableError, refusal
+from captum_priors._errors import NotDifferentiableError, refusal, type_of
 from captum_priors._probe import check_explainer, check_options
+from captum_priors._slopes import beside, from_one_state, judged, random_like
 from captum_priors.engine import modules_of, run_modules
-from captum_priors.engine.random import STREAMS, GlobalState, seed_global
+from captum_priors.engine.random import STREAMS, seed_global
 
-__all__ = ["Certificate", "check_differentiable"]
+__all__ = ["Certificate", "GradientReport", "check_differentiable", "check_gradient"]
+
+Named = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -99,34 +102,28 @@ def check_differentiable(
     check_explainer(explainer)
     check_options(explainer, attribute_options)
     check_tensors(inputs)
-    state = GlobalState.now(STREAMS)
     directions = torch.Generator().manual_seed(seed)
     weights: list[Tensor] = []
 
-    def value() -> Tensor:
+    def run() -> Tensor:
         seed_global(seed, STREAMS)
         attributions = as_tuple(explainer.attribute(inputs, **attribute_options))
         if not weights:
-            weights.extend(_random_like(a, directions) for a in attributions)
+            weights.extend(random_like(a, directions) for a in attributions)
         pairs = zip(weights, attributions, strict=True)
         return torch.stack([(w * a).sum() for w, a in pairs]).sum()
 
-    try:
+    with from_one_state(run, modules_of(explainer), as_tuple(inputs)) as value:
         named = _checked(explainer, inputs, parameters, attribute_options)
-        with torch.enable_grad():  # throughout: some explainers of users need it for their values
-            attributed = value()
-            gradients: Sequence[Tensor | None] = [None] * len(named)
-            if attributed.requires_grad:
-                gradients = torch.autograd.grad(
-                    attributed, [tensor for _, tensor in named], allow_unused=True
-                )
-            analytic, numeric = [], []
-            for (_, tensor), gradient in zip(named, gradients, strict=True):
-                direction = _random_like(tensor, directions)
-                analytic.append(0.0 if gradient is None else float((gradient * direction).sum()))
-                numeric.append(_central_difference(value, tensor, direction, step))
-    finally:
-        state.restore()
+        gradients = _gradients(value(), named)
+        analytic, numeric = [], []
+        for (_, tensor), gradient in zip(named, gradients, strict=True):
+            direction = random_like(tensor, directions)
+            analytic.append(0.0 if gradient is None else float((gradient * direction).sum()))
+            size, largest = (max(1.0, float(t.detach().abs().max())) for t in (tensor, direction))
+            h = step * size / largest
+            above, below = beside(value, (tensor, h * direction))
+            numeric.append((above - below) / (2 * h))
     scale = max([abs(v) for v in (*analytic, *numeric) if math.isfinite(v)], default=1.0)
     # Whatever is not a number is no derivative, wherever it stands.
     gaps = [a - n for a, n in zip(analytic, numeric, strict=True)]
@@ -186,47 +183,231 @@ def _checked(
             "Pass model.named_parameters().",
         )
     pairs += [(f"inputs[{i}]", tensor) for i, tensor in enumerate(as_tuple(inputs))]
+    remedy = (
+        "Certify a copy of the model made with copy.deepcopy(model).double(): in lower "
+        "precision a difference quotient cannot tell right from wrong."
+    )
+    behind = f"behind {type(explainer).__name__} "
+    return _leaves(pairs, (torch.float64,), remedy, behind)
+
+
+def _leaves(pairs: Named, dtypes: Sequence[torch.dtype], remedy: str, behind: str = "") -> Named:
     # Each tensor once, under the last of its names.
     names = {tensor: name for name, tensor in pairs if tensor.requires_grad}
     for tensor, name in names.items():
-        if tensor.dtype != torch.float64 or not tensor.is_leaf:
+        if tensor.dtype not in dtypes or not tensor.is_leaf:
             raise refusal(
                 TypeError,
                 f"`{name}`",
-                "a leaf tensor in torch.float64",
+                f"a leaf tensor in {' or '.join(map(str, dtypes))}",
                 f"{tensor.dtype}, leaf: {tensor.is_leaf}",
-                "Certify a copy of the model made with copy.deepcopy(model).double(): in lower "
-                "precision a difference quotient cannot tell right from wrong.",
+                remedy,
             )
     if not names:
         raise refusal(
             ValueError,
             "`parameters`",
-            f"parameters behind {type(explainer).__name__} that require gradients",
+            f"parameters {behind}that require gradients",
             "none",
             "Pass parameters=model.named_parameters().",
         )
     return [(name, tensor) for tensor, name in names.items()]
 
 
-def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    random = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-    return random.to(device=tensor.device, dtype=tensor.dtype)
+def _gradients(value: Tensor, named: Named) -> Sequence[Tensor | None]:
+    if not value.requires_grad:
+        return [None] * len(named)
+    found = torch.autograd.grad(value, [tensor for _, tensor in named], allow_unused=True)
+    return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
 
 
-def _central_difference(value: Any, tensor: Tensor, direction: Tensor, step: float) -> float:
-    original = tensor.detach().clone()
-    h = step * max(1.0, float(original.abs().max())) / max(1.0, float(direction.abs().max()))
-    try:
-        _write(tensor, original + h * direction)
-        above = float(value().detach())
-        _write(tensor, original - h * direction)
-        below = float(value().detach())
-    finally:
-        _write(tensor, original)
-    return (above - below) / (2 * h)
+# ---- Any loss ---------------------------------------------------------------------------------
+
+_FAULTS = ("missing", "wrong", "not finite")
 
 
-@torch.no_grad()
-def _write(tensor: Tensor, values: Tensor) -> None:
-    tensor.copy_(values)
+@dataclass(frozen=True)
+class GradientReport:
+    """What :func:`check_gradient` found for each parameter; printed, it is a sentence for each.
+
+    ``verdicts`` are ``"right"``, ``"constant"`` (neither a gradient nor a slope), ``"missing"``
+    (no gradient, though the value has a slope), ``"wrong"``, ``"not finite"`` and ``"undecided"``
+    (differences that contradict each other: a kink or a jump beside the point, or rounding).
+    ``slopes`` are the derivative by the gradient, and by the value's differences, along the
+    direction in which they differ most; ``errors`` their difference, relative to the latter.
+
+    Example:
+        >>> from captum_priors.testing import GradientReport
+        >>> report = GradientReport(0.5, {"bias": "wrong"}, {"bias": 1.0}, {"bias": (0.2, 0.1)})
+        >>> print(report)
+        wrong: bias (derivative 0.2 where the slope is 0.1, off by 1e+02 %)
+        >>> report.passed, report.faults
+        (False, ('bias',))
+    """
+
+    value: float
+    verdicts: dict[str, str]
+    errors: dict[str, float]
+    slopes: dict[str, tuple[float, float]]
+
+    @property
+    def passed(self) -> bool:
+        """Whether some gradients are right and all others are of constants."""
+        return {"right"} <= {*self.verdicts.values()} <= {"right", "constant"}
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Names of the parameters whose gradient is missing, wrong or not finite."""
+        return tuple(name for name, verdict in self.verdicts.items() if verdict in _FAULTS)
+
+    def __str__(self) -> str:
+        lines = []
+        for verdict in (*_FAULTS, "undecided", "constant", "right"):
+            those = [name for name, found in self.verdicts.items() if found == verdict]
+            if those and verdict in _FAULTS[:2]:
+                those = [f"{name} ({self._detail(name)})" for name in those]
+            start = {"constant": "constant in", "undecided": "not decidable here"}.get(verdict)
+            lines += [f"{start or verdict}: {', '.join(those)}"] if those else []
+        return "\n".join(lines)
+
+    def _detail(self, name: str) -> str:
+        derivative, slope = self.slopes[name]
+        if self.verdicts[name] == "missing":
+            return f"the value has a slope of {slope:.2g}"
+        off = f"off by {100 * self.errors[name]:.2g} %"
+        return f"derivative {derivative:.2g} where the slope is {slope:.2g}, {off}"
+
+
+def check_gradient(
+    loss_fn: Any,
+    parameters: Any,
+    *,
+    inputs: Any = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+    raise_exception: bool = True,
+) -> GradientReport:
+    r"""Compare the gradient of any loss, one's own or another's, with its slopes.
+
+    Each parameter tensor :math:`\theta` is moved along a random direction :math:`u`, and along one
+    that is half the gradient's own,
+
+    .. math:: \langle u, \nabla_\theta L\rangle \approx
+        \frac{L(\theta + h u) - L(\theta - h u)}{2h},
+
+    with a step :math:`h` that suits its precision. Where the two differ, more steps tell a wrong
+    gradient from a kink (steps, or the two sides, contradict each other): that is "undecided".
+
+    Each evaluation has the same random numbers, running statistics and streams of priors, and
+    nothing is left changed: no parameter, no ``.grad``, no buffer, no generator.
+
+    Args:
+        loss_fn: Returns the loss, one number: called as ``loss_fn()``, or with the inputs.
+            Check a penalty alone: beside a larger loss, its missing gradient is a small error.
+        parameters: A module, a tensor, tensors, or pairs of a name and a tensor, in float64 or
+            float32; those that require no gradient are left out. In float64 more is decided.
+        inputs: Passed to ``loss_fn``, a tuple as its arguments.
+        tolerance: Largest accepted difference, relative to the slope; by default 0.001 in float64,
+            0.01 in float32.
+        seed: Seed of the directions.
+        raise_exception: Raise where a gradient is missing, wrong or not finite. What could not be
+            decided raises nothing, but does not pass.
+
+    Returns:
+        What was found for each parameter.
+
+    Raises:
+        NotDifferentiableError: If a gradient is missing, wrong or not finite.
+        TypeError: If the loss is no function, or a parameter no leaf in float64 or float32.
+        ValueError: If the loss is not one number, or not the same from the same state, if no
+            parameter requires a gradient, or the loss is constant in all.
+
+    Example:
+        >>> import torch
+        >>> from captum_priors.testing import check_gradient
+        >>> model, x = torch.nn.Linear(3, 1), torch.randn(8, 3)
+        >>> def right(x):
+        ...     x = x.requires_grad_()
+        ...     gradient, = torch.autograd.grad(model(x).tanh().sum(), x, create_graph=True)
+        ...     return gradient.square().mean()
+        >>> check_gradient(right, model, inputs=x).passed
+        True
+        >>> def through_grad_data(x):
+        ...     x = x.detach().requires_grad_()
+        ...     model(x).tanh().sum().backward()
+        ...     return x.grad.data.square().mean()
+        >>> report = check_gradient(through_grad_data, model, inputs=x, raise_exception=False)
+        >>> report.verdicts
+        {'weight': 'missing', 'bias': 'missing'}
+    """
+    if not callable(loss_fn):
+        remedy = "Pass lambda: ..., which computes it anew."
+        raise refusal(TypeError, "`loss_fn`", "a function", type_of(loss_fn), remedy)
+    pairs = list(_pairs(parameters))
+    remedy = "Certify a copy of the model, copy.deepcopy(model).double() or .float()."
+    named = _leaves(pairs, (torch.float64, torch.float32), remedy)
+    given = () if inputs is None else as_tuple(inputs)
+    tensors = [*(t for _, t in named), *(t for t in given if isinstance(t, Tensor))]
+    with from_one_state(
+        lambda: loss_fn(*given), modules_of(parameters, loss_fn), tensors
+    ) as evaluate:
+        value, again = (_number(evaluate()) for _ in range(2))
+        gap = abs(float(value.detach()) - float(again.detach()))
+        # Sums on a GPU come in any order; other differences are no rounding.
+        if gap > 1e3 * torch.finfo(value.dtype).eps * abs(float(again.detach())):
+            raise refusal(
+                ValueError,
+                "`loss_fn`",
+                "the same value from the same state",
+                f"{float(value.detach()):.6g}, then {float(again.detach()):.6g}",
+                "Make a generator of your own inside of it, and accumulate nothing.",
+            )
+        start, gradients = again.detach().clone(), _gradients(again, named)
+        del value, again
+        found = judged(evaluate, start, named, gradients, tolerance, seed)
+    report = GradientReport(
+        float(start),
+        verdicts={name: verdict for name, (verdict, _, _) in found.items()},
+        errors={name: error for name, (_, error, _) in found.items()},
+        slopes={name: slopes for name, (_, _, slopes) in found.items()},
+    )
+    if set(report.verdicts.values()) == {"constant"}:
+        raise refusal(
+            ValueError,
+            "`loss_fn`",
+            "a loss that depends on at least one of the parameters",
+            "derivatives that are all zero, which certifies nothing",
+            "Choose a nonlinear model, or other parameters.",
+        )
+    if raise_exception and report.faults:
+        raise refusal(
+            NotDifferentiableError,
+            "`loss_fn`",
+            "a gradient that is the slope of the loss",
+            str(report).replace("\n", "; "),
+            "Look for .data, .detach(), torch.autograd.grad without create_graph=True, explainers "
+            "of Captum's without differentiable(...), and for square roots and divisions at zero.",
+        )
+    return report
+
+
+def _pairs(parameters: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(parameters, nn.Module):
+        parameters = parameters.named_parameters()
+    elif isinstance(parameters, Tensor):
+        parameters = [parameters]
+    for i, entry in enumerate(parameters):
+        name, tensor = entry if isinstance(entry, tuple) else (f"parameters[{i}]", entry)
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            remedy = "Pass the model, model.parameters() or model.named_parameters()."
+            expected = "tensors, or pairs of a name and a tensor"
+            raise refusal(TypeError, "`parameters`", expected, type_of(entry), remedy)
+        yield name, tensor
+
+
+def _number(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        found = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else None
+        remedy = "Return the tensor, reduced to one number."
+        raise refusal(ValueError, "`loss_fn()`", "one number", found or type_of(loss), remedy)
+    return loss.sum()

@@ -78,6 +78,21 @@ class Sequence(nn.Module):
         return self.head(states.mean(1))
 
 
+class Siamese(nn.Module):
+    """One encoder of two texts, which are compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.mix, self.head = nn.Embedding(11, 4), nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.compared(self.embedding(a), self.embedding(b))
+
+    def compared(self, a: Tensor, b: Tensor) -> Tensor:
+        left, right = (torch.tanh(self.mix(each)).mean(1) for each in (a, b))
+        return self.head(left * (1 + right))
+
+
 class TwoInputs(nn.Module):
     """An image-like and a tabular input that interact, and a plain additional argument."""
 
@@ -146,6 +161,13 @@ def tokens() -> Case:
     return Case(model, ids, background, 2, layer=model.embedding)
 
 
+def two_texts() -> Case:
+    """Of different lengths, through one embedding."""
+    model, lengths = Siamese(), (6, 3)
+    ids, background = (tuple(torch.randint(11, (n, k)) for k in lengths) for n in (3, 8))
+    return Case(model, ids, background, 2, layer=model.embedding)
+
+
 def hidden_layer() -> Case:
     case = mlp()
     return Case(case.model, case.inputs, case.baselines, 1, layer=case.model[1])
@@ -173,7 +195,7 @@ class Everything(nn.Module):
 
 MODELS = [linear, mlp, relu_mlp, cnn, relu_cnn, tuple_inputs, sequence]
 NONLINEAR = MODELS[1:]
-LAYER_MODELS = [tokens, hidden_layer]
+LAYER_MODELS = [tokens, hidden_layer, two_texts]
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ LAYERS = [
     ["engine"],
     ["_rows", "outputs"],
     ["penalties", "distances"],
-    ["_probe", "attr", "concepts"],
+    ["_probe", "_slopes", "attr", "concepts"],
     ["adapters"],
     ["attacks"],
     ["priors", "testing"],
-    ["metrics", "stability"],
+    ["metrics", "stability", "tuning"],
     ["integrations"],
     ["_demo"],
     ["__init__", "__main__"],
@@ -104,7 +104,8 @@ def test_private_names_of_captum() -> None:
 def test_one_place_takes_gradients_of_models() -> None:
     """The seam, the way back of values whose gradient comes later, and the certificate.
 
-    An attack and the Hessian differentiate what is made of such gradients already.
+    An attack and the Hessian differentiate what is made of such gradients already; tuning takes
+    those of a loss and a prior by parameters.
     """
     assert files_that_mention("torch.autograd.grad(") == {
         "attacks/attack.py",
@@ -112,6 +113,7 @@ def test_one_place_takes_gradients_of_models() -> None:
         "engine/gradients.py",
         "engine/replay.py",
         "testing.py",
+        "tuning.py",
     }
 
 

@@ -15,6 +15,7 @@ from captum.attr import (
     FeatureAblation,
     InputXGradient,
     IntegratedGradients,
+    LayerConductance,
     LayerGradCam,
     Saliency,
 )
@@ -88,7 +89,8 @@ from captum_priors.stability import (
     smooth_activations,
     weight_decay_groups,
 )
-from captum_priors.testing import check_differentiable
+from captum_priors.testing import check_differentiable, check_gradient
+from captum_priors.tuning import PriorLog, choose_weight
 from tests.asserts import leaves_no_trace
 
 N = 5
@@ -241,7 +243,7 @@ DRAW_AS_CAPTUM_DOES = {"ExpectedGradients", "LayerExpectedGradients"}
 
 
 def fails(call: Callable[[], Any]) -> str:
-    with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+    with pytest.raises((TypeError, ValueError, RuntimeError, FloatingPointError)) as caught:
         call()
     text = str(caught.value)
     what, _, rest = text.partition(": expected ")
@@ -321,16 +323,59 @@ def report(**wrong: Any) -> Any:
     return stability_report(**{**given, **wrong})
 
 
+def weighed(
+    prior: Any = JacobianRegularization, loss: Any = None, model: Any = None, **wrong: Any
+) -> Any:
+    """Weigh a prior against a loss, both made of the model."""
+    model = model or net()
+
+    def mean(batch: Any) -> Tensor:
+        return (loss or (lambda outputs: outputs.square().mean()))(
+            model(batch[0].nan_to_num(0, 1, 1))
+        )
+
+    given = {"loss": mean, "batches": [(x(), torch.ones(5).long())], **wrong}
+    return choose_weight(model, prior=prior(model), **given)
+
+
 def packed() -> Any:
     return nn.utils.rnn.pack_padded_sequence(torch.randn(3, 4, 2), [3, 2, 1, 1])
 
 
 OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
+    # Choosing a weight
+    "criterion as loss": (
+        lambda: choose_weight(net(), nn.functional.cross_entropy, averaging(), [(x(), 1)]),
+        "loss=lambda batch",
+    ),
+    "loss of each example": (lambda: weighed(loss=lambda out: out.sum(1)), "shape (5,)"),
+    "loss without a graph": (lambda: weighed(loss=lambda out: out.sum().detach()), "=False"),
+    "loss that is fitted": (lambda: weighed(loss=lambda out: 0 * out.sum()), "expected a gradient"),
+    "loss that is not finite": (
+        lambda: weighed(loss=lambda out: torch.inf * out.sum()),
+        "loss in batch 0: expected a finite number",
+    ),
+    "prior that is not finite": (
+        lambda: weighed(InputGradientRegularization, batches=[(x() / 0, torch.ones(5).long())]),
+        "prior InputGradientRegularization",
+    ),
+    "prior of another model": (lambda: weighed(lambda _: JacobianRegularization(net())), "of this"),
+    "prior of weight zero": (lambda: weighed(lambda m: 0 * JacobianRegularization(m)), "1 of 1"),
+    "function as prior": (lambda: weighed(lambda model: l1), "`prior`: expected a Prior"),
+    "function as model": (lambda: weighed(model=lambda x: x), "`model`: expected a Module"),
+    "frozen model": (lambda: weighed(model=net().requires_grad_(False)), "Unfreeze"),
+    "no batches": (lambda: weighed(batches=[]), "used up"),
+    "batches that are no pairs": (
+        lambda: weighed(batches=[(x(), 1, 2)]),
+        "a pair (inputs, target), found tuple of 3",
+    ),
+    "target ratio of zero": (lambda: weighed(target_ratio=0), "target_ratio"),
+    "no steps between": (lambda: PriorLog(net(), every=0), "every"),
     # What names the way out
     "packed sequence": (lambda: AttributionPrior(Saliency(net()), l1)(packed()), "lengths in"),
     "several classes for each example": (
         lambda: AttributionPrior(Saliency(net()), l1)(x(), target=torch.ones(5, 3).long()),
-        "target=(class, row, column)",
+        "captum_priors.outputs.weighted(labels)",
     ),
     "class index of a dense model": (
         lambda: AttributionPrior(Saliency(nn.Conv2d(1, 3, 1)), l1)(images(), target=1),
@@ -499,6 +544,26 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: concept(torch.ones(2), channel_dim=4)(images(), target=1),
         "(2,)",
     ),
+    "layer that feeds itself": (
+        lambda: (lambda mix: LayerExpectedGradients(lambda z: mix(mix(z)), mix))(
+            nn.Linear(3, 3)
+        ).attribute(x(), x()),
+        "found 2 runs, of which one feeds another",
+    ),
+    "layer of two texts in one batch": (
+        lambda: (
+            lambda mix: LayerExpectedGradients(
+                lambda z: mix(torch.cat([z, -z])).view(len(z), -1), mix
+            )
+        )(nn.Linear(3, 3)).attribute(x(), x(), target=0),
+        "run it once for each",
+    ),
+    "delta of each run": (
+        lambda: (lambda mix: differentiable(LayerConductance(lambda z: mix(z) + mix(-z), mix)))(
+            nn.Linear(3, 3)
+        ).attribute(x(), target=0, return_convergence_delta=True),
+        "True for 2 runs",
+    ),
     "layer of an LSTM": (
         lambda: (lambda lstm: ConceptPrior(lambda z: lstm(z)[0], lstm, torch.ones(2)))(
             nn.LSTM(3, 2)
@@ -584,6 +649,26 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
             parameters=[e.forward_func[0].bias],
         ),
         "named_parameters()",
+    ),
+    "certificate of a loss that is there": (
+        lambda: check_gradient(net()(x()).sum(), net()),
+        "lambda",
+    ),
+    "certificate of several numbers": (
+        lambda: check_gradient((n := net()), n, inputs=x()),
+        "one number",
+    ),
+    "certificate of an optimizer's groups": (
+        lambda: check_gradient(lambda: x().sum(), [{"params": []}]),
+        "named_parameters()",
+    ),
+    "certificate in half precision": (
+        lambda: check_gradient((n := net().half()), n, inputs=x().half()),
+        "float64",
+    ),
+    "certificate of a frozen model": (
+        lambda: check_gradient(lambda: x().sum(), net().requires_grad_(False)),
+        "require gradients",
     ),
     # Attacks
     "attack on a class": (lambda: TopKAttack(Saliency, 2, radius=0.1), "class Saliency"),
@@ -688,7 +773,11 @@ MISTAKES: list[tuple[str, Callable[[Any], Any], str]] = [
     ),
     ("labels second", lambda p: p(x(), torch.zeros(5).long()), "pass them as target="),
     ("short target", lambda p: p(x(), x(), target=torch.zeros(4).long()), "to the rows of the inp"),
-    ("one-hot", lambda p: p(x(), x(), target=torch.eye(5)), "target.argmax(1) for one-hot rows"),
+    (
+        "one-hot",
+        lambda p: p(x(), x(), target=torch.eye(5)),
+        "One-hot rows are target.argmax(1). It",
+    ),
     ("a column", lambda p: p(x(), x(), target=torch.zeros(5, 1).long()), "target.flatten()"),
     ("a list", lambda p: p([x()], x(), target=1), "Pass a tuple of tensors"),
     ("a dict", lambda p: p({"x": x()}, x(), target=1), "the tensor that the model is called with"),

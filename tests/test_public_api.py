@@ -18,6 +18,7 @@ from captum_priors import (
     priors,
     stability,
     testing,
+    tuning,
 )
 from captum_priors.integrations import accelerate, huggingface, lightning
 
@@ -37,6 +38,7 @@ MODULES = [
     priors,
     stability,
     testing,
+    tuning,
 ]
 EXPORTS = [
     pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")

@@ -42,6 +42,8 @@ _STACKING = (
     "DeepLift",
     "NoiseTunnel",
 )
+# Of layers, those whose path runs between inputs, not between what the layer makes of them.
+_BETWEEN_INPUTS = ("Conductance", "InternalInfluence", "GradientShap", "DeepLiftShap")
 
 
 class CaptumAdapter:
@@ -139,7 +141,9 @@ class CaptumAdapter:
         if tensors[0].dim() > 0:
             check_target(given.get("target"), tensors[0].shape[0])
         layer = isinstance(self, LayerAttribution)
-        if isinstance(self, NoiseTunnel) or (isinstance(self, GradientAttribution) and not layer):
+        between_inputs = any(name in self._stock.__name__ for name in _BETWEEN_INPUTS)
+        gradients = isinstance(self, GradientAttribution) and (between_inputs or not layer)
+        if isinstance(self, NoiseTunnel) or gradients:
             check_floating(tensors)
         # Elsewhere it is a keyword for something else: a tunnel's method, LIME's functions.
         if "baselines" in self._takes and self.draws_baselines:

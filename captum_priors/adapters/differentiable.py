@@ -28,8 +28,10 @@ class Differentiable:
     ``differentiable(explainer)`` returns an explainer with the same ``attribute`` and the same
     numbers whose result can be differentiated; given a Captum class it returns a subclass of it.
     The explainer passed in is left untouched, and converting twice is converting once. What has no
-    certified conversion is refused; where Captum's own number leaves something out (a layer that
-    runs twice, activations that its rules do not cover), a warning says so once. What is explained
+    certified conversion is refused; where Captum's own number leaves something out (a layer whose
+    runs feed one another, activations that its rules do not cover), a warning says so once. Of a
+    layer that several inputs share, which Captum takes the last run of, attributions are a tuple,
+    one entry for each run. A module whose output has logits is explained by them. What is explained
     is the function that is trained, also where torch computes another one without gradients
     (encoders with a padding mask).
 

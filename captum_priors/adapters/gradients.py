@@ -8,7 +8,7 @@ import torch
 from captum.attr import InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, forward_args, like_inputs
+from captum_priors._captum import as_tuple, forward_args, like_inputs, logits_returned
 from captum_priors._checks import check_inputs
 from captum_priors._rows import Rows, tile
 from captum_priors.adapters.captum import CaptumAdapter
@@ -53,7 +53,8 @@ class SeamAdapter(CaptumAdapter):
         if not wants_delta:
             return attributions
         ends = self._copies(given, tensors)
-        with KeepGraph(self, tensors[0].shape[0]) if torch.is_grad_enabled() else nullcontext():
+        keeps = KeepGraph(self, tensors[0].shape[0]) if torch.is_grad_enabled() else nullcontext()
+        with keeps, logits_returned(self.forward_func):
             delta = self.compute_convergence_delta(
                 attributions,
                 ends.get("baselines"),

@@ -10,13 +10,15 @@ import torch
 from captum.attr import LayerFeaturePermutation, NoiseTunnel
 from torch import Tensor, nn
 
-from captum_priors._captum import as_tuple
+from captum_priors._captum import as_tuple, logits_returned
 from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors._rows import Rows
 from captum_priors.adapters.captum import CaptumAdapter, adapted
 from captum_priors.adapters.keep_graph import KeepGraph
 from captum_priors.adapters.modules import path_of, put_back, warn_once, watched
+from captum_priors.adapters.runs import Runs, RunsAgain, attribute_runs, may_run_apart
 from captum_priors.engine import Visit, recompute, submodules_of
+from captum_priors.engine.random import GlobalState
 
 
 class ModeAdapter(CaptumAdapter):
@@ -29,16 +31,42 @@ class ModeAdapter(CaptumAdapter):
     differentiations: ClassVar[tuple[str, ...]] = ("double_backprop", "recompute")
     _mode: ClassVar[type[KeepGraph]] = KeepGraph
     _marks: ClassVar[tuple[str, ...]] = ()  # attributes that the method sets on modules
+    runs: Runs | None = None  # what each run of its layer passes through, if there are several
 
     def _attribute_with_graph(self, given: dict[str, Any]) -> Any:
         tensors = self._check_call(given)
+        state = GlobalState.now(self.draws) if self.draws and self._captured() else None
+        try:
+            with watched(self._captured(), self._on_second_run):
+                return self._attribute_once(given, tensors)
+        except RunsAgain:
+            if state is not None:
+                state.restore()
+            found = attribute_runs(self, given, tensors)
+            if found is not None:
+                return found
         with watched(self._captured(), self._warn_of_second_run):
-            if not torch.is_grad_enabled():
-                return self._without_graph(self._copies(given, tensors))
-            self._check()
-            if self.differentiation == "double_backprop":
-                return self._with_graph(self._copies(given, tensors))
-            return self._recomputed(given, tensors)
+            return self._attribute_once(given, tensors)
+
+    def _attribute_once(self, given: dict[str, Any], tensors: tuple[Tensor, ...]) -> Any:
+        if not torch.is_grad_enabled():
+            return self._without_graph(self._copies(given, tensors))
+        self._check()
+        if self.differentiation == "double_backprop":
+            return self._with_graph(self._copies(given, tensors))
+        return self._recomputed(given, tensors)
+
+    def _run_stock(self, **given: Any) -> Any:
+        runs = nullcontext() if self.runs is None else self.runs.apart()
+        # Captum's wrappers of language models look for logits themselves.
+        model = getattr(self, "forward_func", None) if self.takes_tensors else None
+        with runs, logits_returned(model):
+            return super()._run_stock(**given)
+
+    def _on_second_run(self, layer: nn.Module) -> None:
+        if may_run_apart(self, layer):
+            raise RunsAgain
+        self._warn_of_second_run(layer)
 
     def _recomputed(self, given: dict[str, Any], tensors: tuple[Tensor, ...]) -> Any:
         if any(t.device.type != "cpu" for t in tensors):

@@ -7,7 +7,13 @@ from typing import Any
 from captum.attr import Attribution
 from torch import Tensor, nn
 
-from captum_priors._captum import forward_func_of, output_error, run_function, select_error
+from captum_priors._captum import (
+    forward_func_of,
+    logits_of,
+    output_error,
+    run_function,
+    select_error,
+)
 from captum_priors.outputs import SumOfOutputs
 
 
@@ -41,7 +47,7 @@ def without_sum(forward_func: Any) -> Any:
 def _sum(forward_func: Any, target: SumOfOutputs, args: tuple[Any, ...]) -> Tensor:
     if isinstance(target.weights, Tensor):
         target, args = replace(target, weights=args[-1]), args[:-1]
-    outputs = run_function(forward_func, args, None, None)
+    outputs = logits_of(run_function(forward_func, args, None, None))
     if not isinstance(outputs, Tensor):
         raise select_error(outputs, target)
     if outputs.dim() == 0:

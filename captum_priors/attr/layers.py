@@ -1,6 +1,6 @@
 """Expected gradients of a layer's activation: embeddings, latent features."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,8 @@ from captum_priors.attr.expected_gradients import (
     reference_rows,
 )
 from captum_priors.engine import attribution_call, current_pass
+from captum_priors.engine._torch import leaf_of
+from captum_priors.engine.gradients import nodes
 from captum_priors.outputs import SeveralOutputs
 
 Tensors = tuple[Tensor, ...]
@@ -39,10 +41,15 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
     ids work; :class:`captum.attr.LayerGradientShap` interpolates the inputs instead. Gradients
     reach the parameters on both sides of the layer. (Erion et al. 2021, applied to :math:`h`.)
 
+    A layer that several inputs share, such as the embedding of an encoder of two texts, runs once
+    for each. With :math:`f = h(a(x_1), a(x_2))` attributions are a tuple, one entry for each run in
+    the order of the runs, as :class:`ExpectedGradients` of :math:`h` has for its inputs.
+
     Args:
         forward_func: A model, or any function of the inputs.
-        layer: A module that runs once in each forward pass. Its rows are the examples, or as many
-            for each example (the sentences of a document), one example's after another's.
+        layer: A module that runs once in each forward pass, or once for each of several inputs.
+            Its rows are the examples, or as many for each example (the sentences of a document),
+            one example's after another's.
         device_ids: Accepted for Captum's sake; ``DataParallel`` is not supported.
         multiply_by_inputs: As in :class:`ExpectedGradients`.
         differentiation: As in :class:`ExpectedGradients`.
@@ -58,6 +65,14 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         >>> gap = (model(ids) - model(background).mean()).squeeze(1)
         >>> torch.allclose(attributions.sum((1, 2)), gap, atol=1e-5)
         True
+
+        Two texts through one embedding:
+
+        >>> pair = lambda a, b: model(a) - 2 * model(b)
+        >>> ours, theirs = LayerExpectedGradients(pair, embed).attribute(
+        ...     (ids, ids[:, :2]), (background, background[:, :2]))
+        >>> torch.allclose(ours.sum((1, 2)), gap, atol=1e-5), theirs.shape
+        (True, torch.Size([3, 2, 4]))
     """
 
     def __init__(
@@ -101,11 +116,13 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         ``attribute_to_layer_input`` explains what the layer receives.
 
         Returns:
-            Attributions shaped like the activation, and the deltas if asked for.
+            Attributions shaped like the activation, a tuple of those of each run where there are
+            several, and the deltas if asked for.
 
         Raises:
             TypeError: If an argument has another type or dtype.
-            ValueError: If shapes, devices or counts do not match, or the layer runs twice.
+            ValueError: If shapes, devices or counts do not match, or one of the layer's runs feeds
+                another.
             NotDifferentiableError: If no correct parameter gradient exists.
         """
         batch = check_inputs(inputs)
@@ -158,18 +175,20 @@ class Layer:
     to_input: bool = False
 
     def activations(self, inputs: Tensors, args: tuple[Any, ...]) -> tuple[Tensors, int]:
-        """Return what the layer returns (or receives), by examples, and how many rows each has."""
+        """Return what the layer returns (or receives), by examples, and how many rows each has.
+
+        What it returns in one run follows what it returned in the run before.
+        """
         batch, current = inputs[0].shape[0], current_pass()
-        found = self._recorded(inputs, args)
+        first = current is not None and not current.seen.before
+        runs = self._recorded(inputs, args)
+        if len(runs) > 1 and first and self.runs_apart(inputs, args) is None:
+            raise runs_error(f"{len(runs)} runs, of which one feeds another")
+        found = _only_activations(runs)
         times, rest = divmod(found[0].shape[0], batch)
         alike = rest == 0 < times and all(len(a) == len(found[0]) for a in found)
-        if alike and batch > 1 and (times > 1 or (current is not None and not current.seen.before)):
-            some = slice(0, batch // 2)
-            half = self._recorded(
-                tuple(x[some] for x in inputs), tuple(take(arg, some, batch) for arg in args)
-            )
-            shapes = [a[: times * (batch // 2)].shape for a in found]
-            alike = [h.shape for h in half] == shapes
+        if alike and (times > 1 or (batch > 1 and first)):
+            alike = self._by_examples(found, times, inputs, args)
         if not alike:
             raise refusal(
                 ValueError,
@@ -177,28 +196,76 @@ class Layer:
                 f"a layer whose first dimension counts the {batch} examples, or as many rows "
                 "for each, one example's after another's",
                 f"shapes {[tuple(a.shape) for a in found]}",
-                "Choose a layer before the examples are packed or transposed, or one behind.",
+                "Choose a layer before the examples are packed or transposed, or one behind; of "
+                "several inputs that go through it in one batch, run it once for each.",
             )
         if times > 1:
             found = tuple(a.unflatten(0, (batch, times)) for a in found)
         return found, times
 
-    def _recorded(self, inputs: Tensors, args: tuple[Any, ...]) -> Tensors:
-        seen: list[Any] = []
-        with self._hooked(lambda found: seen.append(copied(found))):
+    def _by_examples(
+        self, found: Tensors, times: int, inputs: Tensors, args: tuple[Any, ...]
+    ) -> bool:
+        """Whether rows come example by example: half of the examples have the first half of them.
+
+        A batch of one is compared with two of the same.
+        """
+        batch = inputs[0].shape[0]
+        if batch > 1:
+            small, some = batch // 2, slice(0, batch // 2)
+            inputs, args = (tuple(take(x, some, batch) for x in each) for each in (inputs, args))
+            whole, part = found, _only_activations(self._recorded(inputs, args))
+        else:
+            small, batch = 1, 2
+            inputs, args = (tuple(tile(x, 2, 1) for x in each) for each in (inputs, args))
+            whole, part = _only_activations(self._recorded(inputs, args)), found
+        if [a[: times * small].shape for a in whole] != [p.shape for p in part]:
+            return False
+        return times == 1 or not any(
+            _block_by_block(a.detach(), p.detach(), times, (batch, small))
+            for a, p in zip(whole, part, strict=True)
+        )
+
+    def _recorded(self, inputs: Tensors, args: tuple[Any, ...]) -> list[Any]:
+        runs: list[Any] = []
+        with self._hooked(lambda found: runs.append(copied(found))):
             run_forward(self.forward_func, inputs, None, args)
-        return _only_activation(seen)
+        return runs
+
+    def runs_apart(self, inputs: Tensors, args: tuple[Any, ...]) -> int | None:
+        """Count the layer's runs in a forward pass; None where one of them feeds another."""
+        before: list[Tensor] = []
+        fed: list[bool] = []
+
+        def tracked(found: Any) -> list[Tensor]:
+            return [t for t in _each(found) if isinstance(t, Tensor) and t.requires_grad]
+
+        def hook(found: Any) -> Any:
+            leaves = (leaf_of(node) for node in nodes(tracked(found)))
+            fed.append(any(leaf is other for leaf in leaves for other in before))
+            cut = _mapped(lambda t: t.detach().requires_grad_(t.is_floating_point()), found)
+            before.extend(tracked(cut))
+            return copied(cut)
+
+        with torch.enable_grad(), self._hooked(hook):
+            run_forward(self.forward_func, inputs, None, args)
+        return None if any(fed) else len(fed)
 
     @contextmanager
     def replaced(self, values: Tensors) -> Iterator[None]:
-        """Let the layer return (or receive) the given values."""
+        """Let the layer return (or receive) the given values, those of one run after another's."""
+        rest = iter(values)
 
         def hook(found: Any) -> Any:
-            several = self.to_input or isinstance(found, tuple)
-            return copied(values) if several else values[0].clone()
+            own = tuple(value.clone() for _, value in zip(_each(found), rest, strict=False))
+            if len(own) < len(_each(found)):
+                raise runs_error("more runs than at the whole batch")
+            return own if self.to_input or isinstance(found, tuple) else own[0]
 
         with self._hooked(hook):
             yield
+        if next(rest, None) is not None:
+            raise runs_error("fewer runs than at the whole batch")
 
     @contextmanager
     def _hooked(self, hook: Any) -> Iterator[None]:
@@ -223,7 +290,8 @@ class _LayerRows(Rows):
     def __call__(self, points: Tensors) -> Any:
         """Return the target output of each example, with the layer's values replaced."""
         repeats = points[0].shape[0] // self.n
-        around = tuple(tile(x, repeats, self.n) for x in self.inputs)
+        # Views: a second try, which leaves may need, would begin among the values of the first.
+        around = tuple(y.view_as(y) for y in (tile(x, repeats, self.n) for x in self.inputs))
         values = tuple(p.flatten(0, 1) for p in points) if self.times > 1 else points
         with self.layer.replaced(values):
             return super().__call__(around)
@@ -237,22 +305,44 @@ class _LayerRows(Rows):
 
 def copied(found: Any) -> Any:
     """Copy the tensors of a tuple, which what follows may flag or work in place on."""
+    return _mapped(Tensor.clone, found)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], found: Any) -> Any:
     if isinstance(found, tuple):
-        return tuple(map(copied, found))
-    return found.clone() if isinstance(found, Tensor) else found
+        return tuple(_mapped(function, each) for each in found)
+    return function(found) if isinstance(found, Tensor) else found
 
 
-def _only_activation(seen: list[Any]) -> Tensors:
-    """Require that the layer ran once and dealt in floating-point tensors."""
-    if len(seen) != 1:
-        raise refusal(
-            ValueError,
-            "`layer`",
-            "a layer that runs once in each forward pass",
-            f"{len(seen)} runs",
-            "Pass a layer of the model behind forward_func that is not shared.",
-        )
-    values = seen[0] if isinstance(seen[0], tuple) else (seen[0],)
+def _each(found: Any) -> tuple[Any, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _block_by_block(whole: Tensor, part: Tensor, times: int, counts: tuple[int, int]) -> bool:
+    """Whether rows of all examples follow one another, rather than all rows of one example."""
+    batch, small = counts
+    by_example = (whole[: times * small] - part).norm()
+    of_blocks = whole.unflatten(0, (times, batch))[:, :small].flatten(0, 1)
+    # Rounding, and dropout of a model that is explained in train mode, are no difference.
+    return bool(by_example > 1e-3 * part.norm() and 4 * (of_blocks - part).norm() < by_example)
+
+
+def runs_error(found: str) -> Exception:
+    """Word what is wrong with the runs of a layer."""
+    return refusal(
+        ValueError,
+        "`layer`",
+        "a layer that runs in each forward pass, once or apart for each of several inputs",
+        found,
+        "Pass another layer of the model behind forward_func; modules may share their weights.",
+    )
+
+
+def _only_activations(runs: list[Any]) -> Tensors:
+    """Require that the layer ran, and dealt in floating-point tensors."""
+    if not runs:
+        raise runs_error("0 runs")
+    values = tuple(value for run in runs for value in _each(run))
     if not all(isinstance(v, Tensor) and v.is_floating_point() for v in values) or not values:
         raise refusal(
             TypeError,

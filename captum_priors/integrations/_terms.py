@@ -7,36 +7,46 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from captum_priors.priors.base import Prior
+from captum_priors.priors.base import Prior, Term
 
-TOTAL = "prior"
+TOTAL, RATIO = "prior", "prior_gradient_ratio"
 
 
 def terms_of(prior: Prior) -> dict[str, Prior]:
-    """Return the terms that are no combination of others, under names that every logger takes.
+    """Return what is logged of a prior, under keys that every logger takes.
 
-    A name is made of the formula without its weights and tensors, so that runs with others compare.
+    These are its terms, which are no combinations of others, and combinations that have a name. A
+    key is ``prior/`` and the name, or else the class, numbered from the second of a kind on.
     """
     terms: dict[str, Prior] = {}
+    inside_others: set[nn.Module] = set()  # the sides of an agreement
     for module in prior.modules():
-        inside = [m for m in module.modules() if m is not module]
-        if isinstance(module, Prior) and not any(isinstance(m, Prior) for m in inside):
-            formula = re.sub(r"(, )?\w+=\.\.\.", "", module.formula())
-            name = stem = f"{TOTAL}/" + re.sub(r"\W+", "_", formula).strip("_")
-            times = 1
-            while name in terms:
-                times += 1
-                name = f"{stem}_{times}"
-            terms[name] = module
+        if not isinstance(module, Prior) or module in inside_others:
+            continue
+        if isinstance(module, Term):
+            inside_others |= {*module.modules()}
+        within = any(isinstance(m, Prior) for m in module.modules() if m is not module)
+        if within and module.name is None and not isinstance(module, Term):
+            continue
+        word = type(module).__name__ if module.name is None else module.name
+        key = stem = f"{TOTAL}/" + re.sub(r"\W+", "_", word).strip("_")
+        times = 1
+        while key in terms:
+            times += 1
+            key = f"{stem}_{times}"
+        terms[key] = module
     return terms
 
 
-def evaluate(prior: Prior, arguments: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+def evaluate(
+    prior: Prior, arguments: Mapping[str, Any], trainer: Any = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the value of a prior, and detached: the same as ``"prior"``, and each term's own.
 
     A term's own value carries no weight. What was not evaluated (see ``Lazy``) is not reported.
+    Errors about a keyword say that ``prior_arguments`` returns it, where a ``trainer`` has called.
     """
     seen: dict[str, list[Tensor]] = {}
     caller = threading.get_ident()
@@ -51,9 +61,29 @@ def evaluate(prior: Prior, arguments: Mapping[str, Any]) -> tuple[Tensor, dict[s
     with ExitStack() as stack:
         for name, term in terms_of(prior).items():
             stack.callback(term.register_forward_hook(listen(name)).remove)
-        value: Tensor = prior(**arguments)
+        try:
+            value: Tensor = prior(**arguments)
+        except (TypeError, ValueError) as error:
+            if trainer is not None:
+                _say_who_calls(error, prior, type(trainer).__name__, arguments)
+            raise
     each = {name: torch.stack(values).mean() for name, values in seen.items()}
     return value, {TOTAL: value.detach(), **each}
+
+
+def _say_who_calls(
+    error: Exception, prior: Prior, trainer: str, arguments: Mapping[str, Any]
+) -> None:
+    """Add to an error about a keyword of the prior where keywords come from in a trainer."""
+    message = str(error)
+    about = re.match(r"`(\w+)|prior .*: expected keywords", message)
+    known = {None, "inputs", "baselines", "target", "additional_forward_args", *arguments}
+    if about and (about[1] in known or prior.takes(about[1])):
+        returned = ", ".join(arguments) or "nothing"
+        error.args = (
+            f"{message} ({trainer} calls the prior with what `prior_arguments` returns for a "
+            f"batch, now {returned}: change it there.)",
+        )
 
 
 class Means:

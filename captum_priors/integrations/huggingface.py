@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from captum_priors._checks import count
 from captum_priors._errors import refusal
 from captum_priors._extras import extra
 from captum_priors.engine import modules_of
-from captum_priors.integrations._terms import Means, evaluate
+from captum_priors.integrations._terms import RATIO, Means, evaluate
 from captum_priors.priors.base import Prior
+from captum_priors.tuning import PriorLog
 
 __all__ = ["LogitsOf", "PriorTrainerMixin", "classification_arguments"]
 
@@ -22,8 +25,12 @@ logger = logging.getLogger(__name__)
 def classification_arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keywords of a prior for a batch of sequence or image classification.
 
-    ``input_ids`` or ``pixel_values`` are its ``inputs``, ``labels`` its ``target``, and an
-    ``attention_mask`` is an additional argument. Others need a function of their own.
+    ``input_ids`` or ``pixel_values`` are its ``inputs``, ``labels`` its ``target``; an
+    ``attention_mask`` is an additional argument, and so are ``token_type_ids`` after it, which tell
+    the sentences of a pair apart. Others need a function of their own.
+
+    Raises:
+        ValueError: If the batch has none of these.
 
     Example:
         >>> import torch
@@ -31,16 +38,36 @@ def classification_arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
         >>> ids, labels = torch.ones(2, 5, dtype=torch.long), torch.tensor([0, 1])
         >>> list(classification_arguments({"input_ids": ids, "labels": labels}))
         ['inputs', 'target']
+        >>> pair = {"input_ids": ids, "labels": labels, "token_type_ids": ids}
+        >>> mask, types = classification_arguments(pair)["additional_forward_args"]
+        >>> mask is None, types is ids
+        (True, True)
     """
     name = "pixel_values" if "pixel_values" in inputs else "input_ids"
+    if name not in inputs or "labels" not in inputs:
+        raise refusal(
+            ValueError,
+            "batch",
+            "`labels`, and `input_ids` or `pixel_values`",
+            ", ".join(inputs) or "nothing",
+            "Pass the trainer prior_arguments=..., a function of the batch that returns the "
+            "prior's keywords.",
+        )
     arguments = {"inputs": inputs[name], "target": inputs["labels"]}
-    if inputs.get("attention_mask") is not None:
-        arguments["additional_forward_args"] = inputs["attention_mask"]
+    mask, types = inputs.get("attention_mask"), inputs.get("token_type_ids")
+    if types is not None:
+        arguments["additional_forward_args"] = (mask, types)
+    elif mask is not None:
+        arguments["additional_forward_args"] = mask
     return arguments
 
 
 class LogitsOf:
     """A classifier of ``transformers`` as an explainer calls it: ids and mask in, logits out.
+
+    What comes after the ids is passed by its name. BERT and its like may be explained as they are:
+    their second and third arguments are the mask and the token types, and the logits of a module's
+    output are found. Others have other arguments there, GPT-2 and XLNet among them.
 
     Example:
         >>> from types import SimpleNamespace
@@ -52,10 +79,10 @@ class LogitsOf:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def __call__(self, inputs: Any, attention_mask: Any = None) -> Any:
+    def __call__(self, inputs: Any, attention_mask: Any = None, token_type_ids: Any = None) -> Any:
         """Return the logits."""
-        more = {} if attention_mask is None else {"attention_mask": attention_mask}
-        return self.model(inputs, **more).logits
+        named = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        return self.model(inputs, **{k: v for k, v in named.items() if v is not None}).logits
 
 
 class PriorTrainerMixin:
@@ -63,10 +90,10 @@ class PriorTrainerMixin:
 
     The prior is averaged over the micro-batches of an optimizer step, whether or not the trainer
     divides its loss by their number. (It does not for models whose ``forward`` takes ``**kwargs``,
-    although some of these, BERT's classifier among them, return a mean; in transformers 5,
-    ``loss_is_scaled_for_ga = False`` on the trainer's class has it divide both.) With the training
-    loss it logs ``"prior"``, what was added on average, and each term's own value without its
-    weight as ``"prior/<term>"``.
+    although some of these, BERT's classifier among them, return a mean, which is then logged as a
+    warning; in transformers 5, ``loss_is_scaled_for_ga = False`` on the trainer's class has it
+    divide both.) With the training loss it logs ``"prior"``, what was added on average, and each
+    term's own value without its weight as ``"prior/<term>"``.
 
     Evaluation leaves ``eval_loss`` as it is, so that runs and early stopping compare, and reports
     the metrics ``"eval_prior"`` and ``"eval_prior/<term>"``. Each process saves the prior's
@@ -80,6 +107,8 @@ class PriorTrainerMixin:
             what the model does not take, such as annotations (keep those columns with
             ``remove_unused_columns=False``).
         evaluate_prior: Whether evaluation reports the prior, which takes an explanation's time.
+        log_gradients_every: Every so many micro-batches, ``"prior_gradient_ratio"`` is measured
+            (:class:`captum_priors.tuning.PriorLog`) and logged with the training loss; 0 for never.
         kwargs: For the trainer.
 
     Example:
@@ -118,12 +147,17 @@ class PriorTrainerMixin:
         prior: Prior | Callable[[Any], Prior],
         prior_arguments: Callable[[dict[str, Any]], Mapping[str, Any]] = classification_arguments,
         evaluate_prior: bool = True,
+        log_gradients_every: int = 0,
         **kwargs: Any,
     ) -> None:
         self._make_prior: Any = prior
         self._prior_of: tuple[Any, Any] = (None, None)
         self._resumes_from: str | bool | None = None
+        self._warned_of_sums = False
         self.prior_arguments, self.evaluate_prior = prior_arguments, evaluate_prior
+        self.log_gradients_every = count("log_gradients_every", log_gradients_every, least=0)
+        self._ratios: PriorLog | None = None
+        self._measured: float | None = None
         super().__init__(*args, **kwargs)
         self._training_means = Means(self.args.device)
         self._evaluation_means = Means(self.args.device)
@@ -143,6 +177,8 @@ class PriorTrainerMixin:
             prior = (made if isinstance(made, Prior) else made(self.model)).to(self.args.device)
             _check_explains(prior, self.model)
             self._prior_of = (self.model, prior)
+            every = self.log_gradients_every
+            self._ratios = PriorLog(self.model, every) if every else None
         found: Prior = prior
         return found
 
@@ -160,13 +196,44 @@ class PriorTrainerMixin:
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if training:
+            self._warn_of_sums(loss, outputs, arguments, num_items_in_batch)
             self._continue_from_checkpoint()
-            value, values = evaluate(self.prior, arguments)
+            value, values = evaluate(self.prior, arguments, self)
             self._training_means.add(values)
-            loss = loss + value / self._undivided_steps(num_items_in_batch)
+            added = value / self._undivided_steps(num_items_in_batch)
+            ratio = None if self._ratios is None else self._ratios(loss, added)
+            self._measured = self._measured if ratio is None else ratio
+            loss = loss + added
         elif self.evaluate_prior:
-            self._evaluation_means.add(evaluate(self.prior, arguments)[1])
+            self._evaluation_means.add(evaluate(self.prior, arguments, self)[1])
         return (loss, outputs) if return_outputs else loss
+
+    def _warn_of_sums(
+        self, loss: Tensor, outputs: Any, arguments: Mapping[str, Any], num_items_in_batch: Any
+    ) -> None:
+        """Say once that the trainer adds up means, the model's own loss beside the prior's."""
+        steps = self._undivided_steps(num_items_in_batch)
+        if self._warned_of_sums or steps == 1 or self.args.world_size > 1:
+            return
+        self._warned_of_sums = True
+        logits, labels = getattr(outputs, "logits", None), arguments.get("target")
+        if not (isinstance(logits, Tensor) and isinstance(labels, Tensor) and logits.dim() == 2):
+            return
+        if labels.dtype != torch.long or labels.shape != logits.shape[:1]:
+            return
+        mean = F.cross_entropy(logits.detach().float(), labels)
+        # A loss that counts all examples of the step is smaller by their number.
+        if torch.isclose(loss.detach().float(), mean, rtol=1e-3):
+            logger.warning(
+                "%s adds up the losses of %d micro-batches without dividing them, because the "
+                "model's forward takes **kwargs; but the model returns their means, so its loss "
+                "counts %d times as much as without accumulation, and as the prior does. Set "
+                "loss_is_scaled_for_ga = False on the trainer's class (transformers 5), or "
+                "trainer.model_accepts_loss_kwargs = False.",
+                type(self).__name__,
+                steps,
+                steps,
+            )
 
     def _undivided_steps(self, num_items_in_batch: Any) -> int:
         """Return the steps of accumulation that the trainer does not divide its loss by."""
@@ -182,6 +249,8 @@ class PriorTrainerMixin:
         """Log the prior with the training loss."""
         if "loss" in logs:
             logs.update(self._training_means.take(self.prior, self.accelerator.reduce))
+            if self._measured is not None:
+                logs[RATIO], self._measured = self._measured, None
         super().log(logs, *args, **kwargs)  # type: ignore[misc]  # the framework's
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from captum_priors._captum import as_tuple
-from captum_priors._errors import refusal
-from captum_priors.integrations._terms import evaluate
+from captum_priors._errors import refusal, type_of
+from captum_priors.integrations._terms import RATIO, TOTAL, evaluate
 from captum_priors.priors.base import Prior
+from captum_priors.tuning import PriorLog
 
 __all__ = ["PriorMixin"]
 
@@ -24,6 +25,11 @@ class PriorMixin:
     Each batch logs ``"prior"``, what is added to the loss, and each term's own value without its
     weight as ``"prior/<term>"``. Validation and test batches log ``"val_prior"`` and
     ``"test_prior"`` in the same way and change no loss, also under ``trainer.validate()``.
+    ``prior_on_bar = True`` in the class shows ``"prior"`` on the progress bar.
+
+    With ``log_gradients_every = 100``, on the class or in ``__init__``, each hundredth batch logs
+    ``"prior_gradient_ratio"`` (:class:`captum_priors.tuning.PriorLog`), unless a step of your own
+    adds the prior.
 
     A ``training_step`` in the body of the class that lists the mixin comes before it: call
     ``self.prior_loss(batch)`` there, as under manual optimization. A step is never given the prior
@@ -59,7 +65,10 @@ class PriorMixin:
     """
 
     prior: Prior
+    log_gradients_every: int = 0
+    prior_on_bar: bool = False
     _prior_was_added = False
+    _ratios: PriorLog | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -79,6 +88,15 @@ class PriorMixin:
         Override it for others: ``inputs``, and whatever else the prior is to be given, ``target``,
         ``baselines``, ``additional_forward_args``, annotations.
         """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise refusal(
+                TypeError,
+                f"{type(self).__name__}: batch",
+                "a pair (x, y)",
+                f"{len(batch)} entries" if isinstance(batch, (tuple, list)) else type_of(batch),
+                "Override prior_arguments(self, batch): return the prior's keywords, such as "
+                "{'inputs': x, 'target': y, 'annotation': mask}.",
+            )
         inputs, target = batch
         return {"inputs": inputs, "target": target}
 
@@ -92,10 +110,12 @@ class PriorMixin:
         """
         self._prior_was_added = torch.is_grad_enabled()  # looking at a value adds nothing
         arguments = self.prior_arguments(batch)
-        value, values = evaluate(self.prior, arguments)
+        value, values = evaluate(self.prior, arguments, self)
         options = {"batch_size": len(as_tuple(arguments["inputs"])[0]), **log_options}
-        named = {prefix + name: number for name, number in values.items()}
-        self.log_dict(named, **options)  # type: ignore[attr-defined]  # the framework's
+        shown = {"prog_bar": self.prior_on_bar, **options}
+        logger: Any = self  # the framework's
+        logger.log(prefix + TOTAL, values.pop(TOTAL), **shown)
+        logger.log_dict({prefix + name: number for name, number in values.items()}, **options)
         return value
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,9 +124,20 @@ class PriorMixin:
         trains = self.automatic_optimization and torch.is_grad_enabled()  # type: ignore[attr-defined]  # the framework's
         if self._prior_was_added or output is None or not trains:
             return output
-        if isinstance(output, Mapping):
-            return {**output, "loss": output["loss"] + self.prior_loss(batch)}
-        return output + self.prior_loss(batch)
+        value, returns_more = self.prior_loss(batch), isinstance(output, Mapping)
+        loss = output["loss"] if returns_more else output
+        self._log_ratio(loss, value)
+        return {**output, "loss": loss + value} if returns_more else loss + value
+
+    def _log_ratio(self, loss: Tensor, value: Tensor) -> None:
+        if not self.log_gradients_every:
+            return
+        if self._ratios is None:
+            model: Any = self
+            self._ratios = PriorLog(model, self.log_gradients_every)
+        ratio = self._ratios(loss, value)
+        if ratio is not None:
+            self.log(RATIO, ratio)  # type: ignore[attr-defined]  # the framework's
 
     def on_train_batch_end(self, outputs: Any, *args: Any, **kwargs: Any) -> None:
         """Refuse a step that went without the prior."""

@@ -61,8 +61,8 @@ class AcrossProcesses(Wrapper):
         1.0
     """
 
-    def __init__(self, prior: Prior, ddp_or_group: Any = None) -> None:
-        super().__init__(prior)
+    def __init__(self, prior: Prior, ddp_or_group: Any = None, *, name: str | None = None) -> None:
+        super().__init__(prior, name=name)
         if isinstance(ddp_or_group, DistributedDataParallel):
             ddp_or_group = ddp_or_group.process_group
         is_mesh = hasattr(ddp_or_group, "get_group")

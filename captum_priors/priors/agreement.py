@@ -40,6 +40,7 @@ class AgreementPrior(Term):
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: As in :class:`AttributionPrior`.
         batch_norm: As in :class:`Term`.
+        name: As in :class:`Prior`.
 
     Raises:
         NotDifferentiableError: If an explainer cannot be trained on.
@@ -71,10 +72,13 @@ class AgreementPrior(Term):
         reduction: Reduction = "mean",
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
+        name: str | None = None,
     ) -> None:
         sides = _Side(explainer_a, options_a, 0), _Side(explainer_b, options_b, 1)
         explainer = sides[0].explainer
-        super().__init__(explainer, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
+        super().__init__(
+            explainer, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
+        )
         self.mix, self.strength = share("mix", mix), positive("strength", strength, example=10)
         self.options_a, self.options_b = options_a, options_b
         self.a, self.b = sides

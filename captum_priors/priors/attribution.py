@@ -211,6 +211,7 @@ class AttributionPrior(ExplainerPrior):
             does not.
         batch_norm: As in :class:`Term`.
         missing: As in :class:`Term`.
+        name: As in :class:`Prior`.
         attribute_options: What else ``explainer.attribute`` is to be given at every call, such as
             ``baselines`` or ``n_samples``.
 
@@ -239,10 +240,11 @@ class AttributionPrior(ExplainerPrior):
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
         missing: Missing = "refuse",
+        name: str | None = None,
         **attribute_options: Any,
     ) -> None:
-        of_term = {"reduction": reduction, "smooth": smooth, "batch_norm": batch_norm}
-        super().__init__(explainer, penalty, attribute_options, missing=missing, **of_term)
+        of_term = {"reduction": reduction, "smooth": smooth, "missing": missing, "name": name}
+        super().__init__(explainer, penalty, attribute_options, batch_norm=batch_norm, **of_term)
 
     @property
     def penalty(self) -> Penalty:

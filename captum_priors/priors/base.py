@@ -10,36 +10,17 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from captum_priors import _checks
 from captum_priors._captum import as_tuple, forward_func_of, output_error
-from captum_priors._checks import (
-    check_annotation,
-    check_inputs,
-    check_keywords,
-    check_labels,
-    check_target,
-    positive,
-)
 from captum_priors._errors import one_of, refusal
-from captum_priors._rows import Rows, shared
+from captum_priors._rows import Rows, check_selects, shared, tile
 from captum_priors._shown import shown_options
 from captum_priors._types import TensorOrTuple
-from captum_priors.engine import AttributionPass, Stream
+from captum_priors.engine import AttributionPass, Stream, processes
 from captum_priors.engine.model import BatchNorm, out_of_inference
-from captum_priors.engine.processes import (
-    is_distributed,
-    part_of_whole,
-    rank_of_draws,
-    refuse_spread_parameters,
-)
 from captum_priors.outputs import SeveralOutputs, scores_of_each
-from captum_priors.priors.annotated import (
-    Missing,
-    among_all,
-    annotated_rows,
-    check_annotated,
-    nothing,
-    part,
-)
+from captum_priors.priors import annotated
+from captum_priors.priors.annotated import Missing
 from captum_priors.priors.batch_norm import compares, hold_statistics
 
 Reduction = Literal["mean", "sum"]
@@ -57,6 +38,9 @@ class Prior(nn.Module, ABC):
     Subclass it for a value of your own: ``forward`` alone is needed. For one number for each
     example, subclass :class:`Term`.
 
+    Args:
+        name: What logs call it, in place of its class; ``prior.name`` may be set later.
+
     Example:
         >>> import torch
         >>> from captum_priors import AttributionPrior, ExpectedGradients
@@ -69,6 +53,13 @@ class Prior(nn.Module, ABC):
         >>> prior(x, background).shape
         torch.Size([])
     """
+
+    name: str | None = None
+
+    def __init__(self, *, name: str | None = None) -> None:
+        super().__init__()
+        _checks.check_name(name)
+        self.name = name
 
     @abstractmethod
     def forward(
@@ -87,7 +78,7 @@ class Prior(nn.Module, ABC):
 
     def formula(self) -> str:
         """Return the prior as it would be written."""
-        return f"{type(self).__name__}()"
+        return f"{type(self).__name__}({', '.join(shown_options(self))})"
 
     def training_step(self) -> bool:
         """Whether a call now is part of training, as opposed to looking at a value."""
@@ -173,11 +164,16 @@ class Call:
         """Return the target output, shape ``(rows,)``, at points that repeat the batch."""
         return self.rows(points, self.target)
 
-    def outputs(self, points: Tensors) -> Tensor:
-        """Return all outputs, shape ``(rows, outputs)``, in at least single precision."""
+    def outputs(self, points: Tensors, *, labels: bool = False) -> Tensor:
+        """Return all outputs, shape ``(rows, outputs)``, in at least single precision.
+
+        Nothing is selected, but a target has to be one of them; ``labels`` are left to the caller.
+        """
         outputs = self.rows(points, None)
         if outputs.dim() == 0 or outputs.shape[0] != points[0].shape[0]:
             raise output_error(outputs, points[0].shape[0])
+        if not labels and self.target is not None:
+            check_selects(outputs, tile(self.target, len(outputs) // self.n, self.n))
         outputs = outputs.reshape(len(outputs), -1)
         return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
@@ -199,6 +195,7 @@ class Term(Prior):
             trained; or ``"running"`` ones, as layers in evaluation mode always are.
         missing: ``"nan"`` if an ``annotation`` of NaN says that there is none: the example counts
             as zero, as those do that ``annotated``, ``(batch,)`` in the call, leaves out.
+        name: As in :class:`Prior`.
 
     Example:
         >>> import torch
@@ -230,13 +227,14 @@ class Term(Prior):
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
         missing: Missing = "refuse",
+        name: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(name=name)
         one_of("missing", missing, ("refuse", "nan"))
         one_of("reduction", reduction, ("mean", "sum"))
         one_of("batch_norm", batch_norm, ("batch", "running"))
         self.reduction, self.batch_norm, self.missing = reduction, batch_norm, missing
-        self.smooth = None if smooth is None else positive("smooth", smooth, example=30)
+        self.smooth = None if smooth is None else _checks.positive("smooth", smooth, example=30)
         # Past nn.Module's registration: the explained model's parameters are not the prior's.
         self.__dict__["forward_func"] = explained
         self.stream = Stream()
@@ -274,10 +272,10 @@ class Term(Prior):
             inputs, baselines, target, additional_forward_args, annotations
         )
         with evaluating as call:
-            if is_distributed():
+            if processes.is_distributed():
                 self._check_spread(call)  # before a graph is built
             if call.chosen is not None and call.n == 0:
-                scores: Any = nothing(call.inputs)
+                scores: Any = annotated.nothing(call.inputs)
             elif isinstance(target, SeveralOutputs):
                 scores = self._scores_of_each(call)
             else:
@@ -300,10 +298,10 @@ class Term(Prior):
         self._check_call(inputs, baselines, target, annotations)
         rows = None
         if self.takes_tensors and ("annotated" in annotations or self.missing == "nan"):
-            rows = annotated_rows(annotations, len(as_tuple(inputs)[0]), self.missing)
+            rows = annotated.annotated_rows(annotations, len(as_tuple(inputs)[0]), self.missing)
             annotations = {k: v for k, v in annotations.items() if k != "annotated"}
         training = self.training_step()
-        rank = rank_of_draws() if training and is_distributed() else 0
+        rank = processes.rank_of_draws() if training and processes.is_distributed() else 0
         draw = self.stream.next_seed if advance else self.stream.peek
         explaining = AttributionPass(
             *self._explained(),
@@ -326,7 +324,9 @@ class Term(Prior):
                 hold_statistics(self, explaining, (inputs, args))
             call = self._call(*batch, explaining)
             if rows is not None:  # after the statistics of the batch
-                call = part(call, rows, draws_baselines=getattr(self, "draws_baselines", False))
+                call = annotated.part(
+                    call, rows, draws_baselines=getattr(self, "draws_baselines", False)
+                )
             yield call
 
     def differentiates_first(self) -> bool:
@@ -357,17 +357,17 @@ class Term(Prior):
         self, inputs: Any, baselines: Any, target: Any, annotations: dict[str, Any]
     ) -> None:
         """Check a call before anything is drawn or computed."""
-        check_keywords(self, baselines, annotations)
+        _checks.check_keywords(self, baselines, annotations)
         if not self.takes_tensors:
             return
-        n = check_inputs(inputs)
-        check_target(target, n)
+        n = _checks.check_inputs(inputs)
+        _checks.check_target(target, n, labels=self.labels)
         if self.labels:
-            check_labels(target)
+            _checks.check_labels(target)
         for name, value in annotations.items():
-            check_annotation(name, value, n)
+            _checks.check_annotation(name, value, n)
         if annotations.get("annotated") is not None:
-            check_annotated(annotations["annotated"], n)
+            annotated.check_annotated(annotations["annotated"], n)
 
     def _call(
         self,
@@ -400,12 +400,12 @@ class Term(Prior):
                 "Return one unreduced number for each example.",
             )
         if call.chosen is not None:
-            scores = among_all(scores, call.chosen, call.n_given)
+            scores = annotated.among_all(scores, call.chosen, call.n_given)
         reduced: Tensor = scores.mean() if self.reduction == "mean" else scores.sum()
-        if not is_distributed():
+        if not processes.is_distributed():
             return reduced
         self._check_spread(call)  # of modules that a function has hidden until now
-        return part_of_whole(
+        return processes.part_of_whole(
             reduced,
             tuple(call.explaining.modules),
             mean=self.reduction == "mean",
@@ -416,5 +416,5 @@ class Term(Prior):
     def _check_spread(self, call: Call) -> None:
         modules = tuple(call.explaining.modules)
         if modules and not self._told and self.training_step():
-            refuse_spread_parameters(modules, twice=self._way() != "finite_difference")
+            processes.refuse_spread_parameters(modules, twice=self._way() != "finite_difference")
             self._told = True

@@ -22,7 +22,7 @@ def logits_and_labels(call: Call, points: Tensors) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If a label is none of the classes.
     """
-    logits = logits_of(call.outputs(points))
+    logits = logits_of(call.outputs(points, labels=True))
     labels = torch.as_tensor(call.target, device=logits.device).flatten().expand(call.n).long()
     if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
         raise refusal(

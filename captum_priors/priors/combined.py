@@ -18,8 +18,8 @@ class Wrapper(Prior):
 
     prior: Prior
 
-    def __init__(self, prior: Prior) -> None:
-        super().__init__()
+    def __init__(self, prior: Prior, *, name: str | None = None) -> None:
+        super().__init__(name=name)
         if not isinstance(prior, Prior):
             raise refusal(
                 TypeError,
@@ -53,13 +53,13 @@ class WeightedPrior(Wrapper):
 
     weight: float
 
-    def __init__(self, weight: float, prior: Prior) -> None:
+    def __init__(self, weight: float, prior: Prior, *, name: str | None = None) -> None:
         if not abs(weight) < float("inf"):
             remedy = "Check where it comes from."
             raise refusal(ValueError, "`weight`", "a finite number", repr(weight), remedy)
-        if isinstance(prior, WeightedPrior):
+        if isinstance(prior, WeightedPrior) and prior.name is None:
             weight, prior = weight * prior.weight, prior.prior
-        super().__init__(prior)
+        super().__init__(prior, name=name)
         self.weight = weight
 
     def forward(self, *data: Any, **named: Any) -> Tensor:
@@ -69,9 +69,11 @@ class WeightedPrior(Wrapper):
 
     def formula(self) -> str:
         """Return the prior as it would be written."""
-        inner = self.prior.formula()
-        inner = f"({inner})" if isinstance(self.prior, SumPrior) else inner
-        return f"{repr(self.weight).removesuffix('.0')} * {inner}"
+        inner, weight = self.prior.formula(), repr(self.weight).removesuffix(".0")
+        if self.name is not None:
+            return f"WeightedPrior({weight}, {inner}, name={self.name!r})"
+        plain = isinstance(self.prior, SumPrior) and self.prior.name is None
+        return f"{weight} * ({inner})" if plain else f"{weight} * {inner}"
 
 
 class SumPrior(Prior):
@@ -90,9 +92,12 @@ class SumPrior(Prior):
 
     terms: Sequence[Prior]
 
-    def __init__(self, terms: Sequence[Prior]) -> None:
-        super().__init__()
-        flat = [t for term in terms for t in (term.terms if isinstance(term, SumPrior) else [term])]
+    def __init__(self, terms: Sequence[Prior], *, name: str | None = None) -> None:
+        super().__init__(name=name)
+        flat: list[Prior] = []
+        for term in terms:
+            plain = isinstance(term, SumPrior) and term.name is None
+            flat += cast("SumPrior", term).terms if plain else [term]
         self.terms = cast("Sequence[Prior]", nn.ModuleList(flat))
 
     def forward(
@@ -119,7 +124,10 @@ class SumPrior(Prior):
 
     def formula(self) -> str:
         """Return the prior as it would be written."""
-        return " + ".join(term.formula() for term in self.terms)
+        terms = [term.formula() for term in self.terms]
+        if self.name is not None:
+            return f"SumPrior([{', '.join(terms)}], name={self.name!r})"
+        return " + ".join(terms)
 
 
 def weighted_priors(prior: Prior) -> list[tuple[float, Prior]]:

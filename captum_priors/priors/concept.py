@@ -51,6 +51,7 @@ class ConceptPrior(Term):
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: As in :class:`AttributionPrior`.
         batch_norm: As in :class:`Term`.
+        name: As in :class:`Prior`.
 
     Raises:
         TypeError: If the layer is no module, or returns other than one tensor.
@@ -84,6 +85,7 @@ class ConceptPrior(Term):
         reduction: Reduction = "mean",
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
+        name: str | None = None,
     ) -> None:
         check_forward_func(forward_func)
         check_layer(layer)
@@ -92,7 +94,9 @@ class ConceptPrior(Term):
             one_of("target", target, get_args(Chosen))
         one_of("form", form, get_args(Form))
         one_of("differentiation", differentiation, DIFFERENTIATIONS)
-        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
+        super().__init__(
+            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
+        )
         self.target, self.form, self.channel_dim = target, form, channel_dim
         self.differentiation = differentiation
         self.replayed = differentiation != "double_backprop"
@@ -108,7 +112,7 @@ class ConceptPrior(Term):
             raise refusal(
                 TypeError,
                 "`layer`",
-                "a layer that returns one tensor",
+                "a layer that runs once in each forward pass and returns one tensor",
                 f"{len(activations)}",
                 "Choose the layer before or behind it.",
             )

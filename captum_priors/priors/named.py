@@ -7,6 +7,7 @@ references for each example and step.
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +15,12 @@ import torch.nn.functional as F
 from captum.attr import InputXGradient, LayerGradCam, Saliency
 from torch import Tensor, nn
 
-from captum_priors._captum import select_error
+from captum_priors._captum import logits_of, select_error
 from captum_priors._checks import check_forward_func, check_layer
 from captum_priors._errors import refusal
+from captum_priors._rows import check_selects
 from captum_priors._shown import same, shown_value
-from captum_priors._types import Differentiation, TensorOrTuple
+from captum_priors._types import Differentiation, OutputTarget
 from captum_priors.adapters import differentiable
 from captum_priors.attr import ExpectedGradients
 from captum_priors.penalties import (
@@ -31,6 +33,7 @@ from captum_priors.penalties import (
 )
 from captum_priors.penalties.annotation import resized
 from captum_priors.priors.attribution import AttributionPrior
+from captum_priors.priors.base import Call
 
 
 class _Named(AttributionPrior):
@@ -125,12 +128,32 @@ class GraphPrior(_Named):
         super().__init__(explainer, GraphLaplacian(adjacency), n_samples=n_samples, **options)
 
 
+@dataclass(frozen=True, eq=False)
+class _Given(OutputTarget):
+    """The target of a call as one of its arguments: it is not what is explained."""
+
+    target: Any
+
+    def check(self, n_examples: int) -> None:
+        """Nothing is left to check without the outputs."""
+
+    def mapped(self, function: Callable[[Any], Any]) -> "_Given":
+        """Apply a function to what has an entry for each example."""
+        one = isinstance(self.target, tuple)
+        return self if one else _Given(function(self.target))
+
+    def select(self, outputs: Tensor) -> None:
+        """Require one of the outputs."""
+        check_selects(outputs, self.target)
+
+
 class _SumOfLogProbabilities:
     def __init__(self, forward_func: Any) -> None:
         self.forward_func = forward_func
 
     def __call__(self, *args: Any) -> Tensor:
-        logits = self.forward_func(*args)
+        given = args[-1] if isinstance(args[-1], _Given) else None
+        logits = logits_of(self.forward_func(*(args if given is None else args[:-1])))
         if not isinstance(logits, Tensor):
             raise select_error(logits, None)
         if logits.dim() < 2 or logits.shape[1] < 2 or logits.shape[0] != args[0].shape[0]:
@@ -141,6 +164,8 @@ class _SumOfLogProbabilities:
                 f"shape {tuple(logits.shape)}",
                 "Return torch.stack([zeros, logit], 1) for a binary model with one logit.",
             )
+        if given is not None:
+            given.select(logits)
         return F.log_softmax(logits, dim=1).flatten(1).sum(1)
 
 
@@ -151,7 +176,7 @@ class RightForTheRightReasons(_Named):
 
     of a model that returns logits (Ross, Hughes, Doshi-Velez 2017; their mask is
     :math:`A = 1 - M`, and they sum over examples: divide their weight by the batch size, or pass
-    ``reduction="sum"``). All classes take part, so ``target`` is accepted and not used.
+    ``reduction="sum"``). All classes take part, so ``target`` is checked and not used.
 
     Example:
         >>> import torch
@@ -174,16 +199,12 @@ class RightForTheRightReasons(_Named):
         explainer = differentiable(gradient, differentiation=differentiation)
         super().__init__(explainer, outside, abs=False, **options)
 
-    def forward(
-        self,
-        inputs: TensorOrTuple,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        **annotations: Any,
-    ) -> Tensor:
-        """Return the value of the prior on a batch, shape ``()``."""
-        return super().forward(inputs, baselines, None, additional_forward_args, **annotations)
+    def _scores(self, call: Call) -> Any:
+        args = call.args if call.target is None else (*call.args, _Given(call.target))
+        return super()._scores(replace(call, target=None, args=args))
+
+    def _scores_of_each(self, call: Call) -> Any:
+        return self._scores(call)  # the same for each of them
 
 
 class EnergyPrior(_Named):

@@ -63,6 +63,7 @@ class RobustRightReasons(Term):
         smooth: As in :class:`Term`.
         batch_norm: As in :class:`Term`.
         missing: As in :class:`Term`.
+        name: As in :class:`Prior`.
 
     Raises:
         TypeError: If there is no annotation.
@@ -98,10 +99,16 @@ class RobustRightReasons(Term):
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
         missing: Missing = "refuse",
+        name: str | None = None,
     ) -> None:
         check_forward_func(forward_func)
         super().__init__(
-            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, missing=missing
+            forward_func,
+            reduction=reduction,
+            smooth=smooth,
+            batch_norm=batch_norm,
+            missing=missing,
+            name=name,
         )
         one_of("attack", attack, ("random", "pgd"))
         one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))

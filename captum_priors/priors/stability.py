@@ -42,6 +42,7 @@ class StabilityPrior(ExplainerPrior):
         smooth: As in :class:`AttributionPrior`.
         batch_norm: As in :class:`Term`.
         missing: As in :class:`Term`.
+        name: As in :class:`Prior`.
         attribute_options: As in :class:`AttributionPrior`.
 
     Raises:
@@ -74,10 +75,11 @@ class StabilityPrior(ExplainerPrior):
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
         missing: Missing = "refuse",
+        name: str | None = None,
         **attribute_options: Any,
     ) -> None:
-        of_term = {"reduction": reduction, "smooth": smooth, "batch_norm": batch_norm}
-        super().__init__(explainer, distance, attribute_options, missing=missing, **of_term)
+        of_term = {"reduction": reduction, "smooth": smooth, "missing": missing, "name": name}
+        super().__init__(explainer, distance, attribute_options, batch_norm=batch_norm, **of_term)
         if isinstance(perturbation, type) or not callable(_perturb_of(perturbation)):
             raise refusal(
                 TypeError,

@@ -36,6 +36,7 @@ class Lazy(Wrapper):
     Args:
         prior: The prior.
         every: :math:`k \ge 1`.
+        name: As in :class:`Prior`.
 
     Example:
         >>> import torch
@@ -48,8 +49,8 @@ class Lazy(Wrapper):
         [True, False, False, True, False, False]
     """
 
-    def __init__(self, prior: Prior, every: int) -> None:
-        super().__init__(prior)
+    def __init__(self, prior: Prior, every: int, *, name: str | None = None) -> None:
+        super().__init__(prior, name=name)
         self.every = _checks.count("every", every)
         self.counter = Counter()
 
@@ -80,6 +81,7 @@ class Subsample(Wrapper):
     Args:
         prior: A prior that reduces by ``"mean"``.
         fraction: Share of the examples, in (0, 1]; at least one is taken.
+        name: As in :class:`Prior`.
 
     Example:
         >>> import torch
@@ -95,8 +97,8 @@ class Subsample(Wrapper):
         [2]
     """
 
-    def __init__(self, prior: Prior, fraction: float) -> None:
-        super().__init__(prior)
+    def __init__(self, prior: Prior, fraction: float, *, name: str | None = None) -> None:
+        super().__init__(prior, name=name)
         self.fraction = _checks.fraction("fraction", fraction)
         if any(isinstance(m, Term) and m.reduction != "mean" for m in prior.modules()):
             raise refusal(
@@ -118,7 +120,8 @@ class Subsample(Wrapper):
     ) -> Tensor:
         """Return the value on a random part of the batch."""
         n = check_inputs(inputs)
-        check_target(target, n)
+        labels = any(getattr(term, "labels", False) for term in self.prior.modules())
+        check_target(target, n, labels=labels)
         check_keywords(self, baselines, annotations)
         for name, value in annotations.items():
             check_annotation(name, value, n)
@@ -158,6 +161,7 @@ class Guarded(Wrapper):
         prior: The prior.
         on_nonfinite: ``"raise"`` or ``"skip"``.
         max_value: Largest magnitude that is allowed, if any.
+        name: As in :class:`Prior`.
 
     Raises:
         FloatingPointError: By a call, if the value is not right and ``on_nonfinite="raise"``.
@@ -181,8 +185,9 @@ class Guarded(Wrapper):
         on_nonfinite: Literal["raise", "skip"] = "raise",
         *,
         max_value: float | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(prior)
+        super().__init__(prior, name=name)
         one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self.on_nonfinite = on_nonfinite
         self.max_value = None if max_value is None else _checks.positive("max_value", max_value)

@@ -32,6 +32,7 @@ class Shared(TypedDict, total=False):
     reduction: Reduction
     smooth: float | None
     batch_norm: BatchNorm
+    name: str | None
 
 
 class Regularizer(Term):
@@ -44,9 +45,12 @@ class Regularizer(Term):
         reduction: Reduction = "mean",
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
+        name: str | None = None,
     ) -> None:
         check_forward_func(forward_func)
-        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
+        super().__init__(
+            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
+        )
 
     def _check_call(
         self, inputs: Any, baselines: Any, target: Any, annotations: dict[str, Any]
@@ -75,8 +79,11 @@ class GradientRegularizer(Regularizer):
         reduction: Reduction = "mean",
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
+        name: str | None = None,
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
+        super().__init__(
+            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
+        )
         one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))
         self.differentiation = differentiation
         self.replayed = differentiation == "finite_difference"

@@ -77,6 +77,7 @@ class ATEX(Regularizer):
         positions: Values of :math:`t`.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Run student and teacher with ReLU as Softplus of this steepness.
+        name: As in :class:`Prior`.
         attribute_options: What else ``explainer.attribute`` is given at every call.
 
     Raises:
@@ -111,9 +112,12 @@ class ATEX(Regularizer):
         reduction: Reduction = "mean",
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
+        name: str | None = None,
         **attribute_options: Any,
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
+        super().__init__(
+            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
+        )
         self.radius = positive("radius", radius)
         self.temperature = positive("temperature", temperature)
         self.n_samples = count("n_samples", n_samples)
@@ -241,6 +245,7 @@ class SaliencyGuided(Regularizer):
             and so replaces the features that speak most against the class.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Run the model with ReLU as Softplus of this steepness.
+        name: As in :class:`Prior`.
 
     Raises:
         ValueError: If ``fraction`` is not in (0, 1].
@@ -263,8 +268,11 @@ class SaliencyGuided(Regularizer):
         reduction: Reduction = "mean",
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
+        name: str | None = None,
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
+        super().__init__(
+            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
+        )
         self.fraction, self.abs = check_fraction("fraction", fraction), abs
 
     def _scores(self, call: Call) -> Tensor:

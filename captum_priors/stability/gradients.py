@@ -34,6 +34,7 @@ class InputGradientRegularization(GradientRegularizer):
         differentiation: ``"double_backprop"`` or ``"finite_difference"``.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Run the model with ReLU as Softplus of this steepness.
+        name: As in :class:`Prior`.
 
     Raises:
         ValueError: If an option is not one of those above, or a label is none of the classes.

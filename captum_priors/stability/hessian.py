@@ -53,6 +53,7 @@ class HessianPenalty(Regularizer):
             .01, and .1 in half precision.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Take the Hessian with ReLU as Softplus of this steepness.
+        name: As in :class:`Prior`.
 
     Raises:
         ValueError: If an option is not one of those above.
@@ -77,8 +78,11 @@ class HessianPenalty(Regularizer):
         reduction: Reduction = "mean",
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
+        name: str | None = None,
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
+        super().__init__(
+            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
+        )
         one_of("curvature", curvature, ("exact", "difference", "difference_twice"))
         self.curvature, self.n_samples = curvature, count("n_samples", n_samples)
         self.step_size = None if step_size is None else positive("step_size", step_size)

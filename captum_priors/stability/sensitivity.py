@@ -62,6 +62,7 @@ class ActivationSensitivity(Regularizer):
         n_samples: Perturbations for each call.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Run the model with ReLU as Softplus of this steepness.
+        name: As in :class:`Prior`.
 
     Raises:
         ValueError: If an option is not one of those above, or the forward pass calls no such layer.
@@ -90,8 +91,11 @@ class ActivationSensitivity(Regularizer):
         reduction: Reduction = "mean",
         smooth: float | None = None,
         batch_norm: BatchNorm = "batch",
+        name: str | None = None,
     ) -> None:
-        super().__init__(forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm)
+        super().__init__(
+            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
+        )
         one_of("power", power, get_args(Power))
         one_of("scale", scale, get_args(Scale))
         one_of("noise", noise, get_args(Noise))

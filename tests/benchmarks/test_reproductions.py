@@ -87,6 +87,32 @@ def test_worst_groups_run(small_mnist: str) -> None:
     assert all(0 <= row["worst"] <= row["average"] <= 1 for row in found.values())
 
 
+def test_penalties_as_written_have_the_value_that_is_meant() -> None:
+    """And not its gradient: two train nothing, one another thing."""
+    module = script("published_code")
+    model = module.network().double()
+    x, y = torch.rand(3, 1, 28, 28).double(), torch.tensor([1, 7, 3])
+    allowed = (torch.rand(3, 1, 28, 28) > 0.1).double()
+    for written, meant in module.MEANT.items():
+        assert module.PENALTIES[written][0] == module.PENALTIES[meant][0]
+        values = [module.PENALTIES[n][1](model, x, y, allowed) for n in (written, meant)]
+        torch.testing.assert_close(*values)
+        assert values[0].requires_grad == ("map" in written)
+        assert values[1].requires_grad
+    found = module.measured("RRR, retain_graph", model, (x, y, allowed))
+    assert found["verdicts"] == {"missing": 6}
+    assert module.measured("RRR", model, (x, y, allowed))["verdicts"] == {"right": 6}
+
+
+def test_penalties_as_written_are_paired(small_mnist: str) -> None:
+    module = script("published_code")
+    runs = module.run_seed(0, small_mnist, 1)["runs"]
+    assert runs["RRR through .grad.data"] == runs["no penalty"] != runs["RRR"]
+    assert runs["no penalty"]["the network without"] == 1 > runs["RRR"]["the network without"]
+    found = module.paired({name: [run] for name, run in runs.items()})
+    assert found["IG by Captum"]["mean"] == runs["IG"]["test"] - runs["IG by Captum"]["test"]
+
+
 def test_survival_leaves_out_who_was_lost_from_view(tmp_path: Path) -> None:
     years = [3.0, -3.0, 12.0, -12.0]  # died at 3; lost at 3; died at 12; alive at 12
     rows = [[i, i + 0.5] for i in range(4)]
@@ -325,3 +351,51 @@ def test_parameter_gradients_run(method: str) -> None:
     module = script("relu_differentiation")
     plain = module.run(("digits", "none", 0.0, 0), "", 0.1)
     assert module.run(("digits", method, 0.002, 0), "", 0.1)["TV"] != plain["TV"]
+
+
+def test_weights_are_swept_beyond_the_ends_and_judged_on_validation() -> None:
+    module = script("choose_weight")
+
+    def figures(score: float, accuracy: float = 0.9) -> list[Any]:
+        each = {"score": score, "accuracy": accuracy}
+        return [{"validation": {**each, "score": score + s}, "test": each} for s in (0.0, 0.1)]
+
+    def over(weights: list[float]) -> Any:
+        # The higher, the better, up to 100, which costs accuracy; 1 is as good as 10.
+        found = {0.0: 0.2, 0.01: 0.3, 0.1: 0.4, 1.0: 0.7, 10.0: 0.7, 100.0: 0.9}
+        return {w: figures(found[w], 0.8 if w == 100 else 0.9) for w in weights}
+
+    runs = module.sweep("", (0.01, 0.1), over)
+    assert [*runs] == [0.0, 0.01, 0.1, 1.0, 10.0]
+    assert [*module.sweep("", (0.1, 1.0, 10.0), over)] == [0.0, 0.1, 1.0, 10.0]
+    assert [*module.sweep("", (10.0, 100.0), over)] == [0.0, 10.0, 100.0, 1.0, 0.1]
+    runs |= over([100.0])
+    assert module.best_of(runs) == 1.0
+    assert module.as_good(runs, 1.0) == [1.0, 10.0]
+    proposals = [{"start": 5.0, "early": 0.04}, {"start": 5.0, "early": 0.09}]
+    found = module.judged(runs, proposals, over([0.1]))
+    assert found["best weight"] == 1.0
+    assert found["proposed over best"] == pytest.approx(0.065)
+    assert not found["within"]
+    assert found["test"]["proposed"]["score"]["mean"] == 0.4
+
+
+@pytest.mark.parametrize("name", ["right for the right reasons", "sparsity"])
+def test_proposals_are_measured_before_and_early_in_training(
+    name: str, small_mnist: str, small_nhanes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("choose_weight")
+    monkeypatch.setattr(module, "N", {"train": 100, "validation": 50, "test": 50})
+    sources = {"mnist": small_mnist, "nhanes": f"nhanes={small_nhanes}"}
+    found = module.propose((name, 0), sources)
+    assert found["start"] > 0
+    assert found["early"] > 0
+    assert found["start"] != found["early"]
+    ends = []
+    for weight in (0.0, 100.0):
+        torch.manual_seed(0)
+        trial = module.TASKS[name][0](0, sources)
+        module.train(trial, weight, 1)
+        ends.append([p.clone() for p in trial.model.parameters()])
+    assert any(not torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert 0 <= module.run((name, 0, 1.0), sources, 0.1)["test"]["score"] <= 1

@@ -346,7 +346,7 @@ SETTINGS = [
         "Thousands of steps",
         "works",
         "",
-        ("tests/priors/test_endurance.py::test_five_thousand_steps_leave_nothing_behind",),
+        ("tests/priors/test_endurance.py::test_two_thousand_steps_leave_nothing_behind",),
     ),
     Setting(
         "Threads",

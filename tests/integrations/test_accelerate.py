@@ -19,7 +19,7 @@ from captum_priors.penalties import l1, l2
 from captum_priors.priors import Prior
 from tests.integrations.launch import restarted
 
-L1, L2 = (f"AttributionPrior_ExpectedGradients_{name}" for name in ("l1", "l2"))
+L1, L2 = "AttributionPrior", "AttributionPrior_2"
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Hugging Face Trainer: BERT with a prior on its word embeddings, through fused attention."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ from captum_priors.integrations.huggingface import (
 )
 from captum_priors.penalties import l1, l2, outside
 from captum_priors.priors import Prior
+from captum_priors.tuning import PriorLog
 from tests.integrations.launch import restarted
 
-L1, L2 = (f"AttributionPrior_LayerExpectedGradients_{name}_n_samples_2" for name in ("l1", "l2"))
+L1, L2 = "AttributionPrior", "AttributionPrior_2"
 LENGTH = 6
 
 
@@ -113,12 +115,16 @@ def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
     ],
 )
 def test_training_is_the_loop_written_by_hand(
-    make: Callable[[], Any], loss: Any, divided: bool, tmp_path: Path
+    make: Callable[[], Any],
+    loss: Any,
+    divided: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Accumulation over four micro-batches, of which the last step has two.
 
-    The trainer divides the loss of some models by the steps and not that of others; the prior is
-    the mean over the micro-batches for all.
+    The trainer divides the loss of some models by the steps and not that of others, which is said
+    once; the prior is the mean over the micro-batches for all.
     """
     seen, model = Recorder(), make()
     trainer = PriorTrainer(
@@ -132,6 +138,7 @@ def test_training_is_the_loop_written_by_hand(
     trainer.train()
     assert trainer.state.global_step == 3
     assert len(seen.calls) == 10
+    assert caplog.text.count("adds up the losses of 4 micro-batches") == (not divided)
 
     twin = make()
     prior = make_prior(twin)
@@ -164,6 +171,35 @@ def test_training_is_the_loop_written_by_hand(
     assert [entry["prior"] for entry in logs] == pytest.approx(means(added), rel=1e-9)
     assert [entry[f"prior/{L1}"] for entry in logs] == pytest.approx(means(own), rel=1e-9)
     assert min(added) > 0
+
+
+@pytest.mark.parametrize(("make", "divided"), [(bert, 1), (Plain, 2)])
+def test_ratio_of_gradients_is_logged_and_moves_nothing(
+    make: Callable[[], Any], divided: int, tmp_path: Path
+) -> None:
+    ends, seen = [], Recorder()
+    for every in (0, 3):
+        trainer = PriorTrainer(
+            make(),
+            arguments(tmp_path, gradient_accumulation_steps=2, max_steps=3),
+            train_dataset=data(),
+            prior=make_prior,
+            prior_arguments=seen,
+            log_gradients_every=every,
+        )
+        trainer.train()
+        ends.append(trainer.model)
+    for a, b in zip(*(end.parameters() for end in ends), strict=True):
+        assert torch.equal(a, b)
+    logged = [entry.get("prior_gradient_ratio") for entry in trainer.state.log_history[:3]]
+    twin, call = make(), seen.calls[0]
+    logits = LogitsOf(getattr(twin, "inside", twin))(
+        call["inputs"], call["additional_forward_args"]
+    )
+    loss = nn.functional.cross_entropy(logits, call["target"]) / divided
+    first = PriorLog(twin)(loss, make_prior(twin)(**call) / 2)
+    # Micro-batches 0 and 3 of two in each step; single precision.
+    assert logged == [pytest.approx(first, rel=1e-4), trainer._ratios.ratios[3], None]
 
 
 def test_evaluation_reports_the_prior_and_leaves_the_loss(tmp_path: Path) -> None:
@@ -285,6 +321,94 @@ def test_annotations_are_popped_from_the_batch(tmp_path: Path) -> None:
         },
     ).train()
     assert seen[0].shape == (2, LENGTH)
+
+
+def test_pairs_of_sentences(tmp_path: Path) -> None:
+    """Token types travel with the mask, into the model as it is and by name."""
+    rows = [{**row, "token_type_ids": torch.arange(LENGTH) // 3} for row in data(4)]
+    values = []
+    for of in (LogitsOf, lambda model: model):
+
+        def prior(model: Any, of: Any = of) -> Prior:
+            explainer = LayerExpectedGradients(of(model), model.bert.embeddings.word_embeddings)
+            padding = torch.zeros(1, LENGTH, dtype=torch.long)
+            return restarted(1.0 * AttributionPrior(explainer, l1, baselines=padding))
+
+        seen, model = Recorder(), bert()
+        options = arguments(tmp_path, max_steps=1)
+        trainer = PriorTrainer(
+            model, options, train_dataset=rows, prior=prior, prior_arguments=seen
+        )
+        twin = prior(copy.deepcopy(model))
+        trainer.train()
+        (call,) = seen.calls
+        _, types = call["additional_forward_args"]
+        assert torch.equal(types, (torch.arange(LENGTH) // 3).expand(2, -1))
+        values.append(trainer.state.log_history[0]["prior"])
+        assert values[-1] == pytest.approx(twin(**call).item(), rel=1e-9)
+    assert values[0] == pytest.approx(values[1], rel=1e-9)
+
+
+class Pair(nn.Module):
+    """Two texts, of different lengths, through one BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = bert().bert
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, a: Tensor, b: Tensor, labels: Any = None) -> Any:
+        encoded = [self.encoder(input_ids=ids).pooler_output for ids in (a, b)]
+        logits = self.head(torch.cat(encoded, 1))
+        if labels is None:
+            return logits
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_two_texts_through_one_encoder(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def of_both(maps: Any) -> Tensor:
+        seen.append(tuple(m.shape for m in maps))
+        return l1(maps)
+
+    def prior(model: Any) -> Prior:
+        words = model.encoder.embeddings.word_embeddings
+        padding = (torch.zeros(1, 5).long(), torch.zeros(1, 3).long())
+        return 1.0 * AttributionPrior(
+            LayerExpectedGradients(model, words), of_both, baselines=padding
+        )
+
+    rows = [{"a": torch.arange(5) + k, "b": torch.arange(3) + 2 * k, "labels": k} for k in (1, 2)]
+    trainer = PriorTrainer(
+        Pair(),
+        arguments(tmp_path, max_steps=1),
+        train_dataset=rows,
+        prior=prior,
+        prior_arguments=lambda batch: {
+            "inputs": (batch["a"], batch["b"]),
+            "target": batch["labels"],
+        },
+    )
+    trainer.train()
+    assert seen == [((2, 5, 8), (2, 3, 8))]
+    assert trainer.state.log_history[0]["prior"] > 0
+
+
+def test_a_missing_annotation_names_prior_arguments(tmp_path: Path) -> None:
+    def prior(model: Any) -> Prior:
+        words = model.bert.embeddings.word_embeddings
+        explainer = LayerExpectedGradients(LogitsOf(model), words)
+        return AttributionPrior(explainer, on_tags, baselines=torch.zeros(1, LENGTH).long())
+
+    trainer = PriorTrainer(bert(), arguments(tmp_path), train_dataset=data(), prior=prior)
+    with pytest.raises(TypeError, match=r"PriorTrainer calls the prior with what `prior_arguments"):
+        trainer.train()
+
+
+def test_a_batch_of_another_kind_names_prior_arguments() -> None:
+    with pytest.raises(ValueError, match=r"found input_values\. Pass the trainer prior_arguments="):
+        classification_arguments({"input_values": torch.ones(2)})
 
 
 # Mixed precision: reviews whose first token, a tag, tells the label in training.

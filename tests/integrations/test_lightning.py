@@ -18,12 +18,13 @@ from captum_priors import AttributionPrior, ExpectedGradients, Lazy
 from captum_priors.integrations.lightning import PriorMixin
 from captum_priors.penalties import l1, l2
 from captum_priors.priors import Prior
+from captum_priors.tuning import PriorLog
 from tests.integrations.launch import restarted
 
 # Most of these modules have nothing to validate.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 
-L1, L2 = (f"AttributionPrior_ExpectedGradients_{name}" for name in ("l1", "l2"))
+L1, L2 = "AttributionPrior", "small"
 
 
 class Classifier(LightningModule):
@@ -54,7 +55,7 @@ def make_prior(net: nn.Module, every: int = 2) -> Prior:
     torch.manual_seed(4)
     background = torch.randn(7, 4)
     sparse = AttributionPrior(ExpectedGradients(net), l1, baselines=background)
-    small = AttributionPrior(ExpectedGradients(net), l2, baselines=background)
+    small = AttributionPrior(ExpectedGradients(net), l2, baselines=background, name="small")
     return restarted(0.5 * (sparse + Lazy(small, every=every)))
 
 
@@ -202,6 +203,21 @@ def test_logger_gets_every_term(tmp_path: Path) -> None:
     assert len(column("val_prior")) == len(column(f"val_prior/{L1}")) == 2
 
 
+@pytest.mark.parametrize("kind", [Regularized, RegularizedDict])
+def test_ratio_of_gradients_is_logged_and_moves_nothing(kind: Any) -> None:
+    module = kind()
+    module.log_gradients_every = 5
+    fitting = trainer()
+    fitting.fit(module, loader())
+    assert_same_parameters(module.net, by_hand()[0])
+    net, (x, y) = Classifier().net, next(iter(loader()))
+    log = PriorLog(net)
+    first = log(F.cross_entropy(net(x), y), make_prior(net)(x, target=y))
+    assert [*module._ratios.ratios] == [0, 5, 10]
+    assert module._ratios.ratios[0] == pytest.approx(first, rel=1e-9)  # another order of sums
+    assert fitting.logged_metrics["prior_gradient_ratio"] == module._ratios.ratios[10]
+
+
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_evaluation_alone_under_inference_mode(stage: str) -> None:
     module, data = Regularized(), loader(10)
@@ -251,3 +267,20 @@ def test_step_that_goes_without_the_prior_is_refused(kind: Any) -> None:
 def test_order_of_bases() -> None:
     with pytest.raises(TypeError, match=r"bases of Late: expected PriorMixin before .* Change"):
         type("Late", (Classifier, PriorMixin), {})
+
+
+def test_the_bar_shows_the_prior_if_asked() -> None:
+    class OnTheBar(Regularized):
+        prior_on_bar = True
+
+    for kind, shown in ((Regularized, set()), (OnTheBar, {"prior"})):
+        fit = trainer()
+        fit.fit(kind(), loader())
+        assert fit.progress_bar_metrics.keys() == shown
+        assert f"prior/{L2}" in fit.logged_metrics
+
+
+@pytest.mark.parametrize("batch", [{"x": 1, "y": 2}, (1, 2, 3), torch.ones(2)])
+def test_batches_that_are_no_pairs_name_prior_arguments(batch: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected a pair .* Override prior_arguments\(self, batc"):
+        Regularized().prior_loss(batch)

@@ -55,7 +55,12 @@ WAYS = ("double_backprop", "recompute", "finite_difference")
 FEATURES, CLASSES = 5, 3
 
 
-_SHARED = {"differentiation": "double_backprop", "reduction": "mean", "smooth": None}
+_SHARED = {
+    "differentiation": "double_backprop",
+    "reduction": "mean",
+    "smooth": None,
+    "name": None,
+}
 
 
 def options_of(cls: Any) -> dict[str, Any]:
@@ -78,6 +83,17 @@ def made(cls: Any, *args: Any, **options: Any) -> Any:
 def net(out: int = CLASSES) -> nn.Module:
     """A smooth classifier of five features."""
     return nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, out))
+
+
+class Both(nn.Module):
+    """A network that runs twice, once for each of two inputs, and weighs what it says of them."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.clone()) - 0.5 * self.net(x)
 
 
 def conv() -> nn.Module:
@@ -235,6 +251,11 @@ EXPLAINED = [
     explained(
         "LayerEG",
         lambda m, way: LayerExpectedGradients(m, m[1], differentiation=way),
+        call={"n_samples": 2, "baselines": background()},
+    ),
+    explained(
+        "LayerEG-two-runs",
+        lambda m, way: LayerExpectedGradients(Both(m), m[1], differentiation=way),
         call={"n_samples": 2, "baselines": background()},
     ),
     explained(

@@ -5,7 +5,6 @@ part of its function: values and gradients are equal, for every prior and way of
 """
 
 import copy
-import gc
 import warnings
 from typing import Any
 
@@ -28,7 +27,7 @@ from tests.adapters.captum_table import MODELS, Explained, flat, in_double
 from tests.adapters.captum_table import ROWS as CAPTUM
 from tests.adapters.shap_cases import QUICK, adapted, mlp, stock, table
 from tests.adapters.shap_cases import ROWS as SHAP
-from tests.asserts import assert_slope, gradients_of
+from tests.asserts import assert_slope, gradients_of, new_objects
 from tests.laws.leaves import (
     FEATURES,
     WAYS,
@@ -106,14 +105,10 @@ def test_a_call_leaves_no_tensors_behind(leaf: Leaf, way: str) -> None:
     model, _ = pair(leaf, x)
     prior = leaf.make(model, **way_options(leaf, way))
     alive = []
-    gc.collect()
-    gc.disable()
-    try:
+    with new_objects() as objects:
         for _ in range(4):
             prior(x, **leaf.call(x)).backward()
-            alive.append(sum(type(each) is Tensor for each in gc.get_objects()))
-    finally:
-        gc.enable()
+            alive.append(sum(type(each) is Tensor for each in objects()))
     assert alive[1:] == [alive[1]] * 3  # the first call checks more
 
 

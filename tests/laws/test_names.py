@@ -31,13 +31,14 @@ from captum_priors.priors import (
     SparsityPrior,
 )
 from captum_priors.stability import smooth_activations
-from tests.laws.leaves import LEAVES, background, net, options_of
+from tests.laws.leaves import LEAVES, Leaf, background, every_leaf, net, options_of
 
 # Other values of options whose default does not say what else there is.
 OTHER: dict[str, Any] = {
     "layers": ["1"],
     "lower_bound": -3.0,
     "n_samples": 3,
+    "name": "plain",
     "options_a": {"abs": False},
     "options_b": {"n_steps": 5},
     "positions": (-1.0, 0.0),
@@ -105,6 +106,14 @@ def test_options_show(cls: Any, name: str, default: Any) -> None:
     text, plain = repr(build(cls, model, **{name: value})), repr(build(cls, model))
     assert text != plain
     assert re.search(rf"\b{name}={re.escape(repr(value))}", text), text
+
+
+@every_leaf
+def test_every_prior_takes_a_name(leaf: Leaf) -> None:
+    prior = leaf.make(leaf.model(), name="plain")
+    assert prior.name == "plain"
+    assert "name='plain'" in repr(prior)
+    assert leaf.make(leaf.model()).name is None
 
 
 class Named(str):

@@ -56,7 +56,7 @@ def test_token_ids_in_explainers_of_shap(name: str) -> None:
 
 # A layer may well be an embedding, and a user's perturbation comes before the explainer.
 @leaves_but(
-    *("LayerEG", "HINT", "RRR-CAM", "Concept", "Concept-maps-random"),
+    *("LayerEG", "LayerEG-two-runs", "HINT", "RRR-CAM", "Concept", "Concept-maps-random"),
     *("Stability", "Stability-FGSM"),
 )
 def test_token_ids_in_priors(leaf: Leaf) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captum_priors._captum import output_error, select_error
+from captum_priors._captum import logits_of, output_error, select_error
 from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors.engine import AttributionPass, modules_of, run_modules
 
@@ -68,7 +68,7 @@ class TorchModel:
         with run_modules() as seen:
             for self._whole in (False, False, whole):  # a function shows its modules when it runs
                 try:
-                    return self.function(*map(self.convert, sample))
+                    return self.once(*sample)
                 except (IndexError, RuntimeError, TypeError) as error:
                     first = first or error
                     self._like = _first_float(seen) if seen else self._like
@@ -103,7 +103,7 @@ class TorchModel:
 
     def once(self, *arguments: Any) -> Any:
         """Evaluate on rows as they are, all at once."""
-        return self.function(*map(self.convert, arguments))
+        return logits_of(self.function(*map(self.convert, arguments)))
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Evaluate on rows, in parts that suit the device; in double precision."""
@@ -114,7 +114,7 @@ class TorchModel:
         return torch.cat([self._checked(part) for part in parts])
 
     def _checked(self, arguments: tuple[Any, ...]) -> Tensor:
-        output, n = self.function(*arguments), len(arguments[0])
+        output, n = logits_of(self.function(*arguments)), len(arguments[0])
         if not isinstance(output, Tensor):
             raise select_error(output, None)
         if output.shape[:1] != (n,):
