@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
+# A demo's name (tag, sparsity, text, stability), and DATA=mnist=DIR for its noise curves on MNIST.
+DEMO ?= tag
 DATA ?= digits
 OUTPUT ?= demo-output
 # Folder with mnist/ and nhanes/ for the benchmarks that read them; the others run without.
@@ -15,15 +17,17 @@ OLDEST ?= captum==0.8.0
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# What the demo needs; the development tools bring it along.
+INSTALLED_DEMO := $(VENV)/.installed-demo
 
 .PHONY: demo picture test mutants test-oldest tutorials tutorials-write docs bench tables package lint clean
 
-demo: $(INSTALLED)
-	$(BIN)/python -m captum_priors --data $(DATA) --output $(OUTPUT)
+demo: $(INSTALLED_DEMO)
+	$(BIN)/python -m captum_priors $(DEMO) --data $(DATA) --output $(OUTPUT)
 
 # The README's picture: the demo's on its default data.
 picture:
-	$(MAKE) demo DATA=digits
+	$(MAKE) demo DEMO=tag DATA=digits
 	cp $(OUTPUT)/report.png docs/images/demo.png
 
 test: lint
@@ -82,11 +86,20 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+# Whichever comes first makes the environment; the other adds to it.
+define install
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[$(1)]"
+endef
+
+$(INSTALLED_DEMO): pyproject.toml $(CONSTRAINTS)
+	$(call install,demo)
 	touch $@
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	$(call install,dev)
+	touch $(INSTALLED_DEMO) $@
 
 clean:
 	rm -rf $(VENV) $(OUTPUT) $(BENCH_OUTPUT) docs/_build docs/api docs/tutorials build dist .mypy_cache .pytest_cache .ruff_cache

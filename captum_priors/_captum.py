@@ -57,6 +57,7 @@ __all__ = [
     "run_function",
     "select_error",
     "select_targets",
+    "tensor_error",
 ]
 
 CAPTUM_RULES = (EpsilonRule, GammaRule, Alpha1_Beta0_Rule, IdentityRule)
@@ -124,16 +125,22 @@ def output_error(output: Tensor, n_rows: int) -> Exception:
     )
 
 
+def tensor_error(returned: str) -> Exception:
+    """Word that a model returns something of another type."""
+    return refusal(
+        TypeError,
+        "`forward_func`",
+        "it to return a torch.Tensor, or to be a module whose output has logits",
+        returned,
+        "Wrap it in a function that returns the logits alone; for a model of transformers, "
+        "captum_priors.integrations.huggingface.LogitsOf(model).",
+    )
+
+
 def select_error(output: Any, target: Any) -> Exception:
     """Word why no output can be selected."""
     if not isinstance(output, Tensor):
-        return refusal(
-            TypeError,
-            "`forward_func`",
-            "it to return a torch.Tensor, or to be a module whose output has logits",
-            type(output).__name__,
-            "Wrap it in a function that returns the logits alone.",
-        )
+        return tensor_error(type(output).__name__)
     found = repr(target)
     if isinstance(target, Tensor):
         found = f"{target.dtype} of shape {tuple(target.shape)} on {target.device}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_priors._captum import select_error
+from captum_priors._captum import select_error, tensor_error
 from captum_priors._checks import check_inputs
 from captum_priors._errors import TargetError, refusal, type_of
 
@@ -53,13 +53,7 @@ def _of_captum(error: Exception, tensors: list[Tensor], given: dict[str, Any]) -
     message = str(error)
     returned = re.search(r"must be Tensor, not (\w+)", message)
     if returned:
-        return refusal(
-            TypeError,
-            "`forward_func`",
-            "it to return a torch.Tensor, or to be a module whose output has logits",
-            returned[1],
-            "Wrap it in a function that returns the logits alone.",
-        )
+        return tensor_error(returned[1])
     baselines = given.get("baselines")
     each = baselines if isinstance(baselines, tuple) else (baselines,)
     asserted = {

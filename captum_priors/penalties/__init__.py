@@ -9,6 +9,7 @@ What a person says about the examples is a keyword argument that a prior passes 
 ``annotation`` has one rule: an entry for each example, and the attributions' other dimensions, of
 the same size or of size 1 where channels or places share it. From four dimensions on the channels
 may be left out: ``(batch, height, width)`` for attributions ``(batch, channels, height, width)``.
+Grad-CAM has one map for all channels, and priors on it take the mean of an annotation's channels.
 What is one for the whole batch is ``captum_priors.shared(tensor)``, without the dimension of the
 examples. Values are finite. In a tuple, None says nothing about that tensor, which then counts as
 zero; which examples have an annotation is said to the prior, ``annotated=`` or ``missing="nan"``

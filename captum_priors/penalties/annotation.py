@@ -266,11 +266,16 @@ def fitted(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
 
 
 def resized(attributions: Tensor, annotation: Any, values: Values) -> Tensor:
-    """Average an annotation of images down to the size of maps ``(batch, channels, h, w)``."""
+    """Average an annotation of images down to the size of maps ``(batch, channels, h, w)``.
+
+    Over the channels, too, where the maps have one for all of them.
+    """
     given = _checked(attributions, annotation, values)
     if isinstance(annotation, shared):
         given = given.expand(len(attributions), *given.shape[1:])
     size = attributions.shape[2:]
+    if given.dim() == attributions.dim() == 4 and attributions.shape[1] == 1 < given.shape[1]:
+        given = given.to(attributions.dtype).mean(1, keepdim=True)
     if given.dim() == attributions.dim() == 4 and given.shape[2:] != size:
         given = F.adaptive_avg_pool2d(given.to(attributions.dtype), (size[0], size[1]))
     return fitted(attributions, given, values)

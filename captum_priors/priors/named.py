@@ -279,8 +279,8 @@ class HINT(_OfGradCAM):
     r"""Grad-CAM maps of a convolutional ``layer`` like a person's importance map.
 
     The mean squared difference between the map, scaled to a maximum of 1, and the annotation at
-    the layer's resolution: the form that Friedrich et al. 2023 use for HINT. The ranking loss of
-    the original (Selvaraju et al. 2019) is not implemented.
+    the layer's resolution, and the mean of its channels: the form that Friedrich et al. 2023 use
+    for HINT. The ranking loss of the original (Selvaraju et al. 2019) is not implemented.
 
     Example:
         >>> import torch
@@ -300,7 +300,8 @@ class RRRGradCAM(_OfGradCAM):
 
     .. math:: \sum_i \left((1 - M_i)\, \mathrm{CAM}_i / \max_j \mathrm{CAM}_j\right)^2
 
-    with the annotation at the layer's resolution (Schramowski et al. 2020).
+    with the annotation at the layer's resolution, and the mean of its channels (Schramowski et al.
+    2020).
 
     Example:
         >>> import torch

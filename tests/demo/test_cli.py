@@ -5,13 +5,16 @@ import json
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from captum_priors._demo import cli
+import captum_priors
+from captum_priors._demo import cli, tag
 from captum_priors._demo.cli import main
 
 
@@ -43,44 +46,85 @@ def small_mnist(tmp_path: Path) -> Path:
     return folder
 
 
-def test_report_of_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "deep" / "report"
-    assert main(["--epochs", "2", "--output", str(output)]) == 0
-    printed = capsys.readouterr()
-    assert "accuracy, clean" in printed.out
-    assert printed.err == ""
-    result = json.loads((output / "report.json").read_text())
-    assert result["settings"]["epochs"] == 2
-    assert "PixelPrior" in result["settings"]["prior"]
-    assert set(result["versions"]) >= {"python", "torch", "captum", "captum_priors"}
-    without, with_prior = result["models"].values()
-    assert [len(m["epochs"]) for m in (without, with_prior)] == [2, 2]
-    assert without["epochs"][0]["penalty"] == 0
-    assert with_prior["epochs"][0]["penalty"] > 0
-    assert 0.5 < without["clean_accuracy"] <= 1  # two epochs are enough for more than half
-    levels = [list(m["gaussian_accuracy"].values()) for m in (without, with_prior)]
-    assert all(each[0] > each[-1] for each in levels)  # more noise, less accuracy
+def report(output: Path, *arguments: str) -> dict[str, Any]:
+    """Run a demo, and return what it wrote."""
+    assert main([*arguments, "--output", str(output)]) == 0
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
+    found: dict[str, Any] = json.loads((output / "report.json").read_text())
+    return found
+
+
+def test_the_tag_lies_and_one_line_sees_through_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At least 50 points where the tag lies, for at most 3 where it tells."""
+    whole = tag.demo
+    monkeypatch.setattr(tag, "demo", lambda folder: replace(whole(folder), seeds=1))
+    found = report(tmp_path / "deep" / "report", "--epochs", "10")
+    printed = capsys.readouterr()
+    assert "tag lies" in printed.out
+    assert printed.err == ""
+    assert found["prior"] == "0.05 * RightForTheRightReasons(model)"
+    assert set(found["versions"]) >= {"python", "torch", "captum", "captum_priors"}
+    without, with_prior = found["models"].values()
+    assert with_prior["tag lies"] >= without["tag lies"] + 0.5
+    assert with_prior["tag tells"] >= without["tag tells"] - 0.03
+    assert with_prior["attribution on the tag"] < 0.1 < without["attribution on the tag"]
+
+
+# By demo: a figure that one epoch has, and its lowest and highest possible value.
+OTHERS = {
+    "sparsity": ("measurements that carry 90 %", 1, 30),
+    "text": ("tag lies", 0, 1),
+    "stability": ("top 25 pixels that stay", 0, 1),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_demos_report(name: str, tmp_path: Path) -> None:
+    models = report(tmp_path, name, "--epochs", "1")["models"]
+    assert list(models) == ["without prior", "with prior"]
+    figure, low, high = OTHERS[name]
+    assert all(low <= each[figure] <= high for each in models.values())
+    assert models["without prior"] != models["with prior"]
 
 
 def test_seed_decides(tmp_path: Path) -> None:
-    def run(seed: str, name: str) -> dict[str, object]:
-        assert main(["--epochs", "1", "--seed", seed, "--output", str(tmp_path / name)]) == 0
-        models = json.loads((tmp_path / name / "report.json").read_text())["models"]
-        for model in models.values():
-            del model["seconds"]
-        return models
-
-    first = run("3", "a")
-    assert run("3", "b") == first
-    assert run("4", "c") != first
+    first, again, other = (
+        report(tmp_path / str(i), "sparsity", "--epochs", "1", "--seed", seed)["models"]
+        for i, seed in enumerate("334")
+    )
+    assert again == first
+    runs, figure = other["with prior"]["seeds"], "sparsity (Gini)"
+    assert [run["seed"] for run in runs] == [4, 5, 6]
+    assert other["with prior"][figure] == pytest.approx(sum(run[figure] for run in runs) / 3)
+    # A seed is one run, wherever it stands among the three.
+    assert runs[:2] == first["with prior"]["seeds"][1:]
 
 
 def test_mnist_files(small_mnist: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    assert main(["--data", f"mnist={small_mnist}", "--epochs", "1", "--output", str(output)]) == 0
-    result = json.loads((output / "report.json").read_text())
-    assert result["data"]["split"].startswith("120 training and 30 test images of 150")
+    found = report(tmp_path, "noise", "--data", f"mnist={small_mnist}", "--epochs", "1")
+    assert found["data"].startswith("MNIST t10k; 120 training and 30 test images")
+    assert found["models"]["with prior"].keys() >= {"clean", "Gaussian 1.25", "salt and pepper 0.3"}
+
+
+def test_mnist_adds_the_noise_curves(small_mnist: Path, tmp_path: Path) -> None:
+    data = f"mnist={small_mnist}"
+    found = report(tmp_path, "sparsity", "--data", data, "--epochs", "1")
+    assert found["demo"] == "sparsity"
+    assert "clean" in found["noise"]["models"]["with prior"]
+    assert (tmp_path / "noise.png").exists()
+
+
+def test_list_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    modules = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
+    assert set(listed) == modules - {"__init__", "base", "cli", "data"}
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"captum_priors {captum_priors.__version__}\n"
 
 
 BAD = [
@@ -91,6 +135,8 @@ BAD = [
     (["--data", "foo=x"], "--data: expected 'digits' or 'mnist=DIR'"),
     (["--data", "mnist="], "--data: expected 'digits' or 'mnist=DIR'"),
     (["--data", "mnist=/nowhere/at/all"], "in /nowhere/at/all, found neither"),
+    (["noise"], "noise: expected --data mnist=DIR"),
+    (["pixels"], "argument demo: invalid choice: 'pixels'"),
     (["--colour"], "unrecognized arguments: --colour"),
 ]
 
@@ -177,12 +223,8 @@ def test_exit_status_of_the_module() -> None:
 @pytest.mark.slow
 def test_pixel_prior_on_real_mnist(mnist: Path, tmp_path: Path) -> None:
     """At least 15 points under heavy noise for at most one point of clean accuracy."""
-    output = tmp_path / "out"
-    assert main(["--data", f"mnist={mnist}", "--output", str(output)]) == 0
-    result = json.loads((output / "report.json").read_text())
+    result = report(tmp_path, "noise", "--data", f"mnist={mnist}")
     without, with_prior = result["models"].values()
-    heavy = "1.25"
-    gain = with_prior["gaussian_accuracy"][heavy] - without["gaussian_accuracy"][heavy]
-    assert gain >= 0.15
-    assert with_prior["clean_accuracy"] >= without["clean_accuracy"] - 0.01
-    assert with_prior["attribution_total_variation"] < without["attribution_total_variation"]
+    heavy = "Gaussian 1.25"
+    assert with_prior[heavy] >= without[heavy] + 0.15
+    assert with_prior["clean"] >= without["clean"] - 0.01

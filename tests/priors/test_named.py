@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from captum.attr import LayerGradCam
 from torch import Tensor, nn
 
-from captum_priors import differentiable
+from captum_priors import differentiable, shared
 from captum_priors.priors import (
     HINT,
     EnergyPrior,
@@ -232,6 +232,31 @@ def test_hint(way: Any, side: int) -> None:
     expected = (small - cam).square().flatten(1).mean(1).mean()
     prior = HINT(model, model[0], differentiation=way)
     _assert_is(prior(x, target=1, annotation=wanted), expected, model, way)
+
+
+@pytest.mark.parametrize("cls", [RightForTheRightReasons, EnergyPrior, RRRGradCAM, HINT])
+def test_annotations_of_images_have_one_rule(cls: Any) -> None:
+    """Without channels, with one for all, and with one for each, the image's pixels or a map."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(144, 3))
+    x, mask = torch.randn(5, 3, 8, 8), torch.randint(2, (5, 1, 8, 8)).double()
+    prior = cls(model, model[0]) if cls in (RRRGradCAM, HINT) else cls(model)
+    forms = [mask, mask[:, 0].bool(), mask.expand(5, 3, 8, 8)]
+    one, without, each = (prior(x, target=1, annotation=form) for form in forms)
+    torch.testing.assert_close(without, one)
+    if cls is not EnergyPrior:  # which adds up what shares one value before it leaves out signs
+        torch.testing.assert_close(each, one)
+    shares = shared(mask[0].expand(3, 8, 8))
+    same = prior(x, target=1, annotation=mask[:1].expand(5, 3, 8, 8))
+    torch.testing.assert_close(prior(x, target=1, annotation=shares), same)
+
+
+def test_a_coloured_annotation_counts_by_its_mean_where_maps_have_no_channels() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(144, 3))
+    x, mask = torch.randn(5, 3, 8, 8), torch.randint(2, (5, 3, 8, 8)).double()
+    prior = RRRGradCAM(model, model[0])
+    torch.testing.assert_close(
+        prior(x, target=1, annotation=mask), prior(x, target=1, annotation=mask.mean(1))
+    )
 
 
 def test_map_of_zeros_trains_without_nan() -> None:

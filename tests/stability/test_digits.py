@@ -7,14 +7,15 @@ from captum.attr import Saliency
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from captum_priors._demo.data import load
+from captum_priors._demo.data import digits
 from captum_priors.attacks import TopKAttack
 from captum_priors.metrics import stability_report
 from captum_priors.stability import HessianPenalty, smooth_activations
 
 
 def train(model: nn.Module, weight: float) -> nn.Module:
-    x, y = load("digits").train
+    (x, y), _ = digits()
+    x = 2 * x - 1
     penalty = HessianPenalty(model)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     for _ in range(8):
@@ -39,7 +40,8 @@ def test_hessian_penalty_restores_what_the_attack_moves() -> None:
             *(nn.Linear(8 * 64, 64), nn.ReLU(), nn.Linear(64, 10)),
         )
         models[name] = train(smooth_activations(net, beta=10) if weight else net, weight)
-    x, y = load("digits").test
+    _, (x, y) = digits()
+    x = 2 * x - 1
     explainers = {name: Saliency(model) for name, model in models.items()}
     options = {"radius": 0.4, "step_num": 30, "lower_bound": -1, "upper_bound": 1, "seed": 0}
     report = stability_report(
