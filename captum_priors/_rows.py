@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_priors._captum import output_error, run_function, select_error, select_targets
 from captum_priors._types import OutputTarget
 from captum_priors.engine import current_pass, refuse_coupled_examples, submodules_of
-from captum_priors.engine.gradients import refuse_batch_statistics
+from captum_priors.engine.coupled import refuse_batch_statistics
 from captum_priors.engine.model import ReluMode, current_beta
 
 

@@ -21,6 +21,7 @@ from captum_priors.attr.expected_gradients import (
     reference_rows,
 )
 from captum_priors.engine import attribution_call, current_pass
+from captum_priors.engine.coupled import other_rows
 from captum_priors.outputs import SeveralOutputs
 
 Tensors = tuple[Tensor, ...]
@@ -165,9 +166,9 @@ class Layer:
         alike = rest == 0 < times and all(len(a) == len(found[0]) for a in found)
         if alike and batch > 1 and (times > 1 or (current is not None and not current.seen.before)):
             some = slice(0, batch // 2)
-            half = self._recorded(
-                tuple(x[some] for x in inputs), tuple(take(arg, some, batch) for arg in args)
-            )
+            half_of_args = tuple(take(arg, some, batch) for arg in args)
+            with other_rows(f"{batch // 2} of its examples"):
+                half = self._recorded(tuple(x[some] for x in inputs), half_of_args)
             shapes = [a[: times * (batch // 2)].shape for a in found]
             alike = [h.shape for h in half] == shapes
         if not alike:
