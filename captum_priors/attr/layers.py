@@ -22,6 +22,7 @@ from captum_priors.attr.expected_gradients import (
 )
 from captum_priors.engine import attribution_call, current_pass
 from captum_priors.engine._torch import leaf_of
+from captum_priors.engine.coupled import other_rows
 from captum_priors.engine.gradients import nodes
 from captum_priors.outputs import SeveralOutputs
 
@@ -214,11 +215,13 @@ class Layer:
         if batch > 1:
             small, some = batch // 2, slice(0, batch // 2)
             inputs, args = (tuple(take(x, some, batch) for x in each) for each in (inputs, args))
-            whole, part = found, _only_activations(self._recorded(inputs, args))
+            with other_rows(f"{small} of its examples"):
+                whole, part = found, _only_activations(self._recorded(inputs, args))
         else:
             small, batch = 1, 2
             inputs, args = (tuple(tile(x, 2, 1) for x in each) for each in (inputs, args))
-            whole, part = _only_activations(self._recorded(inputs, args)), found
+            with other_rows("its example twice"):
+                whole, part = _only_activations(self._recorded(inputs, args)), found
         if [a[: times * small].shape for a in whole] != [p.shape for p in part]:
             return False
         return times == 1 or not any(

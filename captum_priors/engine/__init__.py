@@ -5,11 +5,11 @@ output by the input with :func:`input_gradients`, nowhere else. :func:`recompute
 :func:`with_pullback` give values now and their gradient later.
 """
 
+from captum_priors.engine.coupled import refuse_coupled_examples
 from captum_priors.engine.gradients import (
     Field,
     check_rows,
     input_gradients,
-    refuse_coupled_examples,
     with_second_derivative,
 )
 from captum_priors.engine.model import (

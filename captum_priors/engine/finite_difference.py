@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_priors._errors import NotDifferentiableError, refusal
+from captum_priors.engine.coupled import other_rows
 from captum_priors.engine.gradients import Field, check_rows, values, without_graph
 from captum_priors.engine.modules import run_eagerly
 from captum_priors.engine.replay import Conditions, pull, with_pullback
@@ -154,7 +155,8 @@ class _Line:
         for p, unit in zip(self.points, self.units, strict=True):
             move = (step.reshape(-1, *[1] * (p.dim() - 1)) * unit).to(p.dtype)
             sides.append(torch.cat([p + move, p - move]))
-        outputs = self.field(tuple(sides))
+        with other_rows(f"{len(sides[0])} rows"):
+            outputs = self.field(tuple(sides))
         check_rows(outputs, sides[0].shape[0])
         above, below = _rows(outputs.reshape(-1, 1)).squeeze(1).chunk(2)
         return (above - below) * (self.norms / (2 * step))

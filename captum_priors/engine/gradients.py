@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_priors._checks import check_floating
 from captum_priors._errors import NotDifferentiableError, TargetError, expected_found, refusal
@@ -16,14 +16,12 @@ from captum_priors.engine._torch import (
     DEAD_ENDS,
     PLACEHOLDERS,
     REFUSALS,
-    Normalisation,
     by_batch_statistics,
     leaf_of,
     now,
     older,
 )
 from captum_priors.engine.model import Seen, current_pass
-from captum_priors.engine.random import GlobalState
 
 Field = Callable[[tuple[Tensor, ...]], Any]
 """The explained output, one number for each row, as a function of the points; or a tuple of such.
@@ -202,61 +200,6 @@ def check_rows(outputs: Tensor, n_rows: int) -> None:
         "dimensions a tuple, target=(class, row, column), or a sum of them, "
         "captum_priors.outputs.total(mask); or let forward_func return shape (batch,).",
     )
-
-
-def refuse_coupled_examples(run: Callable[[slice], Tensor], n_examples: int) -> None:
-    """Refuse a model whose output for one example depends on the others that go through with it.
-
-    Where points of several examples, or several points of each, go through the model together, such
-    outputs would change with what else is there. Checked by running some of the examples alone;
-    random models are not judged.
-
-    Args:
-        run: The outputs of the given examples.
-        n_examples: Number of all.
-
-    Raises:
-        NotDifferentiableError: If they differ.
-    """
-    some = slice(0, max(1, n_examples // 2))
-    state = GlobalState.now()
-    every = run(slice(0, n_examples))
-    if every.dim() == 0 or len(every) != n_examples:
-        check_rows(every, n_examples)
-    together, alone, again = every[some], run(some), run(some)
-    state.restore()
-    if together.shape == alone.shape and alone.is_floating_point() and alone.numel():
-        # Kernels of other sizes add up in another order.
-        eps = torch.finfo(alone.dtype).eps
-        tolerance = 1e3 * eps if eps < 1e-5 else 8 * eps
-        scale = alone.abs().amax() + together.abs().amax()
-        if bool(((together - alone).abs() > tolerance * scale).any()) and torch.equal(alone, again):
-            raise refusal(
-                NotDifferentiableError,
-                "`forward_func`",
-                "examples that do not influence each other, because their points go through "
-                "the model together with others",
-                f"outputs of {alone.shape[0]} examples that change by up to "
-                f"{float((together - alone).abs().max()):.2g} with the rest of the batch",
-                "Look for BatchNorm in train mode or without running statistics, statistics or "
-                "graphs over the batch. An explainer that takes each example once, such as "
-                "Saliency or ExpectedGradients with n_samples=1, with "
-                "differentiation='double_backprop' takes such models.",
-            )
-
-
-def refuse_batch_statistics(modules: Iterable[nn.Module]) -> None:
-    """Refuse BatchNorm in train mode: the examples would not be those of the forward pass."""
-    for module in modules:
-        if isinstance(module, Normalisation) and module.training:
-            raise refusal(
-                NotDifferentiableError,
-                "a gradient that comes later",
-                "examples that do not influence each other",
-                f"{type(module).__name__} in train mode",
-                "Call model.eval(), use a prior (which holds the model still), or "
-                "differentiation='double_backprop'.",
-            )
 
 
 class _OnceMore(torch.autograd.Function):

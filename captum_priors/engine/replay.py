@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from captum_priors._errors import NotDifferentiableError
 from captum_priors.engine._torch import without_hooks
 from captum_priors.engine.batch_norm import HeldStatistics
-from captum_priors.engine.gradients import nodes, refuse_batch_statistics, without_graph
+from captum_priors.engine.coupled import refuse_batch_statistics
+from captum_priors.engine.gradients import nodes, without_graph
 from captum_priors.engine.model import (
     ReluMode,
     current_beta,
