@@ -21,20 +21,15 @@ def check_tensors(inputs: Any) -> None:
     for i, tensor in enumerate(inputs if several else (inputs,)):
         if not isinstance(tensor, Tensor):
             what = f"`inputs[{i}]`" if several else "`inputs`"
-            raise refusal(TypeError, what, "a torch.Tensor", type_of(tensor), _remedy_of(tensor))
-
-
-def _remedy_of(found: Any) -> str:
-    if isinstance(found, PackedSequence):
-        return (
-            "Pass the padded tensor, and the lengths in additional_forward_args; pack them inside "
-            "forward_func."
-        )
-    if isinstance(found, list) and any(isinstance(t, Tensor) for t in found):
-        return "Pass a tuple of tensors for several inputs."
-    if hasattr(found, "__array__") or isinstance(found, (list, int, float)):
-        return "Convert it with torch.as_tensor(..., dtype=..., device=...)."
-    return "Pass the tensor that the model is called with."
+            raise refusal(
+                TypeError,
+                what,
+                "a torch.Tensor",
+                type_of(tensor),
+                "Pass the tensor that the model is called with: torch.as_tensor(...) of an array. "
+                "Pass a tuple of tensors for several inputs, and for a packed sequence the padded "
+                "tensor, with the lengths in additional_forward_args.",
+            )
 
 
 def check_inputs(inputs: Any) -> int:
@@ -89,7 +84,16 @@ def check_target(target: Any, n_examples: int, *, several: bool = True) -> None:
         if target.dtype == torch.long and target.shape == (n_examples,):
             return
         if target.dim() > 1:
-            raise _several_targets(target)
+            raise refusal(
+                TargetError,
+                "`target`",
+                "at most one dimension",
+                f"shape {tuple(target.shape)}",
+                "Pass class indices of shape (batch,): target.argmax(1) for one-hot rows, "
+                "target.flatten() for shape (batch, 1). For labels of several classes or of each "
+                "pixel, pass the index of one output, target=(class, row, column), or a sum of "
+                "those that are meant, captum_priors.outputs.weighted(labels) or total(mask).",
+            )
         length, found = n_examples if target.numel() == 1 else len(target), str(target.dtype)
         whole = not target.is_floating_point() and target.dtype != torch.bool
     elif isinstance(target, list):
@@ -116,23 +120,6 @@ def check_target(target: Any, n_examples: int, *, several: bool = True) -> None:
         )
 
 
-def _several_targets(target: Tensor) -> TargetError:
-    one_column = target.dim() == 2 and target.shape[1] == 1
-    one_hot = target.dim() == 2 and bool((target != 0).sum(1).eq(1).all())
-    return refusal(
-        TargetError,
-        "`target`",
-        "at most one dimension",
-        f"shape {tuple(target.shape)}",
-        "Pass class indices of shape (batch,): target.argmax(1) for one-hot rows, "
-        "target.flatten() for shape (batch, 1)."
-        if one_column or one_hot
-        else "It selects one output for each example. For labels of several classes or of each "
-        "pixel, pass the index of one output, target=(class, row, column), or a sum of those that "
-        "are meant, captum_priors.outputs.weighted(labels) or total(mask).",
-    )
-
-
 def check_labels(target: Any) -> None:
     """Require class labels as the target."""
     if target is None or isinstance(target, (tuple, OutputTarget)):
@@ -140,7 +127,7 @@ def check_labels(target: Any) -> None:
             ValueError,
             "`target`",
             "the class labels",
-            "none" if target is None else "a tuple" if isinstance(target, tuple) else repr(target),
+            repr(target),
             "Pass target=y, shape (batch,).",
         )
 
@@ -187,26 +174,17 @@ def check_forward_func(forward_func: Any) -> None:
         )
 
 
-def check_layer(layer: Any) -> None:
-    """Require a module, rather than its name."""
-    if not isinstance(layer, nn.Module):
-        raise refusal(
-            TypeError, "`layer`", "a torch.nn.Module", type_of(layer), "Pass model.some_layer."
-        )
-
-
-def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:
-    """Require an integer of at least ``least``."""
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-        expected = f"an integer of at least {least}"
-        raise refusal(ValueError, f"`{name}`", expected, repr(value), f"Pass {name}={least}.")
+def check_module(name: str, value: Any, remedy: str = "Pass model.some_layer.") -> None:
+    """Require a module, rather than its name or parameters."""
+    if not isinstance(value, nn.Module):
+        raise refusal(TypeError, f"`{name}`", "a torch.nn.Module", type_of(value), remedy)
 
 
 def count(name: str, value: Any, *, least: int = 1) -> int:
     """Require an integer of at least ``least``, and return it."""
-    check_count(name, value, least=least)
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        expected = f"an integer of at least {least}"
+        raise refusal(ValueError, f"`{name}`", expected, repr(value), f"Pass {name}={least}.")
     return int(value)
 
 
@@ -243,18 +221,6 @@ def _number(
 # ---- Reference rows ------------------------------------------------------------------------
 
 
-def check_reference(baseline: Any) -> None:
-    """Require a tensor of reference rows, or a number."""
-    if not isinstance(baseline, (Tensor, int, float)) or isinstance(baseline, bool):
-        raise refusal(
-            TypeError,
-            "`baselines`",
-            "a tensor of reference rows",
-            type_of(baseline),
-            "Pass for example a few hundred training examples stacked along dimension 0.",
-        )
-
-
 def check_distribution(baselines: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Require a non-empty set of reference rows for each input; numbers become one row."""
     if len(baselines) != len(inputs):
@@ -269,31 +235,32 @@ def check_distribution(baselines: Sequence[Any], inputs: Sequence[Tensor]) -> tu
 
 
 def _distribution(place: int, baseline: Any, inputs: Tensor) -> Tensor:
-    if not isinstance(baseline, Tensor):
-        check_reference(baseline)
+    what = f"`baselines[{place}]`"
+    if isinstance(baseline, (int, float)) and not isinstance(baseline, bool):
         return torch.full_like(inputs[:1], baseline, requires_grad=False)
+    if not isinstance(baseline, Tensor):
+        raise refusal(
+            TypeError,
+            what,
+            "a tensor of reference rows",
+            type_of(baseline),
+            "Pass for example a few hundred training examples stacked along dimension 0.",
+        )
     row, found = inputs.shape[1:], baseline.shape
     if found[1:] != row or not found or found[0] == 0:
-        remedy = "The first dimension counts reference rows; the others match the inputs."
-        if found == row:
-            remedy = "Add the first dimension, which counts reference rows, with unsqueeze(0)."
-        elif found[1:] == inputs.shape:
-            remedy = (
-                "The inputs look like one example: add the batch dimension, inputs.unsqueeze(0)."
-            )
-        elif found == inputs.shape[:1] and not baseline.is_floating_point():
-            remedy = "These look like labels: pass them as target=...."
         raise refusal(
             ValueError,
-            f"`baselines[{place}]`",
+            what,
             f"at least one reference row, rows of shape {tuple(row)} as in the inputs",
             f"shape {tuple(found)}",
-            remedy,
+            "Add the first dimension, which counts reference rows, with unsqueeze(0); to a single "
+            "example add the batch dimension, inputs.unsqueeze(0); if these are labels, pass them "
+            "as target=....",
         )
     if (baseline.dtype, baseline.device) != (inputs.dtype, inputs.device):
         raise refusal(
             TypeError,
-            f"`baselines[{place}]`",
+            what,
             f"{inputs.dtype} on {inputs.device} as in the inputs",
             f"{baseline.dtype} on {baseline.device}",
             "Convert it once with .to(inputs).",

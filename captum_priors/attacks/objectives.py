@@ -241,8 +241,6 @@ class RandomAttack(BoundedPerturbation):
         True
     """
 
-    is_control = True
-
     def __init__(
         self,
         explainer: Any = None,

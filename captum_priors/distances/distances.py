@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_priors._checks import check_count, positive
+from captum_priors._checks import count, positive
 from captum_priors._errors import refusal
 from captum_priors.penalties.maths import (
     Axes,
@@ -151,7 +151,7 @@ def ssim(attributions: Tensor, other: Tensor, *, dim: Axes = None, window: int =
         >>> torch.allclose(ssim(a, a), torch.zeros(2), atol=1e-6)
         True
     """
-    check_count("window", window)
+    count("window", window)
     axes = axes_of(attributions, dim)
     if len(axes) != 2:
         raise refusal(
@@ -219,7 +219,7 @@ class SoftTopK(nn.Module):
 
     def __init__(self, k: int, *, temperature: float = 0.1) -> None:
         super().__init__()
-        check_count("k", k)
+        count("k", k)
         positive("temperature", temperature)
         self.k, self.temperature = k, temperature
 

@@ -58,8 +58,7 @@ class Processes:
 
 
 _current: ContextVar[Processes | None] = ContextVar("processes", default=None)
-current_processes: Callable[[], Processes | None] = _current.get
-"""Return the processes that share the batch of the prior that is being evaluated, if told."""
+current_processes: Callable[[], Processes | None] = _current.get  # of the prior, where told
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from captum_priors._captum import as_tuple
-from captum_priors._checks import check_count, check_inputs, check_target, positive
-from captum_priors._probe import Probe, seed_from_global_state
+from captum_priors._checks import check_inputs, check_target, count, positive
+from captum_priors._probe import Probe, seed_or_global_state
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine import AttributionPass, derive
 from captum_priors.engine.model import out_of_inference
@@ -59,13 +59,14 @@ def local_lipschitz(
     """
     n = check_inputs(inputs)
     check_target(target, n, several=False)
-    check_count("n_samples", n_samples)
+    count("n_samples", n_samples)
     positive("radius", radius)
-    seed = seed_from_global_state() if seed is None else seed
-    given = {**attribute_options, "target": target}
-    with held_still(explainer, seed=seed, given={"inputs": inputs, **given}):
+    seed = seed_or_global_state(seed)
+    given = {"inputs": inputs, "target": target, **attribute_options}
+    with held_still(explainer, seed=seed, given=given):
+        target, options = out_of_inference((target, attribute_options))
         tensors = tuple(t.detach() for t in out_of_inference(as_tuple(inputs)))
-        probe = Probe(explainer, inputs, out_of_inference(given))
+        probe = Probe(explainer, inputs, options, target=target)
         noise = torch.Generator().manual_seed(derive(seed, 1))
         here = joined(tensors_of(probe(tensors, seed)))
         largest = torch.zeros(n, dtype=here.dtype, device=here.device)

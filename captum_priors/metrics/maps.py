@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_priors import distances
-from captum_priors._checks import check_count
+from captum_priors._checks import count
 from captum_priors._errors import refusal
 from captum_priors._extras import extra
 from captum_priors._types import TensorOrTuple
@@ -79,7 +79,7 @@ def top_k_intersection(
         >>> top_k_intersection(a, b, 2).item()
         0.5
     """
-    check_count("k", k)
+    count("k", k)
     left, right = (importance_rows(maps, dim) for maps in (attributions, other))
     if k > left.shape[1]:
         raise refusal(

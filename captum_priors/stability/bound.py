@@ -15,7 +15,6 @@ from captum_priors._types import TensorOrTuple
 from captum_priors.attacks.ball import Tensors, broadcast
 from captum_priors.engine import AttributionPass, check_rows, input_gradients
 from captum_priors.engine.model import current_beta
-from captum_priors.outputs import SumOfOutputs
 from captum_priors.stability.base import flat_rows
 from captum_priors.stability.hessian import hessian_vector_product, rademacher
 from captum_priors.stability.smooth import smooth_activations
@@ -205,15 +204,14 @@ def _product(model: Any, inputs: tuple[Any, ...], target: Any, norm: Norm) -> Te
         before, curvature = curvature, curvature * gain + slope**2 * second
         slope, inputs = slope * gain, (outputs,)
     if target is not None:
-        check_rows(selected(outputs, target), len(outputs))
-        last = isinstance(layer, nn.Linear) and outputs.dim() == 2
-        if isinstance(target, SumOfOutputs):
-            weights = target.spread(outputs).flatten(1)
-            sizes = (weights @ layer.weight if last else weights).norm(dim=1)
-            curvature = (before if last else curvature) * sizes
-        elif last and not isinstance(target, tuple):
-            row: Tensor = layer.weight.norm(dim=1)[torch.as_tensor(target).flatten()]
-            curvature = before * row  # of the last linear map, this row alone counts
+        with torch.enable_grad():
+            leaf = outputs.detach().requires_grad_()
+            chosen = selected(leaf, target)
+            check_rows(chosen, len(outputs))
+            weights = torch.autograd.grad(chosen.sum(), leaf)[0].flatten(1)
+        if isinstance(layer, nn.Linear) and outputs.dim() == 2:  # of its rows, these alone count
+            curvature, weights = before, weights @ layer.weight
+        curvature = curvature * weights.norm(dim=1)
     return curvature
 
 

@@ -194,13 +194,9 @@ class ATEX(Regularizer):
 
     def _explanation(self, call: Call) -> Tensor:
         """Explain the batch; the maps are constants."""
-        given = {
-            "target": call.target,
-            "additional_forward_args": call.args or None,
-            "baselines": call.baselines,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        probe = Probe(self.explainer, call.given, {**self.options, **given})
+        given = {"target": call.target, "baselines": call.baselines}
+        given["additional_forward_args"] = call.args or None
+        probe = Probe(self.explainer, call.given, self.options, **given)
         # Leaves of our own that require gradients: Captum would set and unset that on others.
         leaves = tuple(x.detach().clone().requires_grad_() for x in call.inputs)
         maps = probe(leaves, derive(call.seed, 0))

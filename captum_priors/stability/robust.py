@@ -1,6 +1,6 @@
 """Regularizers that look at the worst point of a ball: robust attribution and its alignment."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
@@ -17,12 +17,7 @@ from captum_priors.engine import derive
 from captum_priors.penalties.maths import cosine_distance
 from captum_priors.priors.base import Call, Reduction
 from captum_priors.priors.classes import cross_entropies, logits_and_labels
-from captum_priors.stability.base import (
-    GradientRegularizer,
-    Shared,
-    Way,
-    flat_rows,
-)
+from captum_priors.stability.base import GradientRegularizer, Shared, Way, flat_rows
 
 
 class Ascent(TypedDict, total=False):
@@ -61,12 +56,6 @@ class _WorstCase(GradientRegularizer):
         region = balls(call.inputs, self.radius, "Linf", self.lower_bound, self.upper_bound)
         generator = torch.Generator(call.inputs[0].device).manual_seed(derive(call.seed, 0))
         return region, draw(region, "uniform", generator)
-
-    def _climb(
-        self, region: tuple[Ball, ...], points: Tensors, score: Callable[[Tensors], Tensor]
-    ) -> Tensors:
-        """Raise the scores, one for each example, from the given points on."""
-        return climb(region, points, score, self.step_size, self.step_num)
 
 
 class RobustAttribution(_WorstCase):
@@ -144,7 +133,8 @@ class RobustAttribution(_WorstCase):
             return cross_entropies(call, ends) + self.weight * size
 
         region, start = self._start(call)
-        worst = self._climb(region, start, lambda points: value(points, self.attack_n_steps))
+        attacked = partial(value, n_steps=self.attack_n_steps)
+        worst = climb(region, start, attacked, self.step_size, self.step_num)
         return value(worst, self.n_steps)
 
     def _integrated(self, call: Call, ends: Tensors, n_steps: int) -> Tensors:
@@ -241,7 +231,7 @@ class AttributionAlignment(_WorstCase):
             x = flat_rows(points).gather(1, top)
             return F.softplus(cosine_distance(own, x) - cosine_distance(other, x))
 
-        return self._climb(region, start, loss)
+        return climb(region, start, loss, self.step_size, self.step_num)
 
     def _gradients(self, call: Call, points: Tensors) -> tuple[Tensors, ...]:
         """Input gradients of the true class and of the runner-up."""
