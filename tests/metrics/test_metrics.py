@@ -140,11 +140,6 @@ def test_takes_half_precision_and_gives_no_graph(metric: Any) -> None:
     assert bool(found.isfinite().all())
 
 
-def test_top_k_keeps_the_dtype_of_the_maps() -> None:
-    a = torch.rand(2, 6, dtype=torch.float32)
-    assert top_k_intersection(a, a, 2).dtype == torch.float32
-
-
 def test_gini_of_each_example() -> None:
     a = torch.randn(4, 3, 5)
     expected = [-float(oracles.gini(row[None].numpy())) for row in a]
