@@ -265,6 +265,19 @@ def rows(table: list[Any]) -> list[Any]:
     ]
 
 
+class Recorder(nn.Module):
+    """Remembers the points at which a model was evaluated."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.seen: list[tuple[Tensor, ...]] = []
+
+    def forward(self, *inputs: Any) -> Tensor:
+        self.seen.append(tuple(x.detach().clone() for x in inputs if isinstance(x, Tensor)))
+        return self.model(*inputs)
+
+
 class Recurrent(nn.Module):
     """A recurrent layer of two directions, with dropout, and a classifier."""
 

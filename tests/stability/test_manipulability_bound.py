@@ -7,12 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from captum.attr import Saliency
 from torch import Tensor, nn
 
 from captum_priors import NotDifferentiableError
-from captum_priors.attacks import DistanceAttack, ManipulationAttack, TopKAttack
-from captum_priors.distances import mse
 from captum_priors.stability import manipulability_bound, smooth_activations
 from tests import oracles
 from tests.asserts import leaves_no_trace
@@ -122,28 +119,6 @@ def test_bounds_are_never_exceeded_by_an_attack(make: Any, beta: float, radius: 
     # An attack that hardly moved anything would have proved nothing.
     assert bool((moved > 0.25 * bounds["path", "spectral"]).any())
     assert float(moved.min()) > 0
-
-
-@pytest.mark.parametrize("make", NETWORKS, ids=lambda make: make.__name__)
-def test_bounds_hold_for_the_attacks_of_the_package(make: Any) -> None:
-    model, radius = make(10.0), 1.0
-    x, target = batch(model)
-    options = {"radius": radius, "norm": "L2", "step_num": 40, "n_restarts": 3, "seed": 0}
-    explainer = Saliency(model)
-    signed = {"keep_prediction": False, "abs": False, **options}
-    attacks = {
-        "distance": DistanceAttack(explainer, mse, **signed),
-        "manipulation": ManipulationAttack(explainer, torch.roll(x, 1, 0), **signed),
-        "top-k": TopKAttack(explainer, 2, **signed),
-    }
-    start = gradient(model, x.clone(), target).detach()
-    for name, attack_of_package in attacks.items():
-        end = attack_of_package.perturb(x.clone(), target=target)
-        moved = (gradient(model, end.clone(), target) - start).flatten(1).norm(dim=1).detach()
-        assert float(moved.max()) > 0, name
-        for form in ("product", "path"):
-            bound = manipulability_bound(model, x, end, target, form=form, n_steps=60)
-            assert bool((moved <= bound).all()), (name, form)
 
 
 def test_bound_is_reached() -> None:
@@ -318,16 +293,6 @@ def test_what_is_no_chain_is_refused(model: Any) -> None:
     x = torch.randn(6, 4, dtype=torch.float32)
     with pytest.raises(NotDifferentiableError, match="Use form='path'"):
         manipulability_bound(model, x, x + 1, 0)
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
-def test_weights_that_hooks_compute_are_those_of_now() -> None:
-    layer = torch.nn.utils.weight_norm(nn.Linear(4, 5))
-    model = nn.Sequential(layer, nn.Softplus())
-    before = curvature(model)
-    with torch.no_grad():
-        layer.weight_g.mul_(10)
-    assert curvature(model) == pytest.approx(100 * before)
 
 
 def test_smoothed_in_a_block() -> None:
