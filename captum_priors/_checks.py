@@ -180,10 +180,12 @@ def check_module(name: str, value: Any, remedy: str = "Pass model.some_layer.") 
         raise refusal(TypeError, f"`{name}`", "a torch.nn.Module", type_of(value), remedy)
 
 
-def count(name: str, value: Any, *, least: int = 1) -> int:
-    """Require an integer of at least ``least``, and return it."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+def count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
+    """Require an integer of at least ``least``, and of at most ``most``, and return it."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least or (most is not None and int(value) > most):
         expected = f"an integer of at least {least}"
+        expected += "" if most is None else f" and at most {most}"
         raise refusal(ValueError, f"`{name}`", expected, repr(value), f"Pass {name}={least}.")
     return int(value)
 

@@ -115,7 +115,6 @@ class BoundedPerturbation(Perturbation, ABC):
 
         Raises:
             NotDifferentiableError: If the attributions have no graph to the inputs.
-            TypeError: If an argument has another type.
             ValueError: If inputs leave the bounds, or shapes do not match.
         """
         check_inputs(inputs)
@@ -240,8 +239,6 @@ class AttributionAttack(BoundedPerturbation):
 
     Raises:
         NotDifferentiableError: If the explainer cannot be differentiated.
-        TypeError: If an argument has another type.
-        ValueError: If an argument is out of range.
 
     Example:
         >>> import torch
@@ -307,7 +304,7 @@ class AttributionAttack(BoundedPerturbation):
         return float(first * (last / first) ** (step / max(1, self.step_num - 1)))
 
     def _visits(self, batch: Batch) -> Iterator[Tensors]:
-        step_size = step_sizes(batch.region, self.step_size, self.step_num)
+        sizes = step_sizes(batch.region, self.step_size, self.step_num)
         steps = range(self.n_restarts * self.step_num)
         for i in progress(steps, desc=type(self).__name__, disable=not batch.show_progress):
             if i % self.step_num == 0:
@@ -318,7 +315,7 @@ class AttributionAttack(BoundedPerturbation):
             gradients = self._gradients(batch, points, i)
             if gradients is None:
                 return
-            points = ascend(batch.region, points, gradients, step_size)
+            points = ascend(batch.region, points, gradients, sizes)
             yield points
 
     def _rank(self, batch: Batch, points: Tensors) -> Tensor:

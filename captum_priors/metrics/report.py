@@ -172,8 +172,7 @@ def stability_report(
 
     Raises:
         ImportError: Without the extra ``metrics`` (SciPy).
-        TypeError: If an argument has another type.
-        ValueError: If there is nothing to report on, or a value is out of range.
+        ValueError: If there is nothing to report on.
 
     Example:
         >>> import torch

@@ -81,7 +81,7 @@ class ATEX(Regularizer):
 
     Raises:
         TypeError: If the explainer has no ``attribute``, or that does not take an option.
-        ValueError: If there is no module to copy a teacher from, or an option is out of range.
+        ValueError: If there is no module to copy a teacher from.
 
     Example:
         >>> import torch
@@ -232,14 +232,11 @@ class SaliencyGuided(Regularizer):
 
     Args:
         forward_func: The model, which returns logits; a single one is a binary classifier's.
-        fraction: Share of the features that is replaced, .5 in the paper.
+        fraction: Share of the features that is replaced, in (0, 1]; .5 in the paper.
         abs: Rank by absolute gradients; the public code ranks signed ones unless told otherwise,
             and so replaces the features that speak most against the class.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Run the model with ReLU as Softplus of this steepness.
-
-    Raises:
-        ValueError: If ``fraction`` is not in (0, 1].
 
     Example:
         >>> import torch

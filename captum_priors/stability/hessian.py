@@ -55,7 +55,6 @@ class HessianPenalty(Regularizer):
         smooth: Take the Hessian with ReLU as Softplus of this steepness.
 
     Raises:
-        ValueError: If an option is not one of those above.
         NotDifferentiableError: If an operator of the model lacks the derivatives that are needed.
 
     Example:

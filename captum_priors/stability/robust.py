@@ -91,8 +91,7 @@ class RobustAttribution(_WorstCase):
         smooth: Run the model with ReLU as Softplus of this steepness.
 
     Raises:
-        ValueError: If an option is not one of those above, a label is none of the classes, or the
-            inputs leave the bounds.
+        ValueError: If a label is none of the classes, or the inputs leave the bounds.
 
     Example:
         >>> import torch
@@ -173,8 +172,7 @@ class AttributionAlignment(_WorstCase):
             :class:`RobustAttribution`.
 
     Raises:
-        ValueError: If an option is not one of those above, a label is none of the classes, or the
-            inputs leave the bounds.
+        ValueError: If a label is none of the classes, or the inputs leave the bounds.
 
     Example:
         >>> import torch

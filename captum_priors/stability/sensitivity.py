@@ -64,7 +64,7 @@ class ActivationSensitivity(Regularizer):
         smooth: Run the model with ReLU as Softplus of this steepness.
 
     Raises:
-        ValueError: If an option is not one of those above, or the forward pass calls no such layer.
+        ValueError: If the forward pass calls no such layer.
 
     Example:
         >>> import torch

@@ -26,10 +26,6 @@ class smooth_activations(nn.Module):  # noqa: N801  # used like a function, as t
         model: The module to smooth.
         beta: Steepness :math:`\beta > 0`.
 
-    Raises:
-        TypeError: If ``model`` is not a module.
-        ValueError: If ``beta`` is not positive and finite.
-
     Example:
         >>> import torch
         >>> import torch.nn.functional as F
@@ -87,10 +83,6 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
     Returns:
         Two groups, decaying and not; either is left out if it is empty. Take an optimizer with
         decoupled decay: ``torch.optim.AdamW`` rather than ``Adam``.
-
-    Raises:
-        TypeError: If ``model`` is not a module.
-        ValueError: If ``weight_decay`` is negative.
 
     Example:
         >>> import torch

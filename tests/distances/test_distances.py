@@ -278,7 +278,7 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
     ),
     r"`window`: expected an integer of at least 1, found 0\.": lambda: ssim(ONES, ONES, window=0),
     r"`k`: expected an integer of at least 1, found 0\. Pass k=1": lambda: SoftTopK(0),
-    r"`k`: expected fewer than the 3 features, found 3\. Lower k": lambda: SoftTopK(3)(ONES, ONES),
+    r"`k`: expected .* at most 2, found 3\. Pass k=1": lambda: SoftTopK(3)(ONES, ONES),
     r"`strength`: expected a positive finite number, found 0\.": lambda: soft_spearman(
         ONES, ONES, strength=0
     ),
