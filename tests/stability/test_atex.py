@@ -198,11 +198,6 @@ def test_teacher_follows_the_student(x: Tensor) -> None:
     assert atex.teacher[1].weight.dtype == torch.float32
 
 
-def test_function_needs_a_teacher() -> None:
-    with pytest.raises(ValueError, match="Pass teacher="):
-        ATEX(lambda x: x)
-
-
 class Centred(nn.Module):
     """Examples influence each other."""
 

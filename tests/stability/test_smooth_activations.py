@@ -227,9 +227,3 @@ def test_backward_after_the_block_is_left(name: str, way: Any, as_block: bool) -
 def test_bad_steepness_is_refused(beta: Any) -> None:
     with pytest.raises(ValueError, match=rf"`beta`: expected a positive finite .*found {beta!r}\."):
         smooth_activations(nn.ReLU(), beta)
-
-
-def test_what_is_no_module_is_refused() -> None:
-    text = r"`model`: expected a torch\.nn\.Module, found function\. Pass the model; a prior"
-    with pytest.raises(TypeError, match=text):
-        smooth_activations(F.relu, 3.0)
