@@ -10,9 +10,6 @@ import torch
 from captum.attr import (
     DeepLift,
     GradientShap,
-    InputXGradient,
-    IntegratedGradients,
-    NoiseTunnel,
     Occlusion,
     Saliency,
 )
@@ -276,13 +273,9 @@ def shap_gradient(model: nn.Module) -> Any:
 
 BASELINES = {"baselines": torch.zeros(3, 1, 8, 8, dtype=torch.float64)}
 EXPLAINERS: list[tuple[str, Callable[[nn.Module], Any], dict[str, Any]]] = [
-    ("InputXGradient", InputXGradient, {}),
-    ("IG", IntegratedGradients, {"n_steps": 5}),
     ("DeepLift", DeepLift, {}),
-    ("EG", ExpectedGradients, BASELINES),
     ("GradientShap", GradientShap, BASELINES),
     ("Occlusion", Occlusion, {"sliding_window_shapes": (1, 4, 4), "strides": (1, 4, 4)}),
-    ("SmoothGrad", lambda m: NoiseTunnel(Saliency(m)), {"nt_samples": 2, "stdevs": 0.1}),
     ("recompute", lambda m: differentiable(Saliency(m), differentiation="recompute"), {}),
     ("difference", lambda m: differentiable(Saliency(m), differentiation="finite_difference"), {}),
     ("SHAP", shap_gradient, {}),
