@@ -9,7 +9,7 @@ from captum_priors._captum import as_tuple
 from captum_priors._checks import check_inputs, check_target, count
 from captum_priors._probe import Probe, seed_or_global_state
 from captum_priors._types import TensorOrTuple
-from captum_priors.attacks.ball import balls, check_sizes, draw
+from captum_priors.attacks.ball import Sizes, balls, check_sizes, draw
 from captum_priors.engine import AttributionPass, derive
 from captum_priors.engine.model import out_of_inference
 from captum_priors.engine.random import STREAMS
@@ -20,7 +20,7 @@ def local_lipschitz(
     explainer: Any,
     inputs: TensorOrTuple,
     *,
-    radius: float,
+    radius: Sizes,
     n_samples: int = 10,
     target: Any = None,
     seed: int | None = None,
@@ -38,7 +38,7 @@ def local_lipschitz(
     Args:
         explainer: An object with Captum's ``attribute``.
         inputs: Tensor ``(batch, ...)`` or a tuple of them.
-        radius: :math:`r`, in units of the inputs.
+        radius: :math:`r`, in units of the inputs; a tuple has one for each input.
         n_samples: Points around each input.
         target: As in ``attribute``.
         seed: Seed of the draws; by default read off torch's global generator, which does not move.
