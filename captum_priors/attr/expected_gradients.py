@@ -9,12 +9,12 @@ from torch import Tensor
 
 from captum_priors._captum import call_baselines, forward_args
 from captum_priors._checks import (
-    check_count,
     check_distribution,
     check_floating,
     check_forward_func,
     check_inputs,
     check_target,
+    count,
 )
 from captum_priors._errors import one_of, refusal
 from captum_priors._rows import Rows
@@ -162,8 +162,9 @@ class ExpectedGradients(GradientAttribution):
                 repr(stdevs),
                 "Pass 0.0 for no noise.",
             )
-        check_count("n_samples", n_samples)
-        check_count("internal_batch_size", internal_batch_size, optional=True)
+        count("n_samples", n_samples)
+        if internal_batch_size is not None:
+            count("internal_batch_size", internal_batch_size)
         if estimator not in ESTIMATORS:
             one_of("estimator", estimator, ESTIMATORS)
         if generator is not None and not isinstance(generator, torch.Generator):
