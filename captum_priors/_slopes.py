@@ -1,97 +1,13 @@
 """Slopes of a number by difference quotients, each evaluation from one and the same state."""
 
-import copy
 import itertools
 import math
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-
-from captum_priors.engine.random import STREAMS, GlobalState
+from torch import Tensor
 
 Evaluate = Callable[[], Tensor]
-
-
-class _Kept:
-    """What a run may change of a module: buffers, counters and streams, and ``.grad``."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        named = module.named_buffers(recurse=False, remove_duplicate=False)
-        self.buffers = {name: (buffer, buffer.detach().clone()) for name, buffer in named}
-        counts = type(module).get_extra_state is not nn.Module.get_extra_state
-        self.extra = copy.deepcopy(module.get_extra_state()) if counts else None
-        self.counts = counts
-
-    def put_back(self) -> None:
-        for name, (buffer, values) in self.buffers.items():
-            if getattr(self.module, name) is not buffer:
-                setattr(self.module, name, buffer)
-            if not torch.equal(buffer, values):
-                write(buffer, values)
-        if self.counts:
-            self.module.set_extra_state(copy.deepcopy(self.extra))
-
-
-@contextmanager
-def from_one_state(
-    run: Evaluate, modules: Iterable[nn.Module], tensors: Iterable[Tensor]
-) -> Iterator[Evaluate]:
-    """Let a function be evaluated from the present state each time, and leave that state behind.
-
-    The state is that of the global generators, of the modules (those that run are noticed, too:
-    their buffers and what they keep in ``get_extra_state``), and every ``.grad``.
-    """
-    generators, owner = GlobalState.now(STREAMS), threading.get_ident()
-    kept: dict[nn.Module, _Kept] = {}
-    grads: dict[Tensor, Tensor | None] = {}
-
-    def lend(tensor: Tensor) -> None:
-        grad = grads[tensor]
-        tensor.grad = None if grad is None else grad.clone()
-
-    def keep(module: nn.Module, args: Any = None) -> None:
-        if threading.get_ident() != owner or module in kept:
-            return
-        kept.update({m: _Kept(m) for m in module.modules() if m not in kept})
-        keep_grads(module.parameters())
-
-    def keep_grads(tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            if tensor.is_leaf and tensor not in grads:
-                grads[tensor] = tensor.grad
-                lend(tensor)
-
-    def put_back() -> None:
-        generators.restore()
-        for each in kept.values():
-            each.put_back()
-
-    def evaluate() -> Tensor:
-        put_back()
-        for tensor in grads:
-            lend(tensor)
-        torch.clear_autocast_cache()  # which would hold what a parameter was
-        with torch.enable_grad():  # some explainers of users need it for their values
-            return run()
-
-    handle = register_module_forward_pre_hook(keep)
-    try:
-        for module in modules:
-            keep(module)
-        keep_grads(tensors)
-        yield evaluate
-    finally:
-        handle.remove()
-        put_back()
-        for tensor, grad in grads.items():
-            tensor.grad = grad
-        torch.clear_autocast_cache()
 
 
 def beside(evaluate: Evaluate, *moves: tuple[Tensor, Tensor]) -> tuple[float, float]:

@@ -10,10 +10,11 @@ from captum.attr import Attribution
 from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple
-from captum_priors._checks import check_tensors
+from captum_priors._checks import check_number, check_tensors
 from captum_priors._errors import NotDifferentiableError, refusal, type_of
 from captum_priors._probe import check_explainer, check_options
-from captum_priors._slopes import beside, from_one_state, judged, random_like
+from captum_priors._slopes import beside, judged, random_like
+from captum_priors._state import one_state
 from captum_priors.engine import modules_of, run_modules
 from captum_priors.engine.random import STREAMS, seed_global
 
@@ -105,15 +106,18 @@ def check_differentiable(
     directions = torch.Generator().manual_seed(seed)
     weights: list[Tensor] = []
 
-    def run() -> Tensor:
+    def value() -> Tensor:
+        back()
         seed_global(seed, STREAMS)
-        attributions = as_tuple(explainer.attribute(inputs, **attribute_options))
+        with torch.enable_grad():  # some explainers of users need it for their values
+            found = explainer.attribute(inputs, **attribute_options)
+        attributions = as_tuple(found)
         if not weights:
             weights.extend(random_like(a, directions) for a in attributions)
         pairs = zip(weights, attributions, strict=True)
         return torch.stack([(w * a).sum() for w, a in pairs]).sum()
 
-    with from_one_state(run, modules_of(explainer), as_tuple(inputs)) as value:
+    with one_state(modules_of(explainer), as_tuple(inputs)) as back:
         named = _checked(explainer, inputs, parameters, attribute_options)
         gradients = _gradients(value(), named)
         analytic, numeric = [], []
@@ -348,10 +352,13 @@ def check_gradient(
     named = _leaves(pairs, (torch.float64, torch.float32), remedy)
     given = () if inputs is None else as_tuple(inputs)
     tensors = [*(t for _, t in named), *(t for t in given if isinstance(t, Tensor))]
-    with from_one_state(
-        lambda: loss_fn(*given), modules_of(parameters, loss_fn), tensors
-    ) as evaluate:
-        value, again = (_number(evaluate()) for _ in range(2))
+    with one_state(modules_of(parameters, loss_fn), tensors) as back, torch.enable_grad():
+
+        def evaluate() -> Tensor:
+            back()
+            return check_number("`loss_fn()`", loss_fn(*given))
+
+        value, again = evaluate(), evaluate()
         gap = abs(float(value.detach()) - float(again.detach()))
         # Sums on a GPU come in any order; other differences are no rounding.
         if gap > 1e3 * torch.finfo(value.dtype).eps * abs(float(again.detach())):
@@ -403,11 +410,3 @@ def _pairs(parameters: Any) -> Iterator[tuple[str, Tensor]]:
             expected = "tensors, or pairs of a name and a tensor"
             raise refusal(TypeError, "`parameters`", expected, type_of(entry), remedy)
         yield name, tensor
-
-
-def _number(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-        found = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else None
-        remedy = "Return the tensor, reduced to one number."
-        raise refusal(ValueError, "`loss_fn()`", "one number", found or type_of(loss), remedy)
-    return loss.sum()
