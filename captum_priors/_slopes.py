@@ -46,7 +46,7 @@ STEPS = {
 # Largest difference relative to the slope.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
 # Steps of float32 are long enough to meet kinks: what differs by less is called wrong in float64
-# alone. Nowhere may the slope change by more from one step to the next.
+# alone. Nowhere may the slope be in doubt by more.
 CLAIM, UNSTEADY = 0.25, 0.02
 _ORDER = ("constant", "right", "undecided", "wrong")
 
@@ -92,63 +92,48 @@ class Line:
         """What rounding of the value makes of a slope."""
         return 8 * self.eps * abs(self.start) / step
 
-    def judge(self, tolerance: float, floor: float, graph: bool) -> tuple[str, float, float]:
+    def judge(self, tolerance: float, floor: float) -> tuple[str, float, float]:
         """Verdict on the derivative, the slope, and the difference relative to it.
 
-        What is below the floor counts as zero. Where nothing has a graph, any slope will do.
+        What is below the floor counts as zero.
         """
         first, longest = self.steps[0], max(self.steps)
-        zero = abs(self.derivative) <= floor
-        still = zero and self._stands_still()
-        if self._is_zero(first, floor) and (still or self._is_zero(longest, floor)):
-            kink = self._kink(first, longest)  # that of an absolute value has no slope
-            if still or kink <= floor + 8 * self.rounding(first):
-                return "constant", self.at(first)[0], 0.0
-        if not zero:
+        if abs(self.derivative) > floor:
             for step in self.steps:
                 slope = self.at(step)[0]
                 if self._error(slope, floor) <= tolerance:
                     return "right", slope, self._error(slope, floor)
+        elif self._is_zero(first, 0, floor):
+            flat = self._is_zero(first, 1, floor) and self._is_zero(longest, 0, floor)
+            if flat or self._stands_still():
+                return "constant", self.at(first)[0], 0.0
         doubt, slope = min(self._doubts())
         gap = abs(self.derivative - slope)
-        wrong = gap > 2 * doubt + floor
-        if graph:
-            # Many kinks look like a slope that is not quite steady, and one that a gradient does
-            # not have; a small gradient may be rounding of larger ones.
-            steady = doubt <= UNSTEADY * max(abs(slope), self.typical)
-            least = 100 * floor if self.typical else 0.0
-            wrong = wrong and steady and gap > max(least, max(tolerance, self.claim) * abs(slope))
-        return ("wrong" if wrong else "undecided"), slope, self._error(slope, floor)
+        wrong = gap > max(2 * doubt + floor, self.claim * abs(slope))
+        steady = doubt <= UNSTEADY * abs(slope)  # a kink looks like a slope that is not
+        return ("wrong" if wrong and steady else "undecided"), slope, self._error(slope, floor)
+
+    def _is_zero(self, step: float, which: int, floor: float) -> bool:
+        """Whether the slope (0), or what it differs by on both sides (1), is but rounding."""
+        return abs(self.at(step)[which]) <= floor + self.rounding(step)
 
     def _stands_still(self) -> bool:
-        """Whether the value does not change at all on short steps; on long ones it may jump."""
-        return any(self.at(step) == (0, 0) for step in self.steps if step <= self.steps[0])
-
-    def _is_zero(self, step: float, floor: float) -> bool:
-        zero = floor + self.rounding(step)
-        return abs(self.derivative) <= zero and abs(self.at(step)[0]) <= zero
-
-    def _kink(self, short: float, long: float) -> float:
-        """How much steeper the value is above, in the limit that no step shrinks."""
-        ratio = long / short
-        return abs(ratio * self.at(short)[1] - self.at(long)[1]) / (ratio - 1)
+        """Whether the value does not change at all on some steps; on longer ones it may jump."""
+        return any(self.at(step) == (0, 0) for step in self.steps)
 
     def _error(self, slope: float, floor: float) -> float:
         error = abs(self.derivative - slope) / (max(abs(slope), self.typical, floor) or 1.0)
         return error if math.isfinite(error) else math.inf
 
     def _doubts(self) -> Iterator[tuple[float, float]]:
-        """Slopes, and how far each may be from the truth, by what the next longer step says."""
+        """How far slopes may be from the truth, by what the next longer step says, and they."""
         steps = sorted(self.steps)
-        moves = any(self.at(step)[0] for step in steps)
-        # Within the shortest step a value is straight: what it bends is rounding, or a kink.
-        noise = 2 * steps[0] * abs(self.at(steps[0])[1])
+        jumps = self._stands_still() and any(self.at(step)[0] for step in steps)
         for short, long in itertools.pairwise(steps):
-            slope, other = self.at(short)[0], self.at(long)[0]
-            kink = self._kink(short, long)
-            doubt = abs(slope - other) + kink / 2 + max(self.rounding(short), noise / short)
-            # A value that stands still at short steps alone moves in jumps.
-            jumps = moves and (slope == other == 0 or (self.derivative and self._stands_still()))
+            (slope, bend), (other, longer) = self.at(short), self.at(long)
+            # A kink is as much steeper above in the limit that no step shrinks.
+            kink = abs(long * bend - short * longer) / (long - short)
+            doubt = abs(slope - other) + kink / 2 + self.rounding(short)
             yield (math.inf if jumps or not math.isfinite(doubt) else doubt), slope
 
 
@@ -190,12 +175,10 @@ def judged(
             lines[name].append(Line(evaluate, start, tensor, gradient, direction))
     largest = max((line.size() for each in lines.values() for line in each), default=0.0)
     found: Judged = {}
-    graph = any(gradient is not None for gradient in gradients)
     for (name, tensor), gradient in zip(named, gradients, strict=True):
         accepted = TOLERANCE[tensor.dtype] if tolerance is None else tolerance
-        each = [
-            (*line.judge(accepted, 1e-3 * accepted * largest, graph), line) for line in lines[name]
-        ]
+        floor = 1e-3 * accepted * largest
+        each = [(*line.judge(accepted, floor), line) for line in lines[name]]
         if each:
             verdict, slope, error, line = max(each, key=lambda e: (_ORDER.index(e[0]), e[2]))
             if verdict == "wrong" and (gradient is None or not gradient.any()):
