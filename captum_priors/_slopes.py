@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +49,15 @@ TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
 # Steps of float32 are long enough to meet kinks: what differs by less is called wrong in float64
 # alone. Nowhere may the slope be in doubt by more.
 CLAIM, UNSTEADY = 0.25, 0.02
-_ORDER = ("constant", "right", "undecided", "wrong")
+_ORDER = ("constant", "right", "undecided", "wrong", "not finite")
+
+
+class Finding(NamedTuple):
+    """What is said about a gradient."""
+
+    verdict: str
+    error: float  # relative to the slope
+    slopes: tuple[float, float]  # the derivative by the gradient, and by differences
 
 
 class Line:
@@ -92,26 +101,23 @@ class Line:
         """What rounding of the value makes of a slope."""
         return 8 * self.eps * abs(self.start) / step
 
-    def judge(self, tolerance: float, floor: float) -> tuple[str, float, float]:
-        """Verdict on the derivative, the slope, and the difference relative to it.
-
-        What is below the floor counts as zero.
-        """
+    def judge(self, tolerance: float, floor: float) -> Finding:
+        """Compare the derivative with the slope; what is below the floor counts as zero."""
         first, longest = self.steps[0], max(self.steps)
         if abs(self.derivative) > floor:
             for step in self.steps:
-                slope = self.at(step)[0]
-                if self._error(slope, floor) <= tolerance:
-                    return "right", slope, self._error(slope, floor)
+                found = self._finding("right", self.at(step)[0], floor)
+                if found.error <= tolerance:
+                    return found
         elif self._is_zero(first, 0, floor):
             flat = self._is_zero(first, 1, floor) and self._is_zero(longest, 0, floor)
             if flat or self._stands_still():
-                return "constant", self.at(first)[0], 0.0
+                return Finding("constant", 0.0, (self.derivative, self.at(first)[0]))
         doubt, slope = min(self._doubts())
         gap = abs(self.derivative - slope)
         wrong = gap > max(2 * doubt + floor, self.claim * abs(slope))
         steady = doubt <= UNSTEADY * abs(slope)  # a kink looks like a slope that is not
-        return ("wrong" if wrong and steady else "undecided"), slope, self._error(slope, floor)
+        return self._finding("wrong" if wrong and steady else "undecided", slope, floor)
 
     def _is_zero(self, step: float, which: int, floor: float) -> bool:
         """Whether the slope (0), or what it differs by on both sides (1), is but rounding."""
@@ -121,9 +127,10 @@ class Line:
         """Whether the value does not change at all on some steps; on longer ones it may jump."""
         return any(self.at(step) == (0, 0) for step in self.steps)
 
-    def _error(self, slope: float, floor: float) -> float:
+    def _finding(self, verdict: str, slope: float, floor: float) -> Finding:
         error = abs(self.derivative - slope) / (max(abs(slope), self.typical, floor) or 1.0)
-        return error if math.isfinite(error) else math.inf
+        error = error if math.isfinite(error) else math.inf
+        return Finding(verdict, error, (self.derivative, slope))
 
     def _doubts(self) -> Iterator[tuple[float, float]]:
         """How far slopes may be from the truth, by what the next longer step says, and they."""
@@ -137,9 +144,6 @@ class Line:
             yield (math.inf if jumps or not math.isfinite(doubt) else doubt), slope
 
 
-Judged = dict[str, tuple[str, float, tuple[float, float]]]
-
-
 def judged(
     evaluate: Evaluate,
     start: Tensor,
@@ -147,10 +151,10 @@ def judged(
     gradients: Sequence[Tensor | None],
     tolerance: float | None,
     seed: int,
-) -> Judged:
-    """For each tensor a verdict on its gradient, the error, and the derivative with the slope.
+) -> dict[str, Finding]:
+    """Judge the gradient of each tensor.
 
-    A random direction sees what any part of a gradient lacks, one that is half the gradient's own
+    A random direction sees what any part of a gradient lacks, one that is mostly the gradient's own
     sees a wrong size where a tensor is so large that a random one is nearly a right angle to it.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -163,27 +167,21 @@ def judged(
             continue
         # Zeros are moved, too, and by less than what the others are worth.
         length = max(float(tensor.detach().norm()), 0.1 * usual * math.sqrt(tensor.numel()))
-        for share in (0.0, 1.0):
+        for share in (0, 2):
             direction = random_like(tensor, generator)
             direction /= direction.norm()
             if gradient is not None and gradient.any():
-                along = gradient / gradient.norm()
-                if (direction * along).sum() < 0:  # or the two might cancel
-                    direction.neg_()
-                direction += share * along
+                direction += share * gradient / gradient.norm()
             direction *= length / direction.norm()
             lines[name].append(Line(evaluate, start, tensor, gradient, direction))
     largest = max((line.size() for each in lines.values() for line in each), default=0.0)
-    found: Judged = {}
+    found: dict[str, Finding] = {}
     for (name, tensor), gradient in zip(named, gradients, strict=True):
         accepted = TOLERANCE[tensor.dtype] if tolerance is None else tolerance
-        floor = 1e-3 * accepted * largest
-        each = [(*line.judge(accepted, floor), line) for line in lines[name]]
-        if each:
-            verdict, slope, error, line = max(each, key=lambda e: (_ORDER.index(e[0]), e[2]))
-            if verdict == "wrong" and (gradient is None or not gradient.any()):
-                verdict = "missing"
-            found[name] = verdict, error, (line.derivative, slope)
-        else:
-            found[name] = "not finite", math.inf, (math.nan, math.nan)
+        each = [line.judge(accepted, 1e-3 * accepted * largest) for line in lines[name]]
+        each = each or [Finding("not finite", math.inf, (math.nan, math.nan))]
+        worst = max(each, key=lambda f: (_ORDER.index(f.verdict), f.error))
+        if worst.verdict == "wrong" and (gradient is None or not gradient.any()):
+            worst = worst._replace(verdict="missing")
+        found[name] = worst
     return found

@@ -641,15 +641,6 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: check_differentiable(Saliency(net()), x().numpy(), target=1),
         "ndarray",
     ),
-    "certificate of unnamed tensors": (
-        lambda: check_differentiable(
-            (e := differentiable(Saliency(net()))),
-            x(),
-            target=1,
-            parameters=[e.forward_func[0].bias],
-        ),
-        "named_parameters()",
-    ),
     "certificate of a loss that is there": (
         lambda: check_gradient(net()(x()).sum(), net()),
         "lambda",
