@@ -179,6 +179,17 @@ def check_keywords(prior: Any, baselines: Any, annotations: dict[str, Any]) -> N
             )
 
 
+def check_number(name: str, value: Any) -> Tensor:
+    """Require a floating-point tensor of one element, and return it with shape ``()``."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        found = type_of(value)
+        if isinstance(value, Tensor):
+            found = f"shape {tuple(value.shape)}, {value.dtype}"
+        remedy = "Return the loss as a tensor, reduced to one number."
+        raise refusal(ValueError, name, "one number", found, remedy)
+    return value.sum()
+
+
 # ---- Options -------------------------------------------------------------------------------
 
 
