@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,9 +110,21 @@ def beside(evaluate: Evaluate, *moves: tuple[Tensor, Tensor]) -> tuple[float, fl
             write(tensor, original)
 
 
-def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal numbers in the shape and type of a tensor."""
+def rows_of_padding(modules: Iterable[nn.Module]) -> dict[Tensor, int]:
+    """Rows of embeddings that torch gives no gradient, by choice: no slope is asked of them."""
+    each = {m for root in modules for m in root.modules()}
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    padded = (m for m in each if isinstance(m, kinds) and m.padding_idx is not None)
+    return {m.weight: m.padding_idx for m in padded}
+
+
+def random_like(
+    tensor: Tensor, generator: torch.Generator, still: Mapping[Tensor, int] | None = None
+) -> Tensor:
+    """Normal numbers in the shape and type of a tensor, and zeros in a row that stands still."""
     random = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+    if still and tensor in still:
+        random[still[tensor]] = 0
     return random.to(device=tensor.device, dtype=tensor.dtype)
 
 
@@ -246,6 +258,7 @@ def judged(
     gradients: Sequence[Tensor | None],
     tolerance: float | None,
     seed: int,
+    still: Mapping[Tensor, int],
 ) -> Judged:
     """For each tensor a verdict on its gradient, the error, and the derivative with the slope.
 
@@ -263,7 +276,7 @@ def judged(
         # Zeros are moved, too, and by less than what the others are worth.
         length = max(float(tensor.detach().norm()), 0.1 * usual * math.sqrt(tensor.numel()))
         for share in (0.0, 1.0):
-            direction = random_like(tensor, generator)
+            direction = random_like(tensor, generator, still)
             direction /= direction.norm()
             if gradient is not None and gradient.any():
                 along = gradient / gradient.norm()

@@ -13,7 +13,7 @@ from captum_priors._captum import as_tuple
 from captum_priors._checks import check_tensors
 from captum_priors._errors import NotDifferentiableError, refusal, type_of
 from captum_priors._probe import check_explainer, check_options
-from captum_priors._slopes import beside, from_one_state, judged, random_like
+from captum_priors._slopes import beside, from_one_state, judged, random_like, rows_of_padding
 from captum_priors.engine import modules_of, run_modules
 from captum_priors.engine.random import STREAMS, seed_global
 
@@ -115,10 +115,12 @@ def check_differentiable(
 
     with from_one_state(run, modules_of(explainer), as_tuple(inputs)) as value:
         named = _checked(explainer, inputs, parameters, attribute_options)
-        gradients = _gradients(value(), named)
+        with run_modules() as running:
+            gradients = _gradients(value(), named)
+        still = rows_of_padding(running)
         analytic, numeric = [], []
         for (_, tensor), gradient in zip(named, gradients, strict=True):
-            direction = random_like(tensor, directions)
+            direction = random_like(tensor, directions, still)
             analytic.append(0.0 if gradient is None else float((gradient * direction).sum()))
             size, largest = (max(1.0, float(t.detach().abs().max())) for t in (tensor, direction))
             h = step * size / largest
@@ -299,7 +301,8 @@ def check_gradient(
     gradient from a kink (steps, or the two sides, contradict each other): that is "undecided".
 
     Each evaluation has the same random numbers, running statistics and streams of priors, and
-    nothing is left changed: no parameter, no ``.grad``, no buffer, no generator.
+    nothing is left changed: no parameter, no ``.grad``, no buffer, no generator. The row of an
+    embedding's ``padding_idx``, to which torch gives no gradient, is left out.
 
     Args:
         loss_fn: Returns the loss, one number: called as ``loss_fn()``, or with the inputs.
@@ -351,7 +354,8 @@ def check_gradient(
     with from_one_state(
         lambda: loss_fn(*given), modules_of(parameters, loss_fn), tensors
     ) as evaluate:
-        value, again = (_number(evaluate()) for _ in range(2))
+        with run_modules() as running:
+            value, again = (_number(evaluate()) for _ in range(2))
         gap = abs(float(value.detach()) - float(again.detach()))
         # Sums on a GPU come in any order; other differences are no rounding.
         if gap > 1e3 * torch.finfo(value.dtype).eps * abs(float(again.detach())):
@@ -364,7 +368,7 @@ def check_gradient(
             )
         start, gradients = again.detach().clone(), _gradients(again, named)
         del value, again
-        found = judged(evaluate, start, named, gradients, tolerance, seed)
+        found = judged(evaluate, start, named, gradients, tolerance, seed, rows_of_padding(running))
     report = GradientReport(
         float(start),
         verdicts={name: verdict for name, (verdict, _, _) in found.items()},
