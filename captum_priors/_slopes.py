@@ -112,10 +112,11 @@ def beside(evaluate: Evaluate, *moves: tuple[Tensor, Tensor]) -> tuple[float, fl
 
 def rows_of_padding(modules: Iterable[nn.Module]) -> dict[Tensor, int]:
     """Rows of embeddings that torch gives no gradient, by choice: no slope is asked of them."""
-    each = {m for root in modules for m in root.modules()}
-    kinds = (nn.Embedding, nn.EmbeddingBag)
-    padded = (m for m in each if isinstance(m, kinds) and m.padding_idx is not None)
-    return {m.weight: m.padding_idx for m in padded}
+    found = {}
+    for module in {m for root in modules for m in root.modules()}:
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
+            found[module.weight] = module.padding_idx
+    return found
 
 
 def random_like(
