@@ -2,11 +2,11 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Evaluate = Callable[[], Tensor]
 
@@ -27,9 +27,22 @@ def beside(evaluate: Evaluate, *moves: tuple[Tensor, Tensor]) -> tuple[float, fl
             write(tensor, original)
 
 
-def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal numbers in the shape and type of a tensor."""
+def rows_of_padding(modules: Iterable[nn.Module]) -> dict[Tensor, int]:
+    """Rows of embeddings that torch gives no gradient, by choice: no slope is asked of them."""
+    found = {}
+    for module in {m for root in modules for m in root.modules()}:
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
+            found[module.weight] = module.padding_idx
+    return found
+
+
+def random_like(
+    tensor: Tensor, generator: torch.Generator, still: Mapping[Tensor, int] | None = None
+) -> Tensor:
+    """Normal numbers in the shape and type of a tensor, and zeros in a row that stands still."""
     random = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+    if still and tensor in still:
+        random[still[tensor]] = 0
     return random.to(device=tensor.device, dtype=tensor.dtype)
 
 
@@ -151,6 +164,7 @@ def judged(
     gradients: Sequence[Tensor | None],
     tolerance: float | None,
     seed: int,
+    still: Mapping[Tensor, int],
 ) -> dict[str, Finding]:
     """Judge the gradient of each tensor.
 
@@ -168,7 +182,7 @@ def judged(
         # Zeros are moved, too, and by less than what the others are worth.
         length = max(float(tensor.detach().norm()), 0.1 * usual * math.sqrt(tensor.numel()))
         for share in (0, 2):
-            direction = random_like(tensor, generator)
+            direction = random_like(tensor, generator, still)
             direction /= direction.norm()
             if gradient is not None and gradient.any():
                 direction += share * gradient / gradient.norm()

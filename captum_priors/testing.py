@@ -12,7 +12,7 @@ from captum_priors._captum import as_tuple
 from captum_priors._checks import check_number, check_tensors
 from captum_priors._errors import NotDifferentiableError, refusal, type_of
 from captum_priors._probe import check_explainer, check_options
-from captum_priors._slopes import beside, judged, random_like
+from captum_priors._slopes import beside, judged, random_like, rows_of_padding
 from captum_priors._state import one_state
 from captum_priors.engine import modules_of, run_modules
 from captum_priors.engine.random import STREAMS, seed_global
@@ -121,10 +121,12 @@ def check_differentiable(
             parameters = _parameters_behind(explainer, value)
         own = [(f"inputs[{i}]", tensor) for i, tensor in enumerate(as_tuple(inputs))]
         named = _leaves([*_pairs(parameters), *own], (torch.float64,))
-        gradients = _gradients(value(), named)
+        with run_modules() as running:
+            gradients = _gradients(value(), named)
+        still = rows_of_padding(running)
         analytic, numeric = [], []
         for (_, tensor), gradient in zip(named, gradients, strict=True):
-            direction = random_like(tensor, directions)
+            direction = random_like(tensor, directions, still)
             analytic.append(0.0 if gradient is None else float((gradient * direction).sum()))
             size, largest = (max(1.0, float(t.detach().abs().max())) for t in (tensor, direction))
             h = step * size / largest
@@ -294,7 +296,8 @@ def check_gradient(
     gradient from a kink (steps, or the two sides, contradict each other): that is "undecided".
 
     Each evaluation has the same random numbers, running statistics and streams of priors, and
-    nothing is left changed: no parameter, no ``.grad``, no buffer, no generator.
+    nothing is left changed: no parameter, no ``.grad``, no buffer, no generator. The row of an
+    embedding's ``padding_idx``, to which torch gives no gradient, is left out.
 
     Args:
         loss_fn: Returns the loss, one number: called as ``loss_fn()``, or with the inputs.
@@ -320,7 +323,7 @@ def check_gradient(
     Example:
         >>> import torch
         >>> from captum_priors.testing import check_gradient
-        >>> model, x = torch.nn.Linear(3, 1), torch.randn(8, 3)
+        >>> model, x = torch.nn.Linear(3, 1).double(), torch.randn(8, 3).double()
         >>> def right(x):
         ...     x = x.requires_grad_()
         ...     gradient, = torch.autograd.grad(model(x).tanh().sum(), x, create_graph=True)
@@ -347,7 +350,8 @@ def check_gradient(
             back()
             return check_number("`loss_fn()`", loss_fn(*given))
 
-        value, again = evaluate(), evaluate()
+        with run_modules() as running:
+            value, again = evaluate(), evaluate()
         gap = abs(float(value.detach()) - float(again.detach()))
         # Sums on a GPU come in any order; other differences are no rounding.
         if gap > 1e3 * torch.finfo(value.dtype).eps * abs(float(again.detach())):
@@ -360,7 +364,7 @@ def check_gradient(
             )
         start, gradients = again.detach().clone(), _gradients(again, named)
         del value, again
-        found = judged(evaluate, start, named, gradients, tolerance, seed)
+        found = judged(evaluate, start, named, gradients, tolerance, seed, rows_of_padding(running))
     report = GradientReport(
         float(start),
         verdicts={name: finding.verdict for name, finding in found.items()},
