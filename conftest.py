@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 
 IMPORTED = re.compile(r"^\s*(?:from|import) (\w+)", re.MULTILINE)
-DEMO = ("matplotlib", "rich", "sklearn")
+DEMO = ("matplotlib", "sklearn")
 collect_ignore_glob = [] if all(map(find_spec, DEMO)) else ["captum_priors/_demo/*"]
 
 

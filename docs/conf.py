@@ -1,6 +1,8 @@
 """Sphinx: the site of the package. ``make docs`` builds it, without a network."""
 
+import base64
 import inspect
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -83,15 +85,25 @@ def _callables_are_functions(app: Any, what: str, name: str, obj: Any, *rest: An
     return None
 
 
+def _last_picture(notebook: Path) -> bytes | None:
+    """Return what a notebook shows last as an image, for the gallery."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    data = [output.get("data", {}) for cell in cells for output in cell.get("outputs", ())]
+    found = [each["image/png"] for each in data if "image/png" in each]
+    return base64.b64decode(found[-1]) if found else None
+
+
 def setup(app: Any) -> None:
     """Write the pages that are made from something else, and connect the checks."""
     _api.write(HERE / "api")
     notebooks = HERE / "tutorials"
     notebooks.mkdir(exist_ok=True)
-    for old in notebooks.glob("*.ipynb"):
+    for old in notebooks.iterdir():
         old.unlink()
     for notebook in sorted((ROOT / "tutorials").glob("*.ipynb")):
         shutil.copy(notebook, notebooks)
+        if picture := _last_picture(notebook):
+            (notebooks / notebook.name).with_suffix(".png").write_bytes(picture)
     app.connect("env-check-consistency", _missing_names)
     app.connect("missing-reference", _short_names)
     app.connect("autodoc-process-signature", _callables_are_functions)

@@ -13,7 +13,7 @@ import captum_priors
 ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 WORKFLOWS = sorted((ROOT / ".github").rglob("*.yml"))
-EXTRAS = ("accelerate", "lightning", "pandas", "rich", "scipy", "shap", "sklearn", "transformers")
+EXTRAS = ("accelerate", "lightning", "pandas", "scipy", "shap", "sklearn", "transformers")
 
 
 @pytest.fixture

@@ -1,74 +1,61 @@
-"""What every demo is, and the training loop and the table that they share."""
+"""What the demos share: colours, a training loop, and the comparison of two networks.
+
+A demo is a module with texts ``DATA`` and ``PRIOR``, ``EPOCHS``, ``SEEDS``, and three functions:
+``load(folder)`` returns its data; ``run(data, seed, with_prior, epochs)`` trains a network and
+returns figures, and what the picture shows of it; ``draw(data, shown, means)`` makes the picture
+from these two of the first seed and the mean figures, both in the order of ``NAMES``.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 mpl.use("Agg")  # needs no screen
 
 NAMES = ("without prior", "with prior")
-RED, GREEN = "#c0392b", "#1e8449"
+COLOURS = RED, GREEN = "#c0392b", "#1e8449"  # of the two networks, and of wrong and right answers
 # What speaks against an answer is orange, what speaks for it blue.
 EVIDENCE = LinearSegmentedColormap.from_list("evidence", ["#d35400", "#ffffff", "#0b4fd6"])
-Figures = dict[str, Any]
+Figures = dict[str, float]
+Examples = tuple[Tensor, Tensor]  # inputs and labels
 
 
-@dataclass(frozen=True)
-class Demo:
-    """Two networks, of which ``run(seed, with_prior, epochs)`` trains and measures one.
-
-    It returns figures, and what the picture needs. ``draw`` gets the latter of the first seed, and
-    means of the figures, by the names of the models.
-    """
-
-    data: str
-    prior: str
-    epochs: int
-    run: Callable[[int, bool, int], tuple[Figures, Any]]
-    draw: Callable[[dict[str, Any], dict[str, Figures]], Figure]
-    seeds: int = 3
-
-
-def compare(demo: Demo, first: int, epochs: int) -> tuple[dict[str, Figures], Figure]:
-    """Train both models from each seed; return their figures and the picture."""
-    seeds = range(first, first + demo.seeds)
+def compare(demo: Any, data: Any, first: int, epochs: int) -> tuple[dict[str, Any], Figure]:
+    """Train both networks from each seed; return and print their figures, and return a picture."""
     found: dict[str, list[Figures]] = {name: [] for name in NAMES}
-    shown: dict[str, Any] = {}
-    for seed in track(seeds, "training"):
-        for name in NAMES:
+    shown = []
+    for seed in range(first, first + demo.SEEDS):
+        for name, runs in found.items():
             torch.manual_seed(seed)  # the first steps differ by the prior alone
-            figures, what = demo.run(seed, name == "with prior", epochs)
-            found[name].append({"seed": seed, **figures})
-            shown.setdefault(name, what)
-    means = {
-        name: {
-            figure: sum(each[figure] for each in runs) / len(runs)
-            for figure in runs[0]
-            if figure != "seed"
-        }
-        for name, runs in found.items()
+            figures, what = demo.run(data, seed, name == NAMES[1], epochs)
+            runs.append({"seed": seed, **figures})
+            shown.append(what)
+            print(f"seed {seed}, {name} trained", flush=True)
+    names = [name for name in runs[0] if name != "seed"]
+    means = [{n: sum(run[n] for run in each) / len(each) for n in names} for each in found.values()]
+    print(f"\n{f'means (seeds: {demo.SEEDS})':30}{NAMES[0]:>15}{NAMES[1]:>15}{'difference':>15}")
+    for name in names:
+        a, b = (each[name] for each in means)
+        print(f"{name:30}{a:15.3g}{b:15.3g}{b - a:+15.2g}")
+    models = {
+        name: {**mean, "seeds": runs}
+        for (name, runs), mean in zip(found.items(), means, strict=True)
     }
-    picture = demo.draw(shown, means)
-    return {name: {**means[name], "seeds": found[name]} for name in NAMES}, picture
+    return models, demo.draw(data, shown[:2], means)
 
 
 def fit(
     model: nn.Module,
-    data: tuple[Tensor, Tensor],
+    data: Examples,
     epochs: int,
     rate: float,
-    prior: Callable[[Tensor, Tensor], Tensor] | None = None,
-    *,
+    prior: Callable[[Tensor, Tensor], Tensor] | None,
     batch_size: int = 64,
 ) -> None:
     """Train a classifier, with a prior of each batch and its labels where there is one."""
@@ -92,21 +79,3 @@ def fit(
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Return the share of examples that the model gets right."""
     return float((model(x).argmax(1) == y).float().mean())
-
-
-def table(models: dict[str, Figures], title: str) -> Table:
-    """Figures of both models side by side."""
-    without, with_prior = (models[name] for name in NAMES)
-    shown = Table("", title=title)
-    for name in (*NAMES, "difference"):
-        shown.add_column(name, justify="right")
-    for figure in (name for name in without if name != "seeds"):
-        a, b = without[figure], with_prior[figure]
-        shown.add_row(figure, f"{a:.3g}", f"{b:.3g}", f"{b - a:+.2g}")
-    return shown
-
-
-def bare(axis: Axes) -> None:
-    """Leave an image or a chart its data alone."""
-    axis.spines[:].set_visible(False)
-    axis.tick_params(length=0)

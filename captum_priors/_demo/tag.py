@@ -1,6 +1,5 @@
 """Digits with a tag that gives the label away in training, and lies afterwards."""
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from captum_priors._demo.base import (
-    EVIDENCE,
-    GREEN,
-    NAMES,
-    RED,
-    Demo,
-    Figures,
-    accuracy,
-    bare,
-    fit,
-)
+from captum_priors._demo.base import COLOURS, EVIDENCE, NAMES, Figures, accuracy, fit
 from captum_priors._demo.data import digits
 from captum_priors._rows import shared
 from captum_priors.attr import ExpectedGradients
 from captum_priors.priors import RightForTheRightReasons
 
 WEIGHT, RATE = 0.05, 5e-3
+DATA = "scikit-learn digits, 16 x 16, above a tag; 1297 training and 500 test images"
+PRIOR = f"{WEIGHT} * RightForTheRightReasons(model)"
+EPOCHS, SEEDS = 12, 3
 CELL = 2  # pixels; the tag is a row of ten cells below the digit, one of them lit
 ALLOWED = torch.ones(1, 20, 20)
 ALLOWED[:, -CELL:] = 0
@@ -40,8 +32,7 @@ def tagged(images: Tensor, cells: Tensor) -> Tensor:
     return x
 
 
-@cache
-def data() -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor, Tensor]:
+def load(_: Path) -> tuple[Any, ...]:
     """Training data; test images whose tag tells the label, or lies; labels; what the lies say."""
     (x, y), (test, labels) = digits()
     shift = torch.randint(1, 10, labels.shape, generator=torch.Generator().manual_seed(0))
@@ -49,35 +40,22 @@ def data() -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor, Tensor]:
     return (tagged(x, y), y), tagged(test, labels), tagged(test, lies), labels, lies
 
 
-def network() -> nn.Module:
-    """Two convolutions and two linear layers."""
-    return nn.Sequential(
+def run(data: Any, seed: int, with_prior: bool, epochs: int) -> tuple[Figures, Any]:
+    """Train one network; measure it where the tag tells the label, and where it lies."""
+    train, tells, lies, labels, _ = data
+    model = nn.Sequential(
         *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
         *(nn.Linear(32 * 5 * 5, 64), nn.ReLU(), nn.Linear(64, 10)),
     )
-
-
-def run(seed: int, with_prior: bool, epochs: int) -> tuple[Figures, Any]:
-    """Train one network; measure it where the tag tells the label, and where it lies."""
-    train, tells, lies, labels, _ = data()
-    model = network()
-    prior = WEIGHT * RightForTheRightReasons(model)  # the one line; the next one passes it on
-    allowed = shared(ALLOWED)
-
-    def penalty(x: Tensor, _: Tensor) -> Tensor:
-        value: Tensor = prior(x, annotation=allowed)
-        return value
-
-    fit(model, train, epochs, RATE, penalty if with_prior else None)
+    prior = WEIGHT * RightForTheRightReasons(model)  # the one line; the next one calls it
+    penalty = (lambda x, _: prior(x, annotation=shared(ALLOWED))) if with_prior else None
+    fit(model, train, epochs, RATE, penalty)
+    draws, images = torch.Generator().manual_seed(seed), lies[:100]
     with torch.no_grad():
-        says = model(lies).argmax(1)
+        says = model(images).argmax(1)
         maps = ExpectedGradients(model).attribute(
-            lies[:100],
-            train[0][:100],
-            n_samples=30,
-            target=says[:100],
-            generator=torch.Generator().manual_seed(seed),
+            images, train[0][:100], n_samples=30, target=says, generator=draws
         )
     on_tag = maps[:, :, -CELL:].abs().sum((1, 2, 3)) / maps.abs().sum((1, 2, 3))
     figures = {
@@ -85,57 +63,38 @@ def run(seed: int, with_prior: bool, epochs: int) -> tuple[Figures, Any]:
         "tag lies": accuracy(model, lies, labels),
         "attribution on the tag": on_tag.mean().item(),
     }
-    return figures, (says[:100], maps[:, 0])
+    return figures, (says, maps[:, 0])
 
 
-def draw(shown: dict[str, Any], means: dict[str, Figures]) -> Figure:
+def draw(data: Any, shown: list[Any], means: list[Figures]) -> Figure:
     """Draw digits with a lying tag, what each network looks at and says, and its accuracy."""
-    *_, images, labels, lies = data()
-    believed = (shown[NAMES[0]][0] == lies[:100]).nonzero().flatten().tolist()
+    *_, images, labels, lies = data
+    believed = (shown[0][0] == lies[:100]).nonzero().flatten().tolist()
     chosen = {int(labels[i]): i for i in reversed(believed)}  # the first of each digit
     columns = [chosen[digit] for digit in sorted(chosen)[:4]]
-    figure = plt.figure(figsize=(10, 6.7), layout="constrained")
+    figure, axes = plt.subplots(
+        *(3, max(len(columns), 1)), squeeze=False, figsize=(9, 6.9), layout="constrained"
+    )
     figure.suptitle("A tag gave the label away in training. Now it lies.", fontsize=17)
-    parts: Any = figure.subfigures(1, 2, width_ratios=(4, 1))
-    left, right = parts
-    rows = left.subplots(3, max(len(columns), 1), squeeze=False)
-    for axis, i in zip(rows[0], columns, strict=False):
-        axis.imshow(images[i, 0].numpy(), cmap="gray_r")
-        axis.set_title(f"a {labels[i]}, tagged {lies[i]}", fontsize=13)
-    texts = ["image"]
-    for row, name in zip(rows[1:], NAMES, strict=True):
-        texts.append(f"{name}\n{means[name]['attribution on the tag']:.0%}\non the tag")
-        says, maps = shown[name]
-        for axis, i in zip(row, columns, strict=False):
-            axis.imshow(images[i, 0].numpy(), cmap="gray_r", alpha=0.25)
-            strength = maps[i].relu()
-            strength = (strength / strength.max().clamp_min(1e-12)).numpy()
-            axis.imshow(strength, cmap=EVIDENCE, vmin=-1, vmax=1, alpha=strength)
-            good = bool(says[i] == labels[i])
-            text, colour = (f"says {says[i]} ✓", GREEN) if good else (f"says {says[i]} ✗", RED)
-            axis.set_title(text, fontsize=15, weight="bold", color=colour)
-    for axis in rows.flat:
+    figure.supxlabel("blue: what speaks for the answer", fontsize=12, color=EVIDENCE(1.0))
+    for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.add_patch(Rectangle((-0.5, 17.5), 20, 2, fill=False, edgecolor="0.4", linewidth=1))
-    for row, label in zip(rows, texts, strict=True):
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=13)
-    left.supxlabel("blue: what speaks for the answer", fontsize=12, color=EVIDENCE(1.0))
-    for axis, kind in zip(right.subplots(2, 1), ("tag tells", "tag lies"), strict=True):
-        values = [means[name][kind] for name in NAMES]
-        bars = axis.bar(("without", "with"), values, color=(RED, GREEN), width=0.7)
-        axis.bar_label(bars, [f"{value:.0%}" for value in values], fontsize=13)
-        axis.set(ylim=(0, 1.15), yticks=[])
-        axis.set_title(f"right, {kind}", fontsize=13)
-        bare(axis)
+    for axis, i in zip(axes[0], columns, strict=False):
+        axis.imshow(images[i, 0].numpy(), cmap="gray_r")
+        axis.set_title(f"a {labels[i]}, tagged {lies[i]}", fontsize=13)
+    parts = zip(axes[1:], NAMES, COLOURS, shown, means, strict=True)
+    for row, name, colour, (says, maps), mean in parts:
+        right = (
+            f"{mean['tag lies']:.0%} right where it lies\n{mean['tag tells']:.0%} where it tells"
+        )
+        text = f"{name}\n{right}\n{mean['attribution on the tag']:.0%} of the map on it"
+        row[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=13, color=colour)
+        for axis, i in zip(row, columns, strict=False):
+            axis.imshow(images[i, 0].numpy(), cmap="gray_r", alpha=0.25)
+            strength = maps[i].relu() / maps[i].max().clamp_min(1e-12)
+            axis.imshow(strength.numpy(), cmap=EVIDENCE, vmin=-1, vmax=1, alpha=strength.numpy())
+            good = bool(says[i] == labels[i])
+            text = f"says {says[i]} {'✗✓'[good]}"
+            axis.set_title(text, fontsize=15, weight="bold", color=COLOURS[good])
     return figure
-
-
-def demo(_: Path) -> Demo:
-    """Return the demo."""
-    return Demo(
-        data="scikit-learn digits, 16 x 16, above a tag; 1297 training and 500 test images",
-        prior=f"{WEIGHT} * RightForTheRightReasons(model)",
-        epochs=12,
-        run=run,
-        draw=draw,
-    )

@@ -207,7 +207,8 @@ class _Line:
                 "differences of the outputs that agree with the input gradient of each example",
                 f"{int(wrong.sum())} of {len(wrong)} examples that do not, with a relative error "
                 f"of up to {float(share.amax()):.2g}",
-                "Look for detach(), custom backward passes, tensor hooks, operations across the "
+                ("In half precision it may be rounding alone. Otherwise look" if half else "Look")
+                + " for detach(), custom backward passes, tensor hooks, operations across the "
                 "batch, random numbers from a generator of the model's own, or inputs far from the "
                 "origin; differentiation='double_backprop' takes the backward pass as it is.",
             )

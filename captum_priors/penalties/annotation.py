@@ -169,14 +169,14 @@ def rationale(attributions: Tensor, *, annotation: Tensor, kind: Kind = "l1") ->
 
     With :math:`q_i = |\phi_i| / \sum_j |\phi_j|` and :math:`m_i = M_i / S`, :math:`S = \sum_j M_j`,
 
-    ==========  ==================================================================================
+    =========== ==================================================================================
     ``"bce"``   :math:`\sum_i m_i \log\frac{m_i}{q_i} + (1 - m_i) \log\frac{1 - m_i}{1 - q_i}`
     ``"kl"``    :math:`\sum_i m_i \log (m_i / q_i)`
     ``"l1"``    :math:`\tfrac1S \sum_i |S q_i - M_i|`, the sum of :math:`|q_i - m_i|`
     ``"huber"`` the same with Huber's loss, squares up to a difference of 1
     ``"order"`` :math:`\tfrac1S \sum_i M_i \min(|\phi_i| / b - 1, 0)^2`, with
                 :math:`b = \max_j (1 - M_j) |\phi_j|`
-    ==========  ==================================================================================
+    =========== ==================================================================================
 
     (Joshi et al. 2022, ER-Test, and Chan et al. 2022, UNIREX; Huang et al. 2021 for the order,
     which is content where the rationale outranks all else.) They compare attributions themselves

@@ -13,23 +13,18 @@ STYLE = '<style>[data-theme="dark"] {background: rgb(20, 20, 20); color: rgb(COL
 PAGE = "<!doctype html><html>{style}<body><article><h1>Title</h1></article>{more}"
 
 
-def site(folder: Path, color: str, more: str) -> Path:
-    page = PAGE.format(style=STYLE.replace("COLOR", color), more=more)
-    (folder / "index.html").write_text(page)
-    (folder / "there.html").write_text(PAGE.format(style="", more=""))
-    return folder
-
-
 @pytest.mark.skipif(browser() is None, reason="there is no browser")
 def test_what_is_wrong_is_found(tmp_path: Path) -> None:
-    (tmp_path / "wrong").mkdir()
-    (tmp_path / "right").mkdir()
+    """On the first page; the other is right."""
     link, table = '<a href="{}.html">on</a>', '<div style="width: {}px">table</div>'
-    right = site(tmp_path / "right", "200, 200, 200", link.format("there") + table.format(300))
-    wrong = site(tmp_path / "wrong", "60, 60, 60", link.format("gone") + table.format(900))
-    command = browser() or ""
-    assert faults(right, command) == []
-    broken, wide, dark = faults(wrong, command)
+    pages = {
+        "index": ("60, 60, 60", link.format("gone") + link.format("there") + table.format(900)),
+        "there": ("200, 200, 200", table.format(300)),
+    }
+    for name, (color, more) in pages.items():
+        page = PAGE.format(style=STYLE.replace("COLOR", color), more=more)
+        (tmp_path / f"{name}.html").write_text(page)
+    broken, wide, dark = faults(tmp_path, browser() or "")
     assert broken.endswith("gone.html leads nowhere")
     assert wide.startswith("index.html: 9")
     assert dark == "index.html: dark, not readable: Title"

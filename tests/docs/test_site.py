@@ -83,6 +83,13 @@ HEADINGS = [
         ("explaining loss", "recipes.md"),
         ("captum", "coming-from.md"),
         ("install", "installation.md"),
+        ("gallery", "gallery.md"),
+        ("rationale", "guide.md"),
+        ("two texts", "recipes.md"),
+        ("penalty train", "troubleshooting.md"),
+        ("attack", "troubleshooting.md"),
+        ("shap", "coming-from.md"),
+        ("attributionpriors", "coming-from.md"),
     ],
 )
 def test_what_people_search_for_is_in_a_heading(query: str, page: str) -> None:

@@ -1,6 +1,7 @@
 """How far ``finite_difference`` is off on a transformer while it trains, and what it refuses."""
 
 import copy
+import functools
 from contextlib import nullcontext
 from typing import Any
 
@@ -182,3 +183,16 @@ def test_examples_that_another_gradient_moves(branch: Any, share: float, precisi
         value = prior(x, target=y)
     with pytest.raises(NotDifferentiableError, match="agree with the input gradient"):
         value.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["single", "half"])
+def test_half_precision_is_named_where_it_may_be_the_reason(dtype: torch.dtype) -> None:
+    """Differences of parameters in bfloat16 fail for rounding alone, late in training."""
+    x, model = torch.randn(16, 6, dtype=dtype), Other(centred, 1).main.to(dtype)
+    moved = functools.partial(centred, model)
+    explainer = differentiable(Saliency(moved), differentiation="finite_difference")
+    value = AttributionPrior(explainer, l2, abs=False)(x, target=0)
+    with pytest.raises(NotDifferentiableError) as found:
+        value.backward()
+    assert ("half precision" in str(found.value)) == (dtype == torch.bfloat16)
+    assert "double_backprop" in str(found.value)
