@@ -27,9 +27,10 @@ def arguments_of(description: str | None, *, data: str | None = None) -> argpars
 
 
 def seeds_of(options: argparse.Namespace, full: int, quick: int) -> range:
-    """Seeds to run: what was asked for, or the script's own number."""
-    n = options.seeds if options.seeds is not None else quick if options.quick else full
-    return range(n)
+    """Seeds to run: what was asked for, or the script's own number, which the options then say."""
+    if options.seeds is None:
+        options.seeds = quick if options.quick else full
+    return range(options.seeds)
 
 
 def folder_of(source: str, kind: str) -> Path:
@@ -50,8 +51,8 @@ def in_processes(function: Callable[[Any], Any], items: Iterable[Any], jobs: int
         return list(pool.map(function, items))
 
 
-def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean, standard deviation over the runs, and standard error of the mean, of each figure."""
+def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """Of each figure: mean, standard deviation, standard error of the mean, and every value."""
     found = {}
     for key in runs[0]:
         values = [run[key] for run in runs]
@@ -60,8 +61,14 @@ def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
             "mean": statistics.mean(values),
             "spread": spread,
             "error": spread / math.sqrt(len(values)),
+            "values": values,
         }
     return found
+
+
+def gains(runs: Sequence[Run], others: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Summary of the differences, seed by seed (or split by split)."""
+    return summary([{k: a[k] - b[k] for k in a} for a, b in zip(runs, others, strict=True)])
 
 
 def show_runs(title: str, runs: Mapping[str, Sequence[Run]], *, digits: int = 3) -> None:

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from _common import save, save_plot
 from _nhanes import Term, evaluate, fit, load, network, split
-from _reproduction import arguments_of, folder_of, in_processes, seeds_of, show_runs, summary
+from _reproduction import (
+    arguments_of,
+    folder_of,
+    gains,
+    in_processes,
+    seeds_of,
+    show_runs,
+    summary,
+)
 from captum.attr import Saliency
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -147,7 +155,7 @@ def main() -> None:
         "published": PUBLISHED,
         "by weight": by_weight,
         "gain over unregularised": {
-            method: summary(gains(runs, chosen["unregularised"])) for method, runs in chosen.items()
+            method: gains(runs, chosen["unregularised"]) for method, runs in chosen.items()
         },
     }
     save(options.output, name, vars(options) | {"epochs": epochs, "widths": WIDTHS}, results)
@@ -156,11 +164,6 @@ def main() -> None:
 
 def _validation(row: dict[str, Any]) -> float:
     return float(row["validation"])
-
-
-def gains(runs: list[dict[str, float]], others: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Differences split by split."""
-    return [{k: a[k] - b[k] for k in a} for a, b in zip(runs, others, strict=True)]
 
 
 if __name__ == "__main__":
