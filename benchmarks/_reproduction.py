@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from _common import parser, show
+from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 Run = dict[str, float]
@@ -67,8 +68,15 @@ def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
 
 
 def gains(runs: Sequence[Run], others: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Summary of the differences, seed by seed (or split by split)."""
-    return summary([{k: a[k] - b[k] for k in a} for a, b in zip(runs, others, strict=True)])
+    """Summary of the differences within a seed or split, with the half width of its interval."""
+    found = summary([{k: a[k] - b[k] for k in a} for a, b in zip(runs, others, strict=True)])
+    n = len(runs)
+    for each in found.values():
+        # 95 %, by Student's t
+        each["half width"] = (
+            float(student_t.ppf(0.975, n - 1)) * each["error"] if n > 1 else math.inf
+        )
+    return found
 
 
 def show_runs(title: str, runs: Mapping[str, Sequence[Run]], *, digits: int = 3) -> None:
