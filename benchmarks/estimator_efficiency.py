@@ -238,9 +238,13 @@ def error_of(estimate: Tensor, truth: Tensor) -> float:
 def draw(results: dict[str, Any]) -> Figure:
     """Errors against samples, a panel for each network."""
     figure = Figure(figsize=(13, 6.5), layout="constrained")
-    for axes, (name, found) in zip(figure.subplots(2, 4).flat, results.items(), strict=False):
+    colours = {"GradientShap": "C0", "GradientExplainer": "C1", "monte_carlo": "C2"}
+    *panels, spare = figure.subplots(2, 4).flat
+    spare.set_axis_off()
+    for axes, (name, found) in zip(panels, results.items(), strict=True):
         for method, each in found["errors"].items():
-            axes.loglog(found["samples"], each, "o-", label=method, markersize=3)
+            colour = colours.get(method, "C3")
+            axes.loglog(found["samples"], each, "o-", color=colour, label=method, markersize=3)
         axes.set_title(name, fontsize=9)
         axes.legend(fontsize=6)
     figure.supxlabel("gradient evaluations per example")
