@@ -17,15 +17,20 @@ Row = tuple[str, str, str, str]
 ERION = "Erion et al. 2021"
 
 
+def half_width(gain: Any) -> float:
+    """Of the interval; two standard errors in files that were written before it was kept."""
+    return float(gain.get("half width", 2 * gain["error"]))
+
+
 def shown(gain: Any, digits: int = 3) -> str:
     """A difference with the half width of its interval, and of how many pairs."""
-    number = len(gain["values"])
-    return f"{gain['mean']:+.{digits}f} ± {gain['half width']:.{digits}f} (n = {number})"
+    number = f" (n = {len(gain['values'])})" if "values" in gain else ""
+    return f"{gain['mean']:+.{digits}f} ± {half_width(gain):.{digits}f}{number}"
 
 
 def verdict(gain: Any, *, less: bool = False) -> str:
     """Judge a difference that is published as more, or as less."""
-    if abs(gain["mean"]) <= gain["half width"]:
+    if abs(gain["mean"]) <= half_width(gain):
         return "open: the interval has both signs"
     return "same direction" if (gain["mean"] > 0) != less else "**other direction**"
 
@@ -45,7 +50,7 @@ def _pixel_prior(results: Any) -> Iterator[Row]:
                 verdict(gain[key])
                 if key != "clean"
                 else "costs nothing"
-                if gain[key]["mean"] + gain[key]["half width"] >= 0
+                if gain[key]["mean"] + half_width(gain[key]) >= 0
                 else "**costs accuracy**",
             )
 
@@ -63,7 +68,7 @@ def _graph_prior(results: Any) -> Iterator[Row]:
             verdict(gain)
             if name == "true graph"
             else "the same"
-            if gain["mean"] <= gain["half width"]
+            if gain["mean"] <= half_width(gain)
             else "**helps, too**",
         )
 
