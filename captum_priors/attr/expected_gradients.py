@@ -110,8 +110,9 @@ class ExpectedGradients(GradientAttribution):
             estimator: ``"monte_carlo"`` is the paper's. ``"control_variate"`` has the same
                 expectation and mostly less variance, though more at two to four samples of a
                 quadratic function: :math:`(x - \mu) \odot \bar g` plus the covariance
-                of :math:`x - x'` and :math:`g` over samples spread evenly along the path. With one
-                sample there is no covariance and the two are the same.
+                of :math:`x - x'` and :math:`g` over samples spread evenly along the path. How much
+                less depends on the network: most with ReLU, little with tanh or a transformer.
+                With one sample there is no covariance and the two are the same.
             internal_batch_size: At most this many rows go through the model at once.
             generator: Source of the draws; by default torch's global generator.
 

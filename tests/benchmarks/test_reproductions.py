@@ -251,14 +251,47 @@ def test_sparsity_runs(small_nhanes: Path) -> None:
     assert all(0 <= row["ROC-AUC"] <= 1 and 0 <= row["Gini"] <= 1 for row in rows)
 
 
-def test_references_run(small_nhanes: Path) -> None:
+def test_references_run(small_nhanes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("nhanes_references")
-    found = module.run_split((0, (1, 4)), small_nhanes, 30)
+    monkeypatch.setattr(module, "REFERENCES", (1, 4))
+    monkeypatch.setattr(module, "TRAINED", (("monte_carlo", 1), ("control_variate", 4)))
+    found = module.run_split(0, small_nhanes, 30)
     assert found["scores"]["unregularised"]["ROC-AUC"] > 0.8
     # Without biases, input times gradient is the integrated gradient from zero: rounding alone.
     assert found["gap"] < 1e-5
     errors = found["errors"]
     assert errors["monte_carlo, k = 4"] < errors["monte_carlo, k = 1"]
+    later = module.run_split(module.N_ERRORS, small_nhanes, 2)
+    assert later["errors"] is None
+    assert later["scores"].keys() == found["scores"].keys()
+
+
+def test_gains_are_paired_and_judged() -> None:
+    runs, others = ([{"a": v} for v in values] for values in ((1.0, 5.0, 3.5), (0.0, 4.0, 2.0)))
+    gain = script("_reproduction").gains(runs, others)["a"]
+    assert gain["values"] == [1.0, 1.0, 1.5]
+    # By the table of Student's t with two degrees of freedom; the errors are a sixth.
+    assert gain["half width"] == pytest.approx(4.302653 / 6)
+    verdict = script("_claims").verdict
+    assert verdict(gain) == "same direction"
+    assert "other" in verdict(gain, less=True)
+    assert "open" in verdict({**gain, "half width": gain["mean"]})
+    alone = script("_reproduction").gains(runs[:1], others[:1])["a"]
+    assert "open" in verdict(alone)
+
+
+def test_evaluations_at_equal_error() -> None:
+    module = script("estimator_efficiency")
+    counts = [2**k for k in range(7)]
+    theirs, ours = ([(c * n) ** -0.5 for n in counts] for c in (1, 4))
+    found = module.ratios(counts, theirs, ours)
+    assert {n: round(row["ratio"], 6) for n, row in found.items()} == dict.fromkeys(counts[2:], 4)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()
+    x, references = (torch.rand(n, 2, 2, dtype=torch.float64) for n in (5, 6))
+    target = torch.tensor([0, 1, 2, 1, 0])
+    exact = module.exact(linear, x, references, target, 2)
+    weights = linear[1].weight[target].reshape(x.shape)
+    torch.testing.assert_close(exact, (x - references.mean(0)) * weights.detach())
 
 
 def test_decoys_run(small_mnist: str, monkeypatch: pytest.MonkeyPatch) -> None:
