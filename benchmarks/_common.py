@@ -7,6 +7,7 @@ import json
 import platform
 import random
 import statistics
+import subprocess
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -93,6 +94,8 @@ def save(output: Path, name: str, settings: dict[str, Any], results: Any) -> Non
         "captum": captum.__version__,
         "captum_priors": captum_priors.__version__,
         "threads": torch.get_num_threads(),
+        "cpu": _first_line("sed", "-n", "s/^model name.*: //p", "/proc/cpuinfo"),
+        "commit": _first_line("git", "-C", str(RESULTS), "rev-parse", "HEAD"),
     }
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     settings.pop("output", None)
@@ -100,6 +103,15 @@ def save(output: Path, name: str, settings: dict[str, Any], results: Any) -> Non
         settings["data"] = str(settings["data"]).partition("=")[0] + "=DIR"
     document = {"benchmark": name, "settings": settings, "versions": versions, "results": results}
     (output / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _first_line(*command: str) -> str:
+    """What a command says first, or nothing where it cannot be run."""
+    try:
+        found = subprocess.run(command, check=False, capture_output=True, text=True).stdout
+    except OSError:
+        found = ""
+    return found.partition("\n")[0]
 
 
 def save_plot(output: Path, name: str, figure: Figure) -> None:
