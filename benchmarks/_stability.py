@@ -33,10 +33,10 @@ class Sizes:
     """How much is trained on, how long, and how much is attacked."""
 
     train: int = 7000
-    epochs: int = 3
+    epochs: int = 2
     batch: int = 64
-    atex_steps: int = 400
-    images: int = 100
+    atex_steps: int = 180
+    images: int = 60
     step_num: int = 20
     n_restarts: int = 1
     radii: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -72,14 +72,19 @@ class Study:
         seed: int,
         *,
         term: Term | None = None,
-        decay: float = 0.0,
+        shrinkage: float = 0.0,
         prepare: Callable[[Tensor, Tensor], Tensor] = lambda x, y: x,
     ) -> nn.Module:
-        """Adam with cosine decay; ``term`` is added to the loss, ``prepare`` makes the inputs."""
+        """Adam with cosine decay; ``term`` is added to the loss, ``prepare`` makes the inputs.
+
+        Weight decay alone would shrink weights by ``exp(-shrinkage)``, however long the training.
+        """
         x, y = self.data["train"]
         torch.manual_seed(1000 + seed)
-        optimizer = torch.optim.AdamW(weight_decay_groups(model, decay), 3e-3)
         steps = self.sizes.epochs * -(-len(x) // self.sizes.batch)
+        rate = 3e-3  # half of it on average
+        groups = weight_decay_groups(model, shrinkage / (steps * rate / 2))
+        optimizer = torch.optim.AdamW(groups, rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(self.sizes.epochs):
             for rows in torch.randperm(len(x)).split(self.sizes.batch):
@@ -99,7 +104,7 @@ class Study:
         torch.manual_seed(2000 + seed)
         optimizer = torch.optim.Adam(model.parameters(), 1.5e-3)
         for _ in range(self.sizes.atex_steps):
-            rows = torch.randint(len(x), (25,))
+            rows = torch.randint(len(x), (20,))
             optimizer.zero_grad(set_to_none=True)
             loss(x[rows], y[rows]).backward()
             optimizer.step()
@@ -132,8 +137,8 @@ def _standard(study: Study, seed: int, head: type[nn.Module] = nn.ReLU) -> nn.Mo
     return study.fit(_seeded(seed, head), seed)
 
 
-def _weight_decay(study: Study, seed: int, decay: float) -> nn.Module:
-    return study.fit(_seeded(seed), seed, decay=decay)
+def _weight_decay(study: Study, seed: int, shrinkage: float) -> nn.Module:
+    return study.fit(_seeded(seed), seed, shrinkage=shrinkage)
 
 
 def _softplus(study: Study, seed: int, beta: float, weight: float = 0.0) -> nn.Module:
@@ -168,9 +173,7 @@ def _r2et(study: Study, seed: int, weight: float, curvature: float) -> nn.Module
     return study.fit(model, seed, term=lambda x, y: weight * prior(x, target=y))
 
 
-def _atex(
-    study: Study, seed: int, radius: float = 0.32, weight: float | None = None
-) -> nn.Module:
+def _atex(study: Study, seed: int, radius: float = 0.32, weight: float | None = None) -> nn.Module:
     """Distil the network with the tanh head along its own maps, and train it on if weighted."""
     student = copy.deepcopy(study.start("tanh head", seed))
     prior = ATEX(student, radius=radius, temperature=4.0, n_samples=8, positions=(-1.0, 0.0))
@@ -194,13 +197,13 @@ class Method:
 
 _TENS = (1e-4, 1e-3, 1e-2, 1e-1)
 _RADII = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2)
-_DECAYS = (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5)
+_SHRINKAGES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
 _BETAS = (1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0, 70.0, 100.0)
 
 # Twelve settings for each method that has any.
 METHODS: dict[str, Method] = {
     "standard": Method(_standard),
-    "weight decay": Method(_weight_decay, {"decay": _DECAYS}),
+    "weight decay": Method(_weight_decay, {"shrinkage": _SHRINKAGES}),
     "Softplus": Method(_softplus, {"beta": _BETAS}),
     "Softplus + Hessian": Method(
         _softplus, {"weight": (1e-3, 3e-3, 1e-2, 3e-2), "beta": (5.0, 10.0, 20.0)}

@@ -31,36 +31,32 @@ from typing import Any
 
 import torch
 from _common import parser, save, save_plot, show
-from _stability import METHODS, TOP, Batch, Method, Sizes, Study, pgd
-from captum.attr import IntegratedGradients, NoiseTunnel, Saliency
+from _stability import METHODS, TOP, Method, Sizes, Study
+from _stability_maps import evaluate, fashion, other_maps, robust
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 from scipy.stats import t as student_t
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-
-from captum_priors.attacks import RandomAttack, TopKAttack
-from captum_priors.metrics import StabilityReport, gini, spearman, stability_report
+from torch import nn
 
 CHOSEN_AT = (0.05, 0.1)
 CHOICE_SEED = 100
 """Settings are chosen for networks of this seed, which are not evaluated."""
+MAPS_RADII = (0.02, 0.1)
 MAY_COST = 0.02
 """A setting qualifies if it costs at most this much of its start's validation accuracy."""
-FASHION_RADII = (0.02, 0.04, 0.06, 0.08)
-PUBLISHED_FASHION = {  # top-50 in the plot of the authors' code
-    "original": (0.70, 0.636, 0.586, 0.545),
-    "ATEX": (0.76, 0.688, 0.635, 0.592),
-}
+LOOKS = ("accuracy", "PGD accuracy", "Gini", "mass on the digit")
+STARTS = ("standard", "tanh head")
 CLAIMS = {
     "weight decay": "Dombrowski et al. 2022: weight decay makes maps more robust",
     "Softplus": "Dombrowski et al. 2022: smooth activations make maps more robust",
     "Softplus + Hessian": "Dombrowski et al. 2022: so does a penalty on the Hessian",
-    "ATEX, recipe": "Tang et al. 2022: distillation along maps makes them more stable (radius .02-.08)",
-    "sensitivity": "Fidel et al. 2020, Moshe et al. 2024: calm neurons, more interpretable maps",
-    "sensitivity + Jacobian": "the same with their Jacobian penalty",
-    "adversarial": "Moshe et al. 2024: adversarial training, more interpretable than standard",
-    "R2ET": "Wang et al. 2024: the top gradients stay on top",
+    "ATEX, recipe": "Tang et al. 2022: distillation along maps makes them more stable",
+    "ATEX + cross-entropy": "the same, cross-entropy added",
+    "R2ET": "Wang et al. 2024: the largest gradients stay the largest",
+    "adversarial": "Moshe et al. 2024: more interpretable than standard training",
+    "sensitivity": "Fidel et al. 2020, Moshe et al. 2024: the same, calm neurons",
+    "sensitivity + Jacobian": "the same, with their Jacobian penalty",
+    "sensitivity - adversarial": "Moshe et al. 2024: calm neurons more than adversarial training",
+    "sensitivity + Jacobian - adversarial": "the same, with their Jacobian penalty",
 }
 Found = dict[str, Any]
 
@@ -97,71 +93,6 @@ class Kept:
         return model
 
 
-# ---- Attacks ----------------------------------------------------------------------------------
-
-
-def attacked(
-    explainer: Any, data: Batch, radii: Iterable[float], sizes: Sizes, **options: Any
-) -> StabilityReport:
-    """Attack the maps of images at each radius, and move them by noise."""
-    attacks: dict[str, Any] = {}
-    for radius in radii:
-        ball: Any = {"radius": radius, "lower_bound": 0.0, "upper_bound": 1.0, "seed": 0}
-        attacks[f"noise {radius}"] = RandomAttack(explainer, **ball)
-        attacks[f"attack {radius}"] = TopKAttack(
-            explainer, TOP, step_num=sizes.step_num, n_restarts=sizes.n_restarts, **ball, **options
-        )
-    return stability_report(
-        {"model": (explainer, options)},
-        {"model": attacks},
-        DataLoader(TensorDataset(*data), batch_size=100),
-        k=TOP,
-        metrics={"spearman": spearman},
-    )
-
-
-def curves(report: StabilityReport, radii: Iterable[float]) -> dict[str, float]:
-    """Top-k intersections by kind and radius, and the rank correlation under attack."""
-    found = {}
-    for radius in radii:
-        for kind in ("noise", "attack"):
-            scores = report.row(attack=f"{kind} {radius}").scores
-            found[f"{kind} {radius}"] = scores[f"top-{TOP}"].mean
-        found[f"rank correlation {radius}"] = scores["spearman"].mean
-    return found
-
-
-def looks(model: nn.Module, data: Batch) -> dict[str, float]:
-    """Sparsity of gradient maps, and their share on the digit."""
-    x, y = data
-    maps = Saliency(model).attribute(x.clone().requires_grad_(), target=y).detach()
-    ink = (x > 0.2).float()
-    return {
-        "Gini": float(gini(maps).mean()),
-        "mass on the digit": float(((maps * ink).sum((1, 2, 3)) / maps.sum((1, 2, 3))).mean()),
-    }
-
-
-def evaluate(study: Study, model: nn.Module, part: str, radii: Sequence[float]) -> dict[str, float]:
-    """All figures of one network."""
-    data = study.data[part]
-    few = (data[0][: study.sizes.images], data[1][: study.sizes.images])
-    some = (data[0][:300], data[1][:300])
-    return {
-        "accuracy": study.accuracy(model, part),
-        **looks(model, some),
-        **curves(attacked(Saliency(model), few, radii, study.sizes), radii),
-    }
-
-
-def robust(model: nn.Module, data: Batch, radius: float = 0.1) -> float:
-    """Accuracy under captum.robust's PGD."""
-    x, y = (t[:300] for t in data)
-    moved = pgd(model).perturb(x, radius, radius / 4, 10, y)
-    with torch.no_grad():
-        return float((model(moved).argmax(1) == y).float().mean())
-
-
 # ---- Settings ---------------------------------------------------------------------------------
 
 
@@ -178,12 +109,12 @@ def outwards(
     return found
 
 
-def best_of(tried: list[Found], least: float) -> Found:
+def best_of(tried: list[Found], least: float, at: Iterable[float] = CHOSEN_AT) -> Found:
     """The stablest of those that are accurate enough; the most accurate where none is."""
     fine = [each for each in tried if each["accuracy"] >= least]
     if not fine:
         return max(tried, key=lambda each: each["accuracy"])
-    return max(fine, key=lambda each: sum(each[f"attack {r}"] for r in CHOSEN_AT))
+    return max(fine, key=lambda each: sum(each[f"attack {r}"] for r in at))
 
 
 def choose(study: Study, kept: Kept, name: str, method: Method, quick: bool) -> Found:
@@ -198,7 +129,7 @@ def choose(study: Study, kept: Kept, name: str, method: Method, quick: bool) -> 
     axes: Any = {n: v[:2] if quick else v for n, v in method.axes.items()}
     waiting = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     tried: list[Found] = []
-    for _ in range(1 if quick else 4):
+    for _ in range(1 if quick else 3):
         for setting in waiting:
             label = ", ".join(f"{n} {v:.3g}" for n, v in setting.items())
             run = functools.partial(tried_with, setting)
@@ -209,12 +140,9 @@ def choose(study: Study, kept: Kept, name: str, method: Method, quick: bool) -> 
         if not waiting:
             break
     setting = {n: best[n] for n in axes}
-    at = {f"best at {r}": max(
-        (each for each in tried if each["accuracy"] >= least), default=best,
-        key=lambda each: each[f"attack {r}"],
-    ) for r in CHOSEN_AT}
-    alone = {key: {n: each[n] for n in axes} for key, each in at.items()}
-    return {"setting": setting, **alone, "least accuracy": least, "tried": tried}
+    alone = {f"best at {r}": best_of(tried, least, (r,)) for r in CHOSEN_AT}
+    named = {key: {n: each[n] for n in axes} for key, each in alone.items()}
+    return {"setting": setting, **named, "least accuracy": least, "tried": tried}
 
 
 # ---- Figures ----------------------------------------------------------------------------------
@@ -224,6 +152,14 @@ def summary(values: Sequence[float]) -> Found:
     """Mean, standard deviation, and the values by seed."""
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
     return {"mean": statistics.mean(values), "stdev": spread, "values": [*values]}
+
+
+def summaries(found: dict[str, list[Found]]) -> dict[str, dict[str, Found]]:
+    """The same for each method and column."""
+    return {
+        name: {column: summary([run[column] for run in runs]) for column in runs[0]}
+        for name, runs in found.items()
+    }
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> Found:
@@ -238,7 +174,7 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Found:
 
 def gains(found: dict[str, list[Found]]) -> dict[str, dict[str, Found]]:
     """Each method less the network that it starts from, and sensitivity less adversarial."""
-    pairs = {n: (n, METHODS[n].start) for n in found if n not in ("standard", "tanh head")}
+    pairs = {name: (name, METHODS[name].start) for name in found if name not in STARTS}
     for name in ("sensitivity", "sensitivity + Jacobian"):
         pairs[f"{name} - adversarial"] = (name, "adversarial")
     return {
@@ -251,33 +187,31 @@ def gains(found: dict[str, list[Found]]) -> dict[str, dict[str, Found]]:
     }
 
 
-def verdict(gain: dict[str, Found], kind: str, radii: Iterable[float]) -> str:
+def verdict(gain: dict[str, Found], columns: Iterable[str]) -> str:
     """Where the interval lies above zero, where below, and where it has both signs."""
     words: dict[str, list[str]] = {"more": [], "less": [], "open": []}
-    for radius in radii:
-        each = gain[f"{kind} {radius}"]
+    for column in columns:
+        each = gain[column]
         sure = abs(each["mean"]) > each["half width"]
         word = ("more" if each["mean"] > 0 else "less") if sure else "open"
-        words[word].append(f"{radius:g}")
-    return "; ".join(f"{word} at {', '.join(at)}" for word, at in words.items() if at)
+        words[word].append(column.removeprefix("attack ").removeprefix("noise "))
+    return "; ".join(f"{word}: {', '.join(at)}" for word, at in words.items() if at)
 
 
 def claims(gain: dict[str, dict[str, Found]], radii: Sequence[float]) -> list[dict[str, str]]:
-    """One row for each claim."""
-    rows = []
-    for name, claim in CLAIMS.items():
-        if name in gain:
-            moved = ", ".join(f"{gain[name][f'attack {r}']['mean']:+.3f}" for r in radii)
-            rows.append(
-                {
-                    "claim": claim,
-                    "method": name,
-                    f"ours, top-{TOP} under attack at {', '.join(f'{r:g}' for r in radii)}": moved,
-                    "under attack": verdict(gain[name], "attack", radii),
-                    "under noise": verdict(gain[name], "noise", radii),
-                }
-            )
-    return rows
+    """One row for each claim of a paper."""
+    return [
+        {
+            "method": name,
+            "claim": claim,
+            "ours": ", ".join(f"{gain[name][f'attack {r}']['mean']:+.3f}" for r in radii),
+            "under attack": verdict(gain[name], [f"attack {r}" for r in radii]),
+            "under noise": verdict(gain[name], [f"noise {r}" for r in radii]),
+            "looks": verdict(gain[name], LOOKS),
+        }
+        for name, claim in CLAIMS.items()
+        if name in gain
+    ]
 
 
 def interpretability(chosen: dict[str, Found]) -> list[Found]:
@@ -295,58 +229,6 @@ def interpretability(chosen: dict[str, Found]) -> list[Found]:
             row["adversarial of nearest accuracy"] = {c: nearest[c] for c in ("radius", *columns)}
             rows.append(row)
     return rows
-
-
-def fashion(folder: Path, sizes: Sizes, images: int) -> Found:
-    """Evaluate the ATEX authors' two networks on images of Fashion-MNIST."""
-    pixels = torch.from_numpy(imread(folder / "sprite.png")[..., 0].copy())
-    tiles = pixels.reshape(30, 28, 30, 28).permute(0, 2, 1, 3).reshape(900, 1, 28, 28)
-    labels = torch.arange(900) // 90
-    some = torch.arange(0, 900, 900 // images)
-    results: Found = {"images": len(some), "radii": FASHION_RADII, "published": PUBLISHED_FASHION}
-    for name, file in (("original", "params.pt"), ("ATEX", "params_advintp.pt")):
-        model = authors_network()
-        model.load_state_dict(torch.load(folder / file, map_location="cpu", weights_only=True))
-        report = attacked(Saliency(model), (tiles[some], labels[some]), FASHION_RADII, sizes)
-        with torch.no_grad():
-            accuracy = float((model(tiles).argmax(1) == labels).float().mean())
-        results[name] = {"accuracy": accuracy}
-        for row in report.rows:
-            score = row.scores[f"top-{TOP}"]
-            results[name][row.attack] = {"mean": score.mean, "low": score.low, "high": score.high}
-    return results
-
-
-def authors_network() -> nn.Sequential:
-    """The network whose parameters they saved, under the names they have there."""
-    model = nn.Sequential()
-    convolutions = [
-        layer
-        for channels in (1, 32)
-        for layer in (nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
-    ]
-    model.add_module("features", nn.Sequential(*convolutions))
-    model.add_module("rows", nn.Flatten())
-    head = (nn.Linear(1568, 120), nn.Tanh(), nn.Linear(120, 10))
-    model.add_module("fc_model", nn.Sequential(*head))
-    return model
-
-
-def other_maps(model: nn.Module, study: Study, images: int, radii: Sequence[float]) -> Found:
-    """The same for IG and SmoothGrad maps, of fewer images."""
-    few = tuple(t[:images] for t in study.data["test"])
-    smoothgrad = {"nt_type": "smoothgrad", "nt_samples": 10, "stdevs": 0.1}
-    kinds: Any = {
-        "IG": (IntegratedGradients(model), {"n_steps": 10}),
-        "SmoothGrad": (NoiseTunnel(Saliency(model)), smoothgrad),
-    }
-    return {
-        f"{kind}, {column}": value
-        for kind, (explainer, options) in kinds.items()
-        for column, value in curves(
-            attacked(explainer, few, radii, study.sizes, **options), radii
-        ).items()
-    }
 
 
 def draw(found: dict[str, list[Found]], radii: Sequence[float]) -> Figure:
@@ -372,15 +254,48 @@ def trained(study: Study, name: str, seed: int, setting: dict[str, float]) -> nn
 
 def all_figures(study: Study, get: Callable[[], nn.Module]) -> dict[str, float]:
     """Evaluate on test images."""
-    start = time.process_time()
     model = get()
-    seconds = time.process_time() - start
     found = evaluate(study, model, "test", study.sizes.radii)
-    return {**found, "PGD accuracy": robust(model, study.data["test"]), "seconds": seconds}
+    return {**found, "PGD accuracy": robust(model, study.data["test"])}
 
 
-def report(*_: Any) -> None:
-    """Later."""
+def maps_of(study: Study, get: Callable[[], nn.Module], images: int) -> dict[str, float]:
+    """Evaluate IG and SmoothGrad."""
+    return other_maps(get(), study, images, MAPS_RADII)
+
+
+def everything(
+    chosen: dict[str, Found],
+    found: dict[str, list[Found]],
+    maps: dict[str, list[Found]],
+    radii: Sequence[float],
+) -> Found:
+    """Summaries, paired differences and verdicts."""
+    return {
+        "found": summaries(found),
+        "gains": gains(found),
+        "claims": claims(gains(found), radii),
+        "interpretability": interpretability(chosen),
+        "chosen": chosen,
+        "other maps": summaries(maps),
+        "gains, other maps": gains(maps),
+    }
+
+
+def print_all(document: Found, radii: Sequence[float]) -> None:
+    """Print tables of means and standard deviations, and the claims."""
+    for title, columns in {
+        "Networks, and looks of maps": LOOKS,
+        f"Top {TOP} that stay under noise": [f"noise {r}" for r in radii],
+        f"Top {TOP} that stay under attack": [f"attack {r}" for r in radii],
+    }.items():
+        rows = [
+            [name, *(f"{each[c]['mean']:.3f} ± {each[c]['stdev']:.3f}" for c in columns)]
+            for name, each in document["found"].items()
+        ]
+        show(title, ["method", *columns], rows)
+    rows = [[*row.values()] for row in document["claims"]]
+    show("Claims", ["method", "claim", "ours", "under attack", "under noise", "looks"], rows)
 
 
 def main() -> None:
@@ -388,7 +303,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--data", action="append", required=True, help="mnist=DIR")
     arguments.add_argument("--seeds", type=int, default=5)
-    arguments.add_argument("--images", type=int, default=100, help="attacked")
+    arguments.add_argument("--images", type=int, default=60, help="attacked")
     arguments.add_argument("--restarts", type=int, default=1, help="of each attack")
     arguments.add_argument("--maps", type=int, default=0, help="images for IG and SmoothGrad")
     arguments.add_argument("--fashion-images", type=int, default=300, help="of 900")
@@ -397,7 +312,7 @@ def main() -> None:
     sources = {source.partition("=")[0]: source for source in options.data}
     kept = Kept(options.parts)
     sizes = Sizes(images=options.images, n_restarts=options.restarts)
-    short = Sizes(train=3500, epochs=1, batch=32, atex_steps=110, images=40, step_num=10)
+    short = Sizes(train=3500, epochs=1, batch=32, atex_steps=60, images=40, step_num=10)
     if options.quick:
         short = Sizes(train=1000, epochs=1, batch=32, atex_steps=5, images=10, step_num=3)
         sizes = dataclasses.replace(
@@ -416,20 +331,31 @@ def main() -> None:
     study = Study(mnist_folder, sizes)
     found: dict[str, list[Found]] = {}
     maps: dict[str, list[Found]] = {}
-    # Softplus of a given steepness comes last: the rest is complete before.
+    # R2ET and Softplus of a given steepness come last: the rest is complete before.
     runs = sorted(
-        itertools.product(range(options.seeds), METHODS), key=lambda run: bool(METHODS[run[1]].fixed)
+        itertools.product(range(options.seeds), METHODS),
+        key=lambda run: run[1] == "R2ET" or bool(METHODS[run[1]].fixed),
     )
     for seed, name in runs:
         setting = {**METHODS[name].fixed, **chosen.get(name, {}).get("setting", {})}
         train = functools.partial(trained, study, name, seed, setting)
         get = functools.partial(kept.network, f"network, {seed}, {name}", train)
         run = functools.partial(all_figures, study, get)
-        found.setdefault(name, []).append(kept(f"found, {seed}, {name}", run))
+        part = f"found, {options.images} images, {seed}, {name}"
+        found.setdefault(name, []).append(kept(part, run))
         if options.maps:
             run = functools.partial(maps_of, study, get, options.maps)
             maps.setdefault(name, []).append(kept(f"maps, {seed}, {name}", run))
-    report(options, study.sizes, chosen, found, maps)
+    document = everything(chosen, found, maps, study.sizes.radii)
+    if "atex_fashion" in sources:
+        folder = Path(sources["atex_fashion"].partition("=")[2])
+        run = functools.partial(fashion, folder, study.sizes, options.fashion_images)
+        document["fashion"] = kept("fashion", run)
+    print_all(document, study.sizes.radii)
+    settings = {k: v for k, v in vars(options).items() if k not in ("data", "parts")}
+    settings |= {"choice": dataclasses.asdict(short), "sizes": dataclasses.asdict(sizes)}
+    save(options.output, "stability_study", settings, document)
+    save_plot(options.output, "stability_study", draw(found, study.sizes.radii))
 
 
 if __name__ == "__main__":
