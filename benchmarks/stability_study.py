@@ -331,10 +331,11 @@ def main() -> None:
     study = Study(mnist_folder, sizes)
     found: dict[str, list[Found]] = {}
     maps: dict[str, list[Found]] = {}
-    # R2ET and Softplus of a given steepness come last: the rest is complete before.
+    last = ["R2ET", *(name for name, method in METHODS.items() if method.fixed)]
+    # All seeds of what is compared first, then of the others one by one.
     runs = sorted(
         itertools.product(range(options.seeds), METHODS),
-        key=lambda run: run[1] == "R2ET" or bool(METHODS[run[1]].fixed),
+        key=lambda run: last.index(run[1]) if run[1] in last else -1,
     )
     for seed, name in runs:
         setting = {**METHODS[name].fixed, **chosen.get(name, {}).get("setting", {})}
