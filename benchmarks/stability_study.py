@@ -15,7 +15,7 @@ Intervals are Student's, over the seeds, of differences to the network that the 
 ``atex_fashion``: the two networks that the authors of ATEX saved (``params.pt`` and
 ``params_advintp.pt`` of DefIntpMan/ATEX) and ``sprite.png``, 30 x 30 images of Fashion-MNIST,
 which are evaluated and not trained. With ``--parts FOLDER`` what is finished is kept there, and not
-run again; ``--maps N`` also attacks IG and SmoothGrad maps of N images at two radii.
+run again. IG and SmoothGrad maps of ``--maps`` images are attacked at two radii.
 """
 
 import dataclasses
@@ -58,6 +58,12 @@ CLAIMS = {
     "sensitivity - adversarial": "Moshe et al. 2024: calm neurons more than adversarial training",
     "sensitivity + Jacobian - adversarial": "the same, with their Jacobian penalty",
 }
+MAPPED = (
+    *("standard", "weight decay", "Softplus + Hessian", "R2ET", "sensitivity", "adversarial"),
+    *("tanh head", "ATEX, recipe"),
+)
+"""Whose maps by IG and SmoothGrad are attacked, too."""
+COMPARED = ("adversarial", "sensitivity", "sensitivity + Jacobian")
 Found = dict[str, Any]
 
 
@@ -214,16 +220,33 @@ def claims(gain: dict[str, dict[str, Found]], radii: Sequence[float]) -> list[di
     ]
 
 
-def interpretability(chosen: dict[str, Found]) -> list[Found]:
-    """Sensitivity over its weight and noise, beside adversarial training of like accuracy."""
-    if not {"sensitivity", "adversarial"} <= chosen.keys():
-        return []
-    others = chosen["adversarial"]["tried"]
+def grids(study: Study, kept: Kept, chosen: dict[str, Found]) -> dict[str, list[Found]]:
+    """What was tried of sensitivity and adversarial training, trained in full, with one seed."""
+
+    def trained_with(name: str, setting: dict[str, float]) -> Found:
+        model = METHODS[name].train(study, 0, **setting)
+        return {**setting, **evaluate(study, model, "test", CHOSEN_AT)}
+
+    found: dict[str, list[Found]] = {}
+    for name in COMPARED if COMPARED[0] in chosen else ():
+        found[name] = []
+        for each in chosen[name]["tried"]:
+            setting = {n: each[n] for n in METHODS[name].axes}
+            label = ", ".join(f"{n} {v:.3g}" for n, v in setting.items())
+            run = functools.partial(trained_with, name, setting)
+            found[name].append(kept(f"grid, {name}, {label}", run))
+    return found
+
+
+def interpretability(grid: dict[str, list[Found]]) -> list[Found]:
+    """Sensitivity over its settings, beside adversarial training of like accuracy."""
     columns = ("accuracy", "Gini", "mass on the digit", *(f"attack {r}" for r in CHOSEN_AT))
     rows = []
-    for name in ("sensitivity", "sensitivity + Jacobian"):
-        for each in chosen.get(name, {}).get("tried", []):
-            nearest = min(others, key=lambda other: abs(other["accuracy"] - each["accuracy"]))
+    for name in COMPARED[1:] if grid else ():
+        for each in grid[name]:
+            nearest = min(
+                grid["adversarial"], key=lambda other: abs(other["accuracy"] - each["accuracy"])
+            )
             setting = {n: each[n] for n in METHODS[name].axes}
             row = {"method": name, **setting, **{c: each[c] for c in columns}}
             row["adversarial of nearest accuracy"] = {c: nearest[c] for c in ("radius", *columns)}
@@ -233,16 +256,17 @@ def interpretability(chosen: dict[str, Found]) -> list[Found]:
 
 def draw(found: dict[str, list[Found]], radii: Sequence[float]) -> Figure:
     """Draw top-50 intersections over the radius, under noise and under attack."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("noise", "attack"), strict=True):
         for i, (name, runs) in enumerate(found.items()):
             means = [statistics.mean(run[f"{kind} {r}"] for run in runs) for r in radii]
-            style = "k-" if name == "standard" else "k--" if name == "tanh head" else f"C{i % 10}o-"
+            style = f"C{i % 10}{'-s' if i < 10 else ':o'}"
+            style = "k-" if name == "standard" else "k--" if name == "tanh head" else style
             axes.plot(radii, means, style, label=name, markersize=3)
         axes.set_xscale("log")
         axes.set_xticks(radii, [f"{r:g}" for r in radii])
         axes.set_xlabel(f"radius, {kind}")
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.axes[0].set_ylabel(f"top {TOP} that stay")
     return figure
 
@@ -267,6 +291,7 @@ def maps_of(study: Study, get: Callable[[], nn.Module], images: int) -> dict[str
 def everything(
     chosen: dict[str, Found],
     found: dict[str, list[Found]],
+    grid: dict[str, list[Found]],
     maps: dict[str, list[Found]],
     radii: Sequence[float],
 ) -> Found:
@@ -275,7 +300,8 @@ def everything(
         "found": summaries(found),
         "gains": gains(found),
         "claims": claims(gains(found), radii),
-        "interpretability": interpretability(chosen),
+        "grid": grid,
+        "interpretability": interpretability(grid),
         "chosen": chosen,
         "other maps": summaries(maps),
         "gains, other maps": gains(maps),
@@ -305,7 +331,7 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, default=5)
     arguments.add_argument("--images", type=int, default=60, help="attacked")
     arguments.add_argument("--restarts", type=int, default=1, help="of each attack")
-    arguments.add_argument("--maps", type=int, default=0, help="images for IG and SmoothGrad")
+    arguments.add_argument("--maps", type=int, default=10, help="images for IG and SmoothGrad")
     arguments.add_argument("--fashion-images", type=int, default=300, help="of 900")
     arguments.add_argument("--parts", type=Path, default=None, help="folder for what is finished")
     options = arguments.parse_args()
@@ -314,10 +340,11 @@ def main() -> None:
     sizes = Sizes(images=options.images, n_restarts=options.restarts)
     short = Sizes(train=3500, epochs=1, batch=32, atex_steps=60, images=40, step_num=10)
     if options.quick:
+        for name, most in (("seeds", 2), ("images", 20), ("maps", 3), ("fashion_images", 90)):
+            setattr(options, name, min(most, getattr(options, name)))
         short = Sizes(train=1000, epochs=1, batch=32, atex_steps=5, images=10, step_num=3)
-        sizes = dataclasses.replace(
-            short, images=min(20, options.images), step_num=5, radii=(0.02, 0.05, 0.1, 0.2)
-        )
+        radii = (0.02, 0.05, 0.1, 0.2)
+        sizes = dataclasses.replace(short, images=options.images, step_num=5, radii=radii)
     mnist_folder = sources.get("mnist", "")
     trial = Study(mnist_folder, short)
     chosen = {
@@ -330,7 +357,7 @@ def main() -> None:
     }
     study = Study(mnist_folder, sizes)
     found: dict[str, list[Found]] = {}
-    maps: dict[str, list[Found]] = {}
+    networks: dict[tuple[int, str], Callable[[], nn.Module]] = {}
     last = ["R2ET", *(name for name, method in METHODS.items() if method.fixed)]
     # All seeds of what is compared first, then of the others one by one.
     runs = sorted(
@@ -341,17 +368,22 @@ def main() -> None:
         setting = {**METHODS[name].fixed, **chosen.get(name, {}).get("setting", {})}
         train = functools.partial(trained, study, name, seed, setting)
         get = functools.partial(kept.network, f"network, {seed}, {name}", train)
+        networks[seed, name] = get
         run = functools.partial(all_figures, study, get)
         part = f"found, {options.images} images, {seed}, {name}"
         found.setdefault(name, []).append(kept(part, run))
-        if options.maps:
-            run = functools.partial(maps_of, study, get, options.maps)
-            maps.setdefault(name, []).append(kept(f"maps, {seed}, {name}", run))
-    document = everything(chosen, found, maps, study.sizes.radii)
+    authors: Found = {}
     if "atex_fashion" in sources:
         folder = Path(sources["atex_fashion"].partition("=")[2])
         run = functools.partial(fashion, folder, study.sizes, options.fashion_images)
-        document["fashion"] = kept("fashion", run)
+        authors["fashion"] = kept("fashion", run)
+    grid = grids(study, kept, chosen)
+    maps: dict[str, list[Found]] = {}
+    mapped = [name for name in MAPPED if options.maps and name in METHODS]
+    for seed, name in itertools.product(range(options.seeds), mapped):
+        run = functools.partial(maps_of, study, networks[seed, name], options.maps)
+        maps.setdefault(name, []).append(kept(f"maps, {seed}, {name}", run))
+    document = {**everything(chosen, found, grid, maps, study.sizes.radii), **authors}
     print_all(document, study.sizes.radii)
     settings = {k: v for k, v in vars(options).items() if k not in ("data", "parts")}
     settings |= {"choice": dataclasses.asdict(short), "sizes": dataclasses.asdict(sizes)}
