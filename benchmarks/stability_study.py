@@ -58,7 +58,7 @@ CLAIMS = {
     "sensitivity - adversarial": "Moshe et al. 2024: calm neurons more than adversarial training",
     "sensitivity + Jacobian - adversarial": "the same, with their Jacobian penalty",
 }
-MAPPED = ("standard", "sensitivity", "adversarial", "tanh head", "ATEX, recipe")
+MAPPED = ("standard", "sensitivity", "tanh head", "ATEX, recipe")
 """Whose maps by IG and SmoothGrad are attacked, too."""
 COMPARED = ("adversarial", "sensitivity", "sensitivity + Jacobian")
 Found = dict[str, Any]
