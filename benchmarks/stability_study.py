@@ -340,8 +340,7 @@ def main() -> None:
         for name, most in (("seeds", 2), ("images", 20), ("maps", 3), ("fashion_images", 90)):
             setattr(options, name, min(most, getattr(options, name)))
         short = Sizes(train=1000, epochs=1, batch=32, atex_steps=5, images=10, step_num=3)
-        radii = (0.02, 0.05, 0.1, 0.2)
-        sizes = dataclasses.replace(short, images=options.images, step_num=5, radii=radii)
+        sizes = dataclasses.replace(short, images=options.images, step_num=5, radii=CHOSEN_AT)
     mnist_folder = sources.get("mnist", "")
     trial = Study(mnist_folder, short)
     chosen = {
