@@ -328,12 +328,29 @@ def _choose_weight(results: Any) -> Iterator[Row]:
 
 
 def _stability_study(results: Any) -> Iterator[Row]:
-    for name, row in results["results"].items():
-        found = row["top-50, attack"]
+    for name, row in results["found"].items():
+        radii = [column.split()[1] for column in row if column.startswith("attack")]
+        shown = [row[f"attack {r}"] for r in radii]
         yield (
-            f"top-50 intersection under attack, MNIST, {name}",
-            f"{found['mean']:.3f} ± {found['spread']:.3f}",
+            f"top 50 that stay under attack, MNIST, {name}: radii {', '.join(radii)}",
+            "; ".join(f"{each['mean']:.3f} ± {each['stdev']:.3f}" for each in shown),
             "",
+        )
+    for row in results["claims"]:
+        yield (
+            f"{row['claim']}: {row['method']}, change of the top 50 at these radii; radii at which "
+            "the 95 % interval lies above or below zero, or neither",
+            f"{row['ours']}; {row['under attack']}",
+            "published: more",
+        )
+    fashion = results.get("fashion")
+    for name in ("original", "ATEX") if fashion else ():
+        found = [fashion[name][f"attack {r}"]["mean"] for r in fashion["radii"]]
+        yield (
+            f"Fashion-MNIST, {name} network of ATEX's authors: top 50 that stay under attack at "
+            + ", ".join(map(str, fashion["radii"])),
+            "; ".join(f"{each:.3f}" for each in found),
+            "published " + "; ".join(map(str, fashion["published"][name])),
         )
 
 

@@ -1,6 +1,7 @@
 """The reproductions of published experiments measure what they say, and run."""
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # What the benchmarks need and the package does not.
 pytest.importorskip("matplotlib")
+scipy_stats = pytest.importorskip("scipy.stats")
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 
 
@@ -470,3 +472,67 @@ def test_proposals_are_measured_before_and_early_in_training(
         ends.append([p.clone() for p in trial.model.parameters()])
     assert any(not torch.equal(a, b) for a, b in zip(*ends, strict=True))
     assert 0 <= module.run((name, 0, 1.0), sources, 0.1)["test"]["score"] <= 1
+
+
+def test_stability_is_compared_within_seeds() -> None:
+    study = script("stability_study")
+    ours, others = [0.5, 0.7, 0.65, 0.6], [0.45, 0.66, 0.66, 0.5]
+    interval = scipy_stats.ttest_rel(ours, others).confidence_interval(0.95)
+    found = study.paired(ours, others)
+    ends = (found["mean"] - found["half width"], found["mean"] + found["half width"])
+    assert ends == pytest.approx((interval.low, interval.high), rel=1e-12)
+    means = {"attack 0.1": 0.2, "attack 0.2": -0.2, "attack 0.3": 0.05}
+    gain = {name: {"mean": mean, "half width": 0.1} for name, mean in means.items()}
+    assert study.verdict(gain, gain) == "more: 0.1; less: 0.2; open: 0.3"
+
+
+def test_settings_are_chosen_among_the_accurate_and_beyond_edges() -> None:
+    study = script("stability_study")
+    axes = {"weight": (0.1, 1.0), "radius": (1.0, 2.0, 3.0)}
+    tried = [
+        {"weight": w, "radius": r, "accuracy": 1 - w / 4, "attack 0.05": r * (5 - r) * w}
+        for w in axes["weight"]
+        for r in axes["radius"]
+    ]
+    best = study.best_of(tried, 0.9, (0.05,))
+    assert (best["weight"], best["radius"]) == (0.1, 2.0)
+    assert study.best_of(tried, 1.0)["weight"] == 0.1  # none is accurate enough
+    assert study.outwards(axes, tried, best) == [{"weight": pytest.approx(0.01), "radius": 2.0}]
+
+
+def test_stability_study_runs_and_goes_on(
+    small_mnist: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = script("stability_study")
+    few = {name: study.METHODS[name] for name in ("standard", "weight decay")}
+    monkeypatch.setattr(study, "METHODS", few)
+    given = [
+        "--quick",
+        "--seeds",
+        "2",
+        "--images",
+        "3",
+        "--data",
+        small_mnist,
+        "--output",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["stability_study", *given, "--parts", str(tmp_path / "parts")]
+    )
+    study.main()
+    path = tmp_path / "stability_study.json"
+    first = json.loads(path.read_text())["results"]
+    assert len(first["found"]["weight decay"]["attack 0.1"]["values"]) == 2
+    assert [row["method"] for row in first["claims"]] == ["weight decay"]
+    monkeypatch.setattr(study, "evaluate", None)  # nothing is evaluated twice
+    study.main()
+    assert json.loads(path.read_text())["results"] == first
+
+
+def test_sprites_are_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = script("_stability_maps")
+    pixels = np.repeat(np.repeat(np.arange(900).reshape(30, 30) // 90, 28, 0), 28, 1) / 10
+    monkeypatch.setattr(maps, "imread", lambda path: pixels[..., None].astype(np.float32))
+    x, y = maps.sprites(tmp_path)
+    assert torch.allclose(x, y.reshape(-1, 1, 1, 1).expand_as(x) / 10)
