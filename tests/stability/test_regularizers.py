@@ -26,8 +26,13 @@ from captum_priors.stability import (
     RobustAttribution,
     SaliencyGuided,
 )
-from captum_priors.testing import check_gradient
-from tests.asserts import assert_same_numbers, gradients_of, leaves_no_trace, relative_error
+from tests.asserts import (
+    assert_same_numbers,
+    assert_slope,
+    gradients_of,
+    leaves_no_trace,
+    relative_error,
+)
 from tests.cases import Case, Everything, cnn, mlp, tuple_inputs
 from tests.laws.leaves import REGULARIZERS, Leaf, way_options
 
@@ -65,11 +70,7 @@ def made(leaf: Leaf, case: Case, **options: Any) -> Prior:
 def test_certificate(leaf: Leaf, way: str, make: Callable[[], Case]) -> None:
     case = make()
     prior = made(leaf, case, **way_options(leaf, way))
-    # Difference quotients of .2 % steps have the error of their steps, here up to 1e-5.
-    exact = way == "double_backprop" and leaf.name != "Hessian-twice"
-    tolerance = 1e-6 if exact else 1e-4
-    value = lambda: prior(case.inputs, **labelled(case))  # noqa: E731  # a formula
-    assert check_gradient(value, case.model, tolerance=tolerance).passed
+    assert_slope(lambda: prior(case.inputs, **labelled(case)), list(case.model.parameters()))
 
 
 @every_regularizer
@@ -77,9 +78,7 @@ def test_certificate_of_a_smoothed_network(leaf: Leaf) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     case = Case(model, torch.randn(5, 4), None, 0)
     prior = made(leaf, case, smooth=3)
-    tolerance = 1e-4 if leaf.name == "Hessian-twice" else 1e-6
-    value = lambda: prior(case.inputs, **labelled(case))  # noqa: E731  # a formula
-    assert check_gradient(value, model, tolerance=tolerance).passed
+    assert_slope(lambda: prior(case.inputs, **labelled(case)), list(model.parameters()))
 
 
 def in_single_precision(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
