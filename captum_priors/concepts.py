@@ -144,23 +144,16 @@ def _presence(activations: Any, labels: Any) -> Tensor:
         if not isinstance(value, Tensor):
             remedy = "Convert it with torch.as_tensor(...)."
             raise refusal(TypeError, f"`{name}`", "a torch.Tensor", type_of(value), remedy)
-    shapes = f"{tuple(activations.shape)} and labels of shape {tuple(labels.shape)}"
-    if activations.dim() < 2 or labels.shape != activations.shape[:1]:
-        raise refusal(
-            ValueError,
-            "`activations`",
-            "shape (examples, ...), and a label for each example",
-            shapes,
-            "Stack the activations of all examples, and mark those with the concept.",
-        )
     present: Tensor = labels.bool()
-    if not present.any() or present.all() or bool((labels != present).any()):
+    fit_together = activations.dim() > 1 and labels.shape == activations.shape[:1]
+    if not (fit_together and present.any()) or present.all() or bool((labels != present).any()):
         raise refusal(
             ValueError,
             "`labels`",
-            "zeros and ones, some of each",
-            f"values {labels.unique().tolist()[:5]}",
-            "Mark the examples with the concept by 1, all others by 0.",
+            "a zero or a one for each row of the activations, some of each",
+            f"{labels.unique().tolist()[:5]} of shape {tuple(labels.shape)}, for activations of "
+            f"shape {tuple(activations.shape)}",
+            "Stack the activations of all examples, and mark those with the concept by 1.",
         )
     return present
 

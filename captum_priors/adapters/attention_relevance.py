@@ -19,7 +19,7 @@ is taken afterwards.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -176,49 +176,18 @@ class Relevance(TorchFunctionMode):
         )
         return self.carrying(func(*args, **kwargs))
 
-    def _normalised(
-        self, x: Tensor, value: Tensor, groups: Sequence[int], weight: Any, eps: Any, *,
-        centred: bool = True,
-    ) -> Any:  # fmt: skip
+    def _normalised(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Scale groups of numbers by a statistic of theirs that is constant to relevance."""
+        value = func(x, *args, **kwargs)
+        known = _NORMS[func](x, *args, **kwargs)
+        if known is None:
+            return self.carrying(value)
+        groups, weight, eps, centred = known
         each = x.reshape(*groups, -1)
         each = each - each.mean(-1, keepdim=True) if centred else each
         scale = (each.square().mean(-1, keepdim=True) + eps).rsqrt()
         place = (each * self._held(scale)).reshape(x.shape)
         return self._result(x, None, value, place if weight is None else place * weight)
-
-    def _layer_norm(
-        self, func: Any, x: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None,
-        eps: float = 1e-5,
-    ) -> Any:  # fmt: skip
-        value = func(x, normalized_shape, weight, bias, eps)
-        return self._normalised(x, value, x.shape[: -len(normalized_shape)], weight, eps)
-
-    def _rms_norm(
-        self, func: Any, x: Tensor, normalized_shape: Any, weight: Any = None, eps: Any = None
-    ) -> Any:
-        value = func(x, normalized_shape, weight, eps)
-        eps = torch.finfo(x.dtype).eps if eps is None else eps
-        groups = x.shape[: -len(normalized_shape)]
-        return self._normalised(x, value, groups, weight, eps, centred=False)
-
-    def _group_norm(
-        self, func: Any, x: Tensor, num_groups: int, weight: Any = None, bias: Any = None,
-        eps: float = 1e-5,
-    ) -> Any:  # fmt: skip
-        value = func(x, num_groups, weight, bias, eps)
-        return self._normalised(x, value, (len(x), num_groups), _by_channel(weight, x), eps)
-
-    def _instance_norm(
-        self, func: Any, x: Tensor, running_mean: Any = None, running_var: Any = None,
-        weight: Any = None, bias: Any = None, use_input_stats: bool = True, momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Any:  # fmt: skip
-        options = (weight, bias, use_input_stats, momentum, eps)
-        value = func(x, running_mean, running_var, *options)
-        if not use_input_stats:
-            return self.carrying(value)
-        return self._normalised(x, value, x.shape[:2], _by_channel(weight, x), eps)
 
     def _normalize(
         self, func: Any, x: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12,
@@ -241,6 +210,27 @@ def _by_channel(weight: Any, x: Tensor) -> Any:
     return None if weight is None else weight.reshape(1, -1, *[1] * (x.dim() - 2))
 
 
+def _of_instances(
+    x: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None,
+    bias: Any = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    return (x.shape[:2], _by_channel(weight, x), eps, True) if use_input_stats else None
+
+
+# What is scaled together, by what weight, with what added to the variance, and whether its mean is
+# taken off; None for statistics that are constants anyway.
+_NORMS: dict[Any, Callable[..., Any]] = {
+    F.layer_norm: lambda x, normalized_shape, weight=None, bias=None, eps=1e-5: (
+        (x.shape[: -len(normalized_shape)], weight, eps, True)
+    ),
+    F.rms_norm: lambda x, normalized_shape, weight=None, eps=None: (
+        (x.shape[: -len(normalized_shape)], weight, eps or torch.finfo(x.dtype).eps, False)
+    ),
+    F.group_norm: lambda x, num_groups, weight=None, bias=None, eps=1e-5: (
+        ((len(x), num_groups), _by_channel(weight, x), eps, True)
+    ),
+    F.instance_norm: _of_instances,
+}
 _RULES: dict[Any, str] = {
     **dict.fromkeys(_ELEMENTWISE, "_elementwise"),
     **dict.fromkeys(_POWERS, "_power"),
@@ -250,9 +240,6 @@ _RULES: dict[Any, str] = {
     **dict.fromkeys(_RECURRENT, "_recurrent"),
     F.scaled_dot_product_attention: "_attention",
     F.multi_head_attention_forward: "_attention",
-    F.layer_norm: "_layer_norm",
-    F.rms_norm: "_rms_norm",
-    F.group_norm: "_group_norm",
-    F.instance_norm: "_instance_norm",
+    **dict.fromkeys(_NORMS, "_normalised"),
     F.normalize: "_normalize",
 }

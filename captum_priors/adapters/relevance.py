@@ -26,6 +26,7 @@ from captum_priors._captum import (
     forward_args,
     like_inputs,
 )
+from captum_priors._checks import check_layer
 from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors._rows import Rows
 from captum_priors._types import Differentiation
@@ -160,31 +161,17 @@ def _refuse_functions(outputs: Sequence[Tensor]) -> None:
             )
 
 
-def _refuse_rules(modules: Iterable[nn.Module]) -> None:
-    """Refuse rules that are not Captum's own: any code may be in them, on values or in place."""
+def _refuse_rules(modules: Iterable[nn.Module], allowed: Sequence[type]) -> None:
+    """Refuse other rules than Captum's: any code may be in them, on values or in place."""
     for module in modules:
         rule = getattr(module, "rule", None)
-        if isinstance(rule, PropagationRule) and type(rule) not in CAPTUM_RULES:
+        if isinstance(rule, PropagationRule) and type(rule) not in allowed:
             raise refusal(
                 NotDifferentiableError,
                 "`rule`",
-                "one of Captum's: " + ", ".join(cls.__name__ for cls in CAPTUM_RULES),
+                "one of Captum's, or none where relevance is propagated by function",
                 f"{type(rule).__name__} on a {type(module).__name__}",
-                "A rule of your own has no certified gradient; attribute under "
-                "torch.no_grad(), where it runs as in Captum.",
-            )
-
-
-def _refuse_any_rule(modules: Iterable[nn.Module]) -> None:
-    """Refuse rules on modules where rules are those of functions."""
-    for module in modules:
-        if isinstance(getattr(module, "rule", None), PropagationRule):
-            raise refusal(
-                NotDifferentiableError,
-                "`rule`",
-                "none where relevance is propagated by function",
-                f"{type(module.rule).__name__} on a {type(module).__name__}",
-                "Delete it, or give every layer that Captum has no rule for one of its own.",
+                "Delete it, or use captum.attr.LRP, whose values have no graph.",
             )
 
 
@@ -226,7 +213,7 @@ class RelevanceAdapter(ModeAdapter):
         if self._by_module():
             return super()._attribute_with_graph(given)
         self._check()
-        _refuse_any_rule(self._modules())
+        _refuse_rules(self._modules(), ())
         tensors = self._check_call(given)
 
         def program(arguments: tuple[Tensor, ...], visit: Visit) -> tuple[Tensor, ...]:
@@ -280,7 +267,7 @@ class RelevanceAdapter(ModeAdapter):
         return super(RelevanceAdapter, worker)._without_graph(given)
 
     def _with_graph(self, given: dict[str, Any]) -> Any:
-        _refuse_rules(self._modules())
+        _refuse_rules(self._modules(), CAPTUM_RULES)
         # What LRP notes about itself on the way holds the graph: leave it on a copy.
         return super(RelevanceAdapter, copy.copy(self))._with_graph(given)
 
@@ -308,25 +295,17 @@ class DifferentiableLayerLRP(RelevanceAdapter, LayerLRP):
     def _explained(
         self, mode: Relevance, tensors: tuple[Tensor, ...], given: dict[str, Any]
     ) -> tuple[Rows, tuple[Tensor, ...]]:
-        if not isinstance(self.layer, nn.Module):
-            raise refusal(
-                NotDifferentiableError,
-                "`layer`",
-                "one layer, where Captum has no rule for some of the network",
-                f"a list of {len(self.layer)}",
-                "Make a LayerLRP for each.",
-            )
+        check_layer(self.layer)  # Captum takes a list, too
 
         def run(*passed: Any) -> Any:
             with mode:
                 return self.forward_func(*passed)
 
-        args, to_input = given.get("additional_forward_args"), given.get("attribute_to_layer_input")
-        layer = _RelevantLayer(run, self.layer, bool(to_input), mode)
-        points, times = layer.activations(tensors, forward_args(args))
-        n = tensors[0].shape[0]
-        rows = _LayerRows(run, given.get("target"), forward_args(args), n, layer, tensors, times)
-        return rows, points
+        args = forward_args(given.get("additional_forward_args"))
+        layer = _RelevantLayer(run, self.layer, bool(given.get("attribute_to_layer_input")), mode)
+        points, times = layer.activations(tensors, args)
+        n = len(tensors[0])
+        return _LayerRows(run, given.get("target"), args, n, layer, tensors, times), points
 
     def _like_explained(self, inputs: Any, relevances: tuple[Tensor, ...]) -> Any:
         return relevances[0] if len(relevances) == 1 else relevances

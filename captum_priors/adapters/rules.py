@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_priors._captum import RESCALED, output_error
-from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors.adapters.keep_graph import KeepGraph, calling_module, functions
 from captum_priors.adapters.methods import ModeAdapter, adapters_of
 from captum_priors.adapters.modules import path_of, warn_once
@@ -98,7 +97,8 @@ class KeepRescale(KeepRules):
     def _divide(self, numerator: Any, denominator: Any) -> Any:
         if isinstance(denominator, Tensor):
             # torch.where discards these quotients, and not the NaN in their gradients.
-            denominator = torch.where(denominator.abs() < _EPS, 1, denominator)
+            small = denominator.abs() < getattr(self.explainer, "eps", _EPS)
+            denominator = torch.where(small, 1, denominator)
         return numerator / denominator
 
     def _unpool(
@@ -134,18 +134,6 @@ class RescaleAdapter(ModeAdapter):
 
     _mode: ClassVar[type[KeepGraph]] = KeepRescale
     _marks: ClassVar[tuple[str, ...]] = ("input", "input_ref", "output")
-
-    def _check(self) -> None:
-        super()._check()
-        eps = getattr(self, "eps", _EPS)
-        if eps < _EPS:
-            raise refusal(
-                NotDifferentiableError,
-                "`eps`",
-                f"at least {_EPS:g}, below which quotients are not differentiated",
-                f"{eps:g}",
-                f"Make the {self._stock.__name__} with a larger eps.",
-            )
 
     def _marked(self) -> list[nn.Module]:
         return [m for m in self._modules() if type(m) in RESCALED]

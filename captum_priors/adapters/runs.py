@@ -22,9 +22,8 @@ class RunsAgain(Exception):  # noqa: N818  # ends an attribution, and is no erro
 class Runs:
     """A module for each of the runs of a layer, through which passes what it returns there."""
 
-    def __init__(self, layer: nn.Module, n: int, to_input: bool) -> None:
-        self.layer, self.to_input = layer, to_input
-        self.modules = [nn.Identity() for _ in range(n)]
+    def __init__(self, layer: Layer, n: int) -> None:
+        self.layer, self.modules = layer, [nn.Identity() for _ in range(n)]
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -34,18 +33,10 @@ class Runs:
         def turn(found: Any) -> Any:
             nonlocal last
             last = next(turns)
-            return last(found)
+            return last(found[0] if self.layer.to_input and len(found) == 1 else found)
 
-        if self.to_input:
-            hook = self.layer.register_forward_pre_hook(
-                lambda module, args: turn(args[0] if len(args) == 1 else args)
-            )
-        else:
-            hook = self.layer.register_forward_hook(lambda module, args, out: turn(out))
-        try:
+        with self.layer.hooked(turn):
             yield
-        finally:
-            hook.remove()
         if last is not self.modules[-1]:
             raise runs_error("other numbers of runs than at the whole batch")
 
@@ -64,10 +55,11 @@ def attribute_runs(explainer: Any, given: dict[str, Any], tensors: tuple[Tensor,
     given = dict(given)
     to_input = bool(given.pop("attribute_to_layer_input", False))
     args = forward_args(given.get("additional_forward_args"))
-    n = Layer(explainer.forward_func, explainer.layer, to_input).runs_apart(tensors, args)
+    layer = Layer(explainer.forward_func, explainer.layer, to_input)
+    n = layer.runs_apart(tensors, args)
     if n is None:
         return None
-    runs, delta = Runs(explainer.layer, n, to_input), given.get("return_convergence_delta")
+    runs, delta = Runs(layer, n), given.get("return_convergence_delta")
     if isinstance(explainer, LayerIntegratedGradients):
         found = _with_layer(explainer, runs, [*runs.modules])._attribute_once(given, tensors)
         return (tuple(found[0]), found[1]) if delta else tuple(found)

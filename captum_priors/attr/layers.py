@@ -231,7 +231,7 @@ class Layer:
 
     def _recorded(self, inputs: Tensors, args: tuple[Any, ...]) -> list[Any]:
         runs: list[Any] = []
-        with self._hooked(lambda found: runs.append(copied(found))):
+        with self.hooked(lambda found: runs.append(copied(found))):
             run_forward(self.forward_func, inputs, None, args)
         return runs
 
@@ -250,7 +250,7 @@ class Layer:
             before.extend(tracked(cut))
             return copied(cut)
 
-        with torch.enable_grad(), self._hooked(hook):
+        with torch.enable_grad(), self.hooked(hook):
             run_forward(self.forward_func, inputs, None, args)
         return None if any(fed) else len(fed)
 
@@ -265,13 +265,14 @@ class Layer:
                 raise runs_error("more runs than at the whole batch")
             return own if self.to_input or isinstance(found, tuple) else own[0]
 
-        with self._hooked(hook):
+        with self.hooked(hook):
             yield
         if next(rest, None) is not None:
             raise runs_error("fewer runs than at the whole batch")
 
     @contextmanager
-    def _hooked(self, hook: Any) -> Iterator[None]:
+    def hooked(self, hook: Callable[[Any], Any]) -> Iterator[None]:
+        """Show a hook what the layer returns (or receives, a tuple) in each run."""
         if self.to_input:
             handle = self.layer.register_forward_pre_hook(lambda module, args: hook(args))
         else:

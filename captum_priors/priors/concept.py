@@ -179,19 +179,15 @@ class ConceptPrior(Term):
 
 
 def _check_concept(concept: Any) -> None:
-    if not isinstance(concept, Tensor) or not concept.is_floating_point():
-        raise refusal(
-            TypeError,
-            "`concept`",
-            "a tensor of floating-point numbers",
-            str(concept.dtype) if isinstance(concept, Tensor) else type_of(concept),
-            "Pass what captum_priors.concepts.fit or from_captum returns.",
-        )
-    if not concept.isfinite().all() or not concept.any():
-        raise refusal(
-            ValueError,
-            "`concept`",
-            "finite numbers that are not all zero",
-            "zeros" if concept.isfinite().all() else "others",
-            "Check what it was fitted on.",
-        )
+    found = str(concept.dtype) if isinstance(concept, Tensor) else type_of(concept)
+    if isinstance(concept, Tensor) and concept.is_floating_point():
+        if concept.isfinite().all() and concept.any():
+            return
+        found = "others"
+    raise refusal(
+        ValueError if found == "others" else TypeError,
+        "`concept`",
+        "a tensor of finite floating-point numbers that are not all zero",
+        found,
+        "Pass what captum_priors.concepts.fit or from_captum returns.",
+    )

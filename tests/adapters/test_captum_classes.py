@@ -414,14 +414,15 @@ def test_threads_do_not_see_each_other() -> None:
     assert all(seen)
 
 
-def test_deep_lift_where_nothing_differs() -> None:
+@pytest.mark.parametrize("eps", [1e-10, 1e-14])
+def test_deep_lift_where_nothing_differs(eps: float) -> None:
     """Features at their baseline and dead units: 0/0 in a branch that is thrown away."""
-    row, model, x = set_up("DeepLift", "relu-mlp")
+    _, model, x = set_up("DeepLift", "relu-mlp")
     with torch.no_grad():
         model.first.bias[0] = -100.0  # never active
     x[:, 1] = 0.0  # the baseline
     x[0] = 0.0
-    explainer = differentiable(row.make(model))
+    explainer = differentiable(ca.DeepLift(model, eps=eps))
     value = explainer.attribute(x, target=1)
     gradients = parameter_gradients(value, list(model.parameters()))
     assert all(bool(torch.isfinite(g).all()) for g in gradients)

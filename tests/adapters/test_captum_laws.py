@@ -310,8 +310,6 @@ MISUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         lambda of, m: of("NoiseTunnel")(own_gradient(ca.Saliency(m))),
         "gradient_func",
     ),
-    "eps": (lambda of, m: of("DeepLift")(m, eps=1e-14), "larger eps"),
-    "eps of a layer's": (lambda of, m: with_eps(of("LayerDeepLift")(m, m.act)), "larger eps"),
     **{
         f"gradient_func of {name}": (
             lambda of, m, name=name: own_gradient(of(name)(m)),
@@ -324,11 +322,6 @@ MISUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
 
 def with_model(explainer: Any, model: Any) -> Any:
     explainer.interpretable_model = model
-    return explainer
-
-
-def with_eps(explainer: Any) -> Any:
-    explainer.eps = 1e-14
     return explainer
 
 

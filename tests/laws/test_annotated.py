@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from captum.attr import InputXGradient, Saliency
+from captum.attr import InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor, nn
 
 from captum_priors import AttributionPrior, StabilityPrior, Subsample, shared
@@ -19,6 +19,7 @@ from captum_priors.priors import (
     RobustRightReasons,
 )
 from captum_priors.priors.batch_norm import part_of
+from tests.asserts import gradients_of
 from tests.cases import tuple_inputs
 from tests.laws.leaves import LEAVES_AND_WAYS, Leaf, background, conv, net, way_options
 
@@ -55,10 +56,7 @@ every_annotated = pytest.mark.parametrize(("leaf", "way"), CASES)
 
 
 def with_gradient(value: Tensor, model: nn.Module) -> list[Tensor]:
-    parameters = list(model.parameters())
-    found = torch.autograd.grad(value, parameters, allow_unused=True)
-    pairs = zip(found, parameters, strict=True)
-    return [value.detach(), *(torch.zeros_like(p) if g is None else g for g, p in pairs)]
+    return [value.detach(), *gradients_of(value, [*model.parameters()])]
 
 
 def close(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -122,8 +120,6 @@ def test_what_belongs_to_the_examples_goes_with_them() -> None:
     masks = (torch.rand(4, 2, 2).round(), torch.rand(4, 3).round())
     inputs, (scale, power) = case.inputs, case.args
     y = torch.tensor([0, 1, 1, 0])
-    from captum.attr import IntegratedGradients
-
     explainer = IntegratedGradients(case.model)
     prior = AttributionPrior(explainer, outside, n_steps=3, reduction="sum")
     baselines = tuple(x + torch.randn_like(x) for x in inputs)

@@ -21,6 +21,7 @@ from captum_priors.penalties import l2, outside
 from captum_priors.stability import manipulability_bound
 from captum_priors.testing import check_differentiable
 from tests.adapters.captum_table import ROWS, flat, seeded, set_up
+from tests.asserts import gradients_of
 from tests.laws.leaves import (
     CLASSES,
     WAYS,
@@ -85,10 +86,7 @@ class Summed(nn.Module):
 
 
 def with_gradients(value: Tensor, model: nn.Module) -> list[Tensor]:
-    found = torch.autograd.grad(
-        value, [*model.parameters()], allow_unused=True, materialize_grads=True
-    )
-    return [value.detach(), *found]
+    return [value.detach(), *gradients_of(value, [*model.parameters()])]
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor], way: str = "") -> None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from captum_priors import ExpectedGradients, Subsample, differentiable
 from captum_priors.priors import AgreementPrior
-from captum_priors.testing import check_differentiable
 from tests import oracles
 from tests.cases import DIFFERENTIATIONS, TwoInputs
 
@@ -141,27 +140,6 @@ def test_subsampling_keeps_a_distribution_of_references_whole() -> None:
     assert seen == [4]
 
 
-class Value:
-    """The prior as an explainer, for the certificate."""
-
-    def __init__(self, prior: AgreementPrior, model: nn.Module) -> None:
-        self.prior, self.forward_func = prior.eval(), model
-
-    def attribute(self, inputs: Tensor, target: Any = None) -> Tensor:
-        return torch.stack([self.prior(x.unsqueeze(0), target=target) for x in inputs]).unsqueeze(1)
-
-
-@pytest.mark.parametrize("way", ["double_backprop", "recompute"])
-def test_certificate(way: Any) -> None:
-    model, x = network(), torch.randn(3, 6)
-    prior = AgreementPrior(
-        differentiable(InputXGradient(model), differentiation=way),
-        differentiable(IntegratedGradients(model)),  # ways may be mixed
-        options_b={"n_steps": 5},
-    )
-    check_differentiable(Value(prior, model), x, target=1)
-
-
 def test_training_on_it_raises_agreement() -> None:
     model, x = network(), torch.randn(64, 6)
     y = ((x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 0.5).long()) % 3
@@ -180,5 +158,4 @@ def test_training_on_it_raises_agreement() -> None:
         loss.backward()
         optimizer.step()
         values.append(value.item())
-    print(values[0], values[-1])
     assert values[-1] < 0.5 * values[0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_priors import NotDifferentiableError
 from captum_priors.concepts import fit
 from captum_priors.priors import ConceptPrior
-from tests.asserts import assert_same_numbers, relative_error
+from tests.asserts import assert_same_numbers, gradients_of, relative_error
 from tests.cases import DIFFERENTIATIONS, EXACT, TwoInputs
 
 # The same float64 operations in another order.
@@ -46,9 +46,7 @@ def expected(body: Any, head: Any, x: Tensor, y: Tensor, concept: Tensor, **opti
 
 
 def gradients(value: Tensor, model: nn.Module) -> list[Tensor]:
-    found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
-    pairs = zip(found, model.parameters(), strict=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in pairs]
+    return gradients_of(value, [*model.parameters()])
 
 
 @pytest.mark.parametrize("way", DIFFERENTIATIONS)
