@@ -1,6 +1,6 @@
 """The examples of a batch: what travels with them, and the model as a function of their rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +85,12 @@ def tile(value: Any, times: int, n_examples: int) -> Any:
     if isinstance(value, OutputTarget):
         return value.mapped(lambda own: tile(own, times, n_examples))
     return value * times if isinstance(value, list) and len(value) == n_examples else value
+
+
+def carried(inputs: Sequence[Tensor], points: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Points found near the inputs, which go where those go: what was added is the constant."""
+    pairs = zip(inputs, points, strict=True)
+    return tuple(p.detach() + (x - x.detach()) if x.requires_grad else p.detach() for x, p in pairs)
 
 
 def length_of(rows: slice, n_examples: int) -> int:

@@ -49,7 +49,8 @@ def fit(
         channel_dim: The axis of the channels of a map: 1, or -1 for tokens.
 
     Returns:
-        Shape ``(features,)`` or ``(channels,)``, in the dtype of the activations.
+        Shape ``(features,)`` or ``(channels,)``, in the dtype of the activations; in float32 for
+        those of whole numbers.
 
     Raises:
         TypeError: If an argument has another type.
@@ -79,8 +80,8 @@ def fit(
             "a direction of length " + f"{float(length):.2g}",
             "Take another layer; flatten maps whose mean over places does not tell.",
         )
-    direction: Tensor = (vector / length).to(activations.dtype)
-    return direction
+    direction: Tensor = vector / length
+    return direction.to(activations.dtype if activations.is_floating_point() else torch.float32)
 
 
 def from_captum(cavs: Any, layer: str, concept: Any) -> Tensor:

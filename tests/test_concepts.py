@@ -52,6 +52,9 @@ def test_directions_are_scikit_learns(method: Any, shape: tuple[int, int], alpha
     assert again.dtype == torch.float32
     # Of float32 numbers, in double precision.
     torch.testing.assert_close(again.double(), expected, rtol=0, atol=1e-4)
+    whole = (10 * activations).round().long()  # a unit vector of whole numbers would be zero
+    rounded = fit(whole.float(), labels, method, alpha=alpha)
+    torch.testing.assert_close(fit(whole, labels, method, alpha=alpha), rounded)
 
 
 @pytest.mark.parametrize("method", ORACLES)

@@ -9,6 +9,7 @@ from torch import Tensor
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_floating, check_forward_func, count
 from captum_priors._errors import one_of, refusal
+from captum_priors._rows import carried
 from captum_priors.attacks.ball import (
     Sizes,
     Tensors,
@@ -43,8 +44,8 @@ class RobustRightReasons(Term):
     :class:`RightForTheRightReasons` takes that of all log-probabilities, squared, at :math:`x`.
 
     The maximum is estimated by one uniform draw from the ball (``"random"``), or by projected
-    ascent of the loss from there (``"pgd"``), both confined to what the annotation forbids; the
-    point found is then a constant. What is published as Rand-R4 draws normal noise, and PGD-R4
+    ascent of the loss from there (``"pgd"``), both confined to what the annotation forbids; what
+    was added is then a constant. What is published as Rand-R4 draws normal noise, and PGD-R4
     starts at :math:`x` with steps of :math:`r`. The bounds of the paper's R4 itself, by interval
     arithmetic, are not implemented.
 
@@ -138,7 +139,8 @@ class RobustRightReasons(Term):
     def _scores(self, call: Call) -> Tensor:
         allowed = self._allowed(call)
         way: Any = self.differentiation
-        gradients = input_gradients(self._loss(call), self._worst(call, allowed), way)
+        points = carried(call.inputs, self._worst(call, allowed))
+        gradients = input_gradients(self._loss(call), points, way)
         pairs = zip(gradients, allowed, strict=True)
         return torch.stack([l1((1 - mask) * g) for g, mask in pairs]).sum(0)
 

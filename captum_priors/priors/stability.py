@@ -7,6 +7,7 @@ from torch import Tensor
 
 from captum_priors._captum import like_inputs
 from captum_priors._errors import refusal, type_of
+from captum_priors._rows import carried
 from captum_priors._shown import shown
 from captum_priors._types import Distance, TensorOrTuple
 from captum_priors.engine import derive
@@ -26,8 +27,8 @@ class StabilityPrior(ExplainerPrior):
         \qquad \tilde x = \mathrm{perturb}(x)
 
     Both sides use the same random numbers, and the perturbation others: the prior would penalise
-    the sampling of the explainer. The perturbed inputs are constants; the gradient flows through
-    both attributions.
+    the sampling of the explainer. What the perturbation adds is a constant; the gradient flows
+    through both attributions.
 
     Args:
         explainer: An explainer that :func:`captum_priors.differentiable` takes.
@@ -146,7 +147,7 @@ class StabilityPrior(ExplainerPrior):
                 found,
                 "Return tensors like the inputs.",
             )
-        return like_inputs(call.given, tuple(t.detach() for t in each))
+        return like_inputs(call.given, carried(call.inputs, each))
 
 
 def _perturb_of(perturbation: Any) -> Any:

@@ -269,15 +269,15 @@ class SaliencyGuided(Regularizer):
         self.fraction, self.abs = check_fraction("fraction", fraction), abs
 
     def _scores(self, call: Call) -> Tensor:
-        with torch.no_grad():
-            masked = self._masked(call)
-        points = tuple(torch.cat(pair) for pair in zip(call.inputs, masked, strict=True))
+        pairs = zip(call.inputs, self._masked(call), strict=True)
+        points = tuple(map(torch.cat, pairs))
         here, there = F.log_softmax(logits_of(call.outputs(points)), 1).chunk(2)
         return F.kl_div(there, here, reduction="none", log_target=True).sum(1)
 
     def _masked(self, call: Call) -> Tensors:
         """Replace the least salient features, all tensors of an example ranked together."""
-        saliency = flat_rows(self._input_gradients(call, call.inputs))
+        with torch.no_grad():
+            saliency = flat_rows(self._input_gradients(call, call.inputs))
         saliency = saliency.abs() if self.abs else saliency
         least = max(1, round(self.fraction * saliency.shape[1]))
         chosen = saliency.topk(least, dim=1, largest=False).indices

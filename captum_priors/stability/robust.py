@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from captum_priors._captum import like_inputs
 from captum_priors._checks import count, positive
 from captum_priors._errors import one_of
+from captum_priors._rows import carried
 from captum_priors._types import TensorOrTuple
 from captum_priors.attacks.ball import Ball, Sizes, Tensors, balls, check_sizes, climb, draw
 from captum_priors.engine import derive
@@ -71,8 +72,8 @@ class RobustAttribution(_WorstCase):
     its place. The target is the class labels.
 
     The maximum is sought by signed gradient ascent from a random point (at the centre the gradients
-    that matter vanish), and is then a constant. Defaults are the paper's for MNIST. Each of
-    ``step_num`` steps differentiates ``attack_n_steps`` input gradients.
+    that matter vanish), and what it adds is then a constant. Defaults are the paper's for MNIST.
+    Each of ``step_num`` steps differentiates ``attack_n_steps`` input gradients.
 
     Args:
         forward_func: The model, which returns logits; a single one is a binary classifier's.
@@ -134,7 +135,7 @@ class RobustAttribution(_WorstCase):
         region, start = self._start(call)
         attacked = partial(value, n_steps=self.attack_n_steps)
         worst = climb(region, start, attacked, self.step_size, self.step_num)
-        return value(worst, self.n_steps)
+        return value(carried(call.inputs, worst), self.n_steps)
 
     def _integrated(self, call: Call, ends: Tensors, n_steps: int) -> Tensors:
         """Integrated gradients of the loss from the inputs to the ends."""
@@ -207,7 +208,7 @@ class AttributionAlignment(_WorstCase):
         return like_inputs(inputs, worst)
 
     def _scores(self, call: Call) -> Tensor:
-        pairs = zip(call.inputs, self._worst(call), strict=True)
+        pairs = zip(call.inputs, carried(call.inputs, self._worst(call)), strict=True)
         both = tuple(torch.cat(pair) for pair in pairs)
         anchors = flat_rows(both).unflatten(0, (2, -1))
         own, other = (flat_rows(g).unflatten(0, (2, -1)) for g in self._gradients(call, both))

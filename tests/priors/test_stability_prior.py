@@ -100,11 +100,11 @@ def test_perturbation_draws_anew_at_each_step() -> None:
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_perturbed_inputs_are_constants() -> None:
+def test_what_a_perturbation_adds_is_constant() -> None:
     case, scale = mlp(), torch.full((), 0.3, requires_grad=True)
     x = case.inputs.clone().requires_grad_()
     prior = StabilityPrior(InputXGradient(case.model), mse, lambda x: x + scale)
-    fixed = (case.inputs + 0.3).detach()
+    fixed = x + 0.3
     (found,) = torch.autograd.grad(prior(x, target=1), x)
     other = InputXGradient(case.model)
     there = differentiable(other).attribute(fixed, target=1)
