@@ -50,7 +50,7 @@ class WeightReport:
 
     @property
     def weight(self) -> float:
-        """What to multiply the prior by that was given, ``report.weight * prior``; infinite at 0."""
+        """What to multiply the given prior by, ``report.weight * prior``; infinite if it is 0."""
         return self.target_ratio / self.ratio if self.ratio else math.inf
 
     def __str__(self) -> str:
