@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from _common import parser, show
+from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 Run = dict[str, float]
@@ -27,9 +28,10 @@ def arguments_of(description: str | None, *, data: str | None = None) -> argpars
 
 
 def seeds_of(options: argparse.Namespace, full: int, quick: int) -> range:
-    """Seeds to run: what was asked for, or the script's own number."""
-    n = options.seeds if options.seeds is not None else quick if options.quick else full
-    return range(n)
+    """Seeds to run: what was asked for, or the script's own number, which the options then say."""
+    if options.seeds is None:
+        options.seeds = quick if options.quick else full
+    return range(options.seeds)
 
 
 def folder_of(source: str, kind: str) -> Path:
@@ -50,8 +52,8 @@ def in_processes(function: Callable[[Any], Any], items: Iterable[Any], jobs: int
         return list(pool.map(function, items))
 
 
-def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean, standard deviation over the runs, and standard error of the mean, of each figure."""
+def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """Of each figure: mean, standard deviation, standard error of the mean, and every value."""
     found = {}
     for key in runs[0]:
         values = [run[key] for run in runs]
@@ -60,7 +62,20 @@ def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
             "mean": statistics.mean(values),
             "spread": spread,
             "error": spread / math.sqrt(len(values)),
+            "values": values,
         }
+    return found
+
+
+def gains(runs: Sequence[Run], others: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Summary of the differences within a seed or split, with the half width of its interval."""
+    found = summary([{k: a[k] - b[k] for k in a} for a, b in zip(runs, others, strict=True)])
+    n = len(runs)
+    for each in found.values():
+        # 95 %, by Student's t
+        each["half width"] = (
+            float(student_t.ppf(0.975, n - 1)) * each["error"] if n > 1 else math.inf
+        )
     return found
 
 

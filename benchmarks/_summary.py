@@ -1,6 +1,7 @@
 """One Markdown table of what the benchmarks found, made from their JSON files.
 
-``python benchmarks/_summary.py [FOLDER]`` writes ``FOLDER/summary.md``.
+``python benchmarks/_summary.py [FOLDER]`` writes ``FOLDER/summary.md``, which begins with the table
+of the papers' claims.
 """
 
 import json
@@ -51,11 +52,12 @@ def _value_only(results: Any) -> Iterator[Row]:
 def _estimator_efficiency(results: Any) -> Iterator[Row]:
     for name, found in results.items():
         for peer, median in found["median_ratio"].items():
-            counts = list(found["ratios"][peer])
+            by_count = found["ratios"][peer]
+            counts = [n for n in by_count if n in ("8", "32", "128")]
             yield (
                 f"gradient evaluations of {peer} over ours at equal error, {name}: "
-                f"median for its {counts[0]} to {counts[-1]} samples",
-                f"{median:.1f}",
+                f"median; for its {', '.join(counts)} samples",
+                f"{median:.1f}; " + ", ".join(f"{by_count[n]['ratio']:.1f}" for n in counts),
                 "≥ 4",
             )
 
@@ -240,10 +242,12 @@ def _pixel_prior(results: Any) -> Iterator[Row]:
 
 
 def _nhanes_sparsity(results: Any) -> Iterator[Row]:
+    noise = results.get("columns of noise", 0)
+    data = f"100 rows, {noise} columns of noise" if noise else "100 rows"
     for name, row in results["chosen"].items():
         auc, gini = row["ROC-AUC"], row["Gini"]
         yield (
-            f"sparsity on NHANES I, 100 rows, {name}: ROC-AUC; Gini of attributions",
+            f"sparsity on NHANES I, {data}, {name}: ROC-AUC; Gini of attributions",
             f"{auc['mean']:.3f} ± {auc['spread']:.3f}; {gini['mean']:.2f} ± {gini['spread']:.2f}",
             "published {}; {}".format(*results["published"][name]),
         )
@@ -251,20 +255,21 @@ def _nhanes_sparsity(results: Any) -> Iterator[Row]:
 
 def _nhanes_references(results: Any) -> Iterator[Row]:
     published = results["published"]
-    counts = ("1", "16", "128")
-    for name in ("monte_carlo", "control_variate"):
-        found = [results["found"][f"{name}, k = {k}"]["ROC-AUC"] for k in counts]
+    theirs = {**published["expected gradients"], "X-Gradient": published["X-Gradient"]}
+    for name, row in results["found"].items():
+        auc, known = row["ROC-AUC"], theirs.get(name.rpartition(" = ")[2], published.get(name, ""))
         yield (
-            f"the same with {name}, k = {', '.join(counts)} references: ROC-AUC",
-            "; ".join(f"{f['mean']:.3f} ± {f['spread']:.3f}" for f in found),
-            "published {}; {}; {}".format(*(published["expected gradients"][i] for i in (0, 4, 7))),
+            f"the sparsity prior by references, {name}: ROC-AUC, {len(auc['values'])} splits",
+            f"{auc['mean']:.4f} ± {auc['spread']:.4f}",
+            f"published {known}" if known else "",
         )
-    found = results["found"]["X-Gradient"]["ROC-AUC"]
-    yield (
-        "the same with the X-Gradient (Hesse et al.): ROC-AUC",
-        f"{found['mean']:.3f} ± {found['spread']:.3f}",
-        f"published {published['X-Gradient']}",
-    )
+    for name, row in results["paired"].items():
+        gain = row["ROC-AUC"]
+        yield (
+            f"the same, {name}: ROC-AUC, in pairs, with its 95 % interval",
+            f"{gain['mean']:+.4f} ± {gain['half width']:.4f}",
+            "",
+        )
 
 
 def _graph_prior(results: Any) -> Iterator[Row]:
@@ -279,10 +284,11 @@ def _graph_prior(results: Any) -> Iterator[Row]:
 
 def _correlated_groups(results: Any) -> Iterator[Row]:
     for kind, row in results["found"].items():
-        better = row["metrics better than integrated gradients"]["expected gradients"]
+        better = row["metrics better than integrated gradients"]
         yield (
-            f"keep/remove metrics, {kind}: EG better than IG on",
-            f"{better} of 18",
+            f"keep/remove metrics, {kind}: EG better than IG on; with `monte_carlo`, and with "
+            "`control_variate`",
+            "; ".join(f"{n} of 18" for n in better.values()),
             "18" if kind == "correlated groups" else "",
         )
 
@@ -291,7 +297,8 @@ def _convergence(results: Any) -> Iterator[Row]:
     for name in ("EG, k = 1", "EG, k = 5", "IG, 2 steps", "gradients"):
         row = results["found"][name]
         yield (
-            f"two equal features, {name}: epochs until one is unused; its share at the end",
+            f"order of estimators on two equal features, {name}: epochs (not theirs) until one is "
+            "unused; its share at the end",
             f"{row['epochs until gone']['mean']:.0f}; {row['dependence at the end']['mean']:.2f}",
             "",
         )
@@ -321,12 +328,29 @@ def _choose_weight(results: Any) -> Iterator[Row]:
 
 
 def _stability_study(results: Any) -> Iterator[Row]:
-    for name, row in results["results"].items():
-        found = row["top-50, attack"]
+    for name, row in results["found"].items():
+        radii = [column.split()[1] for column in row if column.startswith("attack")]
+        shown = [row[f"attack {r}"] for r in radii]
         yield (
-            f"top-50 intersection under attack, MNIST, {name}",
-            f"{found['mean']:.3f} ± {found['spread']:.3f}",
+            f"top 50 that stay under attack, MNIST, {name}: radii {', '.join(radii)}",
+            "; ".join(f"{each['mean']:.3f} ± {each['stdev']:.3f}" for each in shown),
             "",
+        )
+    for row in results["claims"]:
+        yield (
+            f"{row['claim']}: {row['method']}, change of the top 50 at these radii; radii at which "
+            "the 95 % interval lies above or below zero, or neither",
+            f"{row['ours']}; {row['under attack']}",
+            "published: more",
+        )
+    fashion = results.get("fashion")
+    for name in ("original", "ATEX") if fashion else ():
+        found = [fashion[name][f"attack {r}"]["mean"] for r in fashion["radii"]]
+        yield (
+            f"Fashion-MNIST, {name} network of ATEX's authors: top 50 that stay under attack at "
+            + ", ".join(map(str, fashion["radii"])),
+            "; ".join(f"{each:.3f}" for each in found),
+            "published " + "; ".join(map(str, fashion["published"][name])),
         )
 
 
@@ -352,6 +376,7 @@ ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
     "ranked_gradients": _ranked_gradients,
     "relu_differentiation": _relu_differentiation,
     "nhanes_sparsity": _nhanes_sparsity,
+    "nhanes_sparsity_noise": _nhanes_sparsity,
     "nhanes_references": _nhanes_references,
     "graph_prior": _graph_prior,
     "correlated_groups": _correlated_groups,
@@ -374,12 +399,15 @@ def table(folder: Path = RESULTS) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path = RESULTS) -> Path:
-    """Write the table beside the figures."""
+def write(folder: Path = RESULTS, claims: str = "") -> Path:
+    """Write the table beside the figures, that of the papers' claims before it."""
     path = folder / "summary.md"
-    path.write_text(table(folder), encoding="utf-8")
+    path.write_text(f"{claims}\n{table(folder)}".lstrip(), encoding="utf-8")
     return path
 
 
 if __name__ == "__main__":
-    print(write(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS))
+    from _claims import table as claims_table
+
+    chosen = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    print(write(chosen, claims_table(chosen)))

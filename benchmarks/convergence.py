@@ -1,11 +1,12 @@
-"""How fast does a prior on each attribution change what a network relies on?
+"""Which attributions can a prior work through? An order of estimators, not a speed.
 
 The convergence demo of Erion et al. 2021: two inputs that are always equal, a saturated classifier
 sigmoid(10 x1 + 10 x2 - 6) that uses both, and a prior on the mean absolute attribution of the
 second. The dependence is |w2 / w1|; in the original it vanishes after 58 to 68 epochs with expected
 gradients, about 107 with gradients of the log probability and with integrated gradients of four
 steps, and not within 200 with plain gradients (.16) or integrated gradients of two steps (1.0).
-Here an epoch is one batch of 64 and the learning rate is five times theirs, so only ratios compare.
+Here an epoch is one batch of 64 and the learning rate is five times theirs: what is compared is the
+order of the estimators, and numbers of epochs are not.
 
     python benchmarks/convergence.py
 """
@@ -120,7 +121,7 @@ def draw(curves: dict[str, list[list[float]]]) -> Figure:
 def main() -> None:
     """Run every method."""
     options = arguments_of(__doc__).parse_args()
-    seeds = seeds_of(options, full=3, quick=1)
+    seeds = seeds_of(options, full=5, quick=1)
     epochs = 60 if options.quick else 300
     jobs = [(name, seed, epochs) for name in methods() for seed in seeds]
     found = dict(zip(jobs, in_processes(run, jobs, options.jobs), strict=True))

@@ -179,7 +179,7 @@ def draw(results: dict[str, Any]) -> Figure:
 def main() -> None:
     """Run both data sets and count the wins."""
     options = arguments_of(__doc__).parse_args()
-    seeds = seeds_of(options, full=3, quick=1)
+    seeds = seeds_of(options, full=5, quick=1)
     epochs = 20 if options.quick else 40
     jobs = [
         (kind, seed, epochs)

@@ -1,14 +1,16 @@
 """Gradient evaluations that expected gradients need for the error of GradientShap, and of SHAP's.
 
-The truth averages a Gauss-Legendre quadrature of the path integral over all reference rows. The
-error is relative, in the Frobenius norm over a test batch; the median of several seeds.
-``shap.GradientExplainer`` draws as GradientShap does, row by row; it takes long, so that a fifth of
-the seeds must do.
+On six trained networks and one that is not. The truth averages a Gauss-Legendre quadrature of the
+path integral over all reference rows. The error is relative, in the Frobenius norm over a test
+batch; the median of several seeds. ``shap.GradientExplainer`` draws as GradientShap does, row by
+row; it takes long, so that one seed must do, and is left out of the transformer, the convolutional
+network and the network that is not trained.
 """
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,7 @@ import shap
 import torch
 import torch.nn.functional as F
 from _common import parser, save, save_plot, show
+from _networks import Transformer
 from captum.attr import GradientShap
 from matplotlib.figure import Figure
 from sklearn.datasets import load_breast_cancer, load_digits
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 
 from captum_priors import ExpectedGradients
 
-BATCH, N_REFERENCES, NODES = 64, 200, 50
+BATCH, N_REFERENCES, NODES = 32, 100, 32
 Explain = Callable[[Tensor, Tensor, int, Tensor], Tensor]
 
 
@@ -40,16 +43,64 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(x / 16), torch.tensor(y)
 
 
-def trained(x: Tensor, y: Tensor, width: int) -> nn.Module:
-    """Train an MLP with two hidden layers, in double precision."""
-    model = nn.Sequential(
-        *(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()),
-        nn.Linear(width, int(y.max()) + 1),
-    ).double()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(300):
-        rows = torch.randint(len(x), (128,))
-        loss = F.cross_entropy(model(x[rows]), y[rows])
+def images() -> tuple[Tensor, Tensor]:
+    """The same as 8 by 8 images of one channel."""
+    x, y = digits()
+    return x.reshape(-1, 1, 8, 8), y
+
+
+def rows() -> tuple[Tensor, Tensor]:
+    """The same as sequences of eight rows."""
+    x, y = digits()
+    return x.reshape(-1, 8, 8), y
+
+
+def mlp(n_in: int, width: int, n_out: int, activation: type[nn.Module]) -> nn.Module:
+    """Two hidden layers."""
+    return nn.Sequential(
+        *(nn.Linear(n_in, width), activation(), nn.Linear(width, width), activation()),
+        nn.Linear(width, n_out),
+    )
+
+
+def cnn() -> nn.Module:
+    """Two convolutions with pooling."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(64, 10)),
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its data, how long it is trained, and whether SHAP explains it, too."""
+
+    data: Callable[[], tuple[Tensor, Tensor]]
+    make: Callable[[], nn.Module]
+    rate: float = 1e-2
+    steps: int = 300
+    beside_shap: bool = False
+
+
+CASES = {
+    "breast cancer, ReLU": Case(breast_cancer, partial(mlp, 30, 32, 2, nn.ReLU), beside_shap=True),
+    "breast cancer, tanh": Case(breast_cancer, partial(mlp, 30, 32, 2, nn.Tanh)),
+    "digits, ReLU": Case(digits, partial(mlp, 64, 64, 10, nn.ReLU), beside_shap=True),
+    "digits, tanh": Case(digits, partial(mlp, 64, 64, 10, nn.Tanh)),
+    "digits, convolutions": Case(images, cnn, 3e-3),
+    "digits, transformer": Case(rows, partial(Transformer, 8, 8, 16, 2), 3e-3),
+    "digits, ReLU, untrained": Case(digits, partial(mlp, 64, 64, 10, nn.ReLU), steps=0),
+}
+
+
+def trained(case: Case, x: Tensor, y: Tensor) -> nn.Module:
+    """Train a network, in double precision."""
+    model = case.make().double()
+    optimizer = torch.optim.Adam(model.parameters(), case.rate)
+    for _ in range(case.steps):
+        batch = torch.randint(len(x), (128,))
+        loss = F.cross_entropy(model(x[batch]), y[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -59,7 +110,8 @@ def trained(x: Tensor, y: Tensor, width: int) -> nn.Module:
 def exact(model: nn.Module, x: Tensor, references: Tensor, target: Tensor, nodes: int) -> Tensor:
     """Expected gradients over all references, the path integral by quadrature."""
     places, weights = (torch.tensor(v) for v in np.polynomial.legendre.leggauss(nodes))
-    alphas, weights = ((1 + places) / 2).reshape(-1, 1, 1), (weights / 2).reshape(-1, 1, 1)
+    each = (-1, *(1 for _ in x.shape))
+    alphas, weights = ((1 + places) / 2).reshape(each), (weights / 2).reshape(each)
     total = torch.zeros_like(x)
     for reference in references:
         points = (reference + alphas * (x - reference)).requires_grad_()
@@ -70,17 +122,19 @@ def exact(model: nn.Module, x: Tensor, references: Tensor, target: Tensor, nodes
     return total / len(references)
 
 
-def methods_for(model: nn.Module) -> dict[str, Explain]:
-    """Captum's estimator and ours."""
+def methods_for(model: nn.Module, *, beside_shap: bool) -> dict[str, Explain]:
+    """The estimators of Captum, of SHAP if asked for, and ours."""
 
     def explain(attribute: Any, x: Tensor, references: Tensor, n: int, target: Tensor) -> Tensor:
         found: Tensor = attribute(x, references, n_samples=n, target=target)
         return found.detach()
 
     ours = ExpectedGradients(model).attribute
+    theirs = {"GradientShap": partial(explain, GradientShap(model).attribute)}
+    if beside_shap:
+        theirs["GradientExplainer"] = gradient_explainer(model)
     return {
-        "GradientShap": partial(explain, GradientShap(model).attribute),
-        "GradientExplainer": gradient_explainer(model),
+        **theirs,
         "monte_carlo": partial(explain, partial(ours, estimator="monte_carlo")),
         "control_variate": partial(explain, partial(ours, estimator="control_variate")),
     }
@@ -127,88 +181,113 @@ def ratios(counts: list[int], theirs: list[float], ours: list[float]) -> dict[in
     return found
 
 
-def measure(
-    x: Tensor, y: Tensor, width: int, counts: list[int], repeats: int
-) -> tuple[dict[str, list[float]], dict[str, dict[int, dict[str, Any]]], float]:
+def measure(case: Case, counts: list[int], repeats: int) -> dict[str, Any]:
     """Errors of every method, ratios at equal error to each peer, and the truth's own error."""
     torch.manual_seed(0)
+    x, y = case.data()
     order = torch.randperm(len(x))
     x, y = x[order], y[order]
     test, target, rest = x[:BATCH], y[:BATCH], x[BATCH:]
-    model = trained(rest, y[BATCH:], width)
+    model = trained(case, rest, y[BATCH:])
     references = rest[:N_REFERENCES]
     truth = exact(model, test, references, target, 2 * NODES)
     error_of_truth = exact(model, test, references, target, NODES).sub(truth).norm() / truth.norm()
-    errors: dict[str, list[float]] = {}
-    for name, explain in methods_for(model).items():
-        errors[name] = []
-        seeds = repeats // 5 if name == "GradientExplainer" else repeats
-        for n in counts:
-            each = []
-            for seed in range(max(1, seeds)):
-                torch.manual_seed(seed)
-                np.random.seed(seed)  # noqa: NPY002 - GradientShap draws from it
-                estimate = explain(test, references, n, target)
-                each.append(float((estimate - truth).norm() / truth.norm()))
-            errors[name].append(statistics.median(each))
-    found = {
-        peer: ratios(counts, errors[peer], errors["control_variate"])
-        for peer in ("GradientShap", "GradientExplainer")
+    values: dict[str, list[list[float]]] = {}
+    for name, explain in methods_for(model, beside_shap=case.beside_shap).items():
+        seeds = 1 if name == "GradientExplainer" else repeats
+        values[name] = [
+            [error_of(explain(test, references, n, target), truth) for _ in seeded(seeds)]
+            for n in counts
+        ]
+    errors = {name: [statistics.median(each) for each in found] for name, found in values.items()}
+    peers = [name for name in errors if name.startswith("Gradient")]
+    found = {peer: ratios(counts, errors[peer], errors["control_variate"]) for peer in peers}
+    return {
+        "samples": counts,
+        "errors": errors,
+        "errors of seeds": values,
+        "error over GradientShap's": {
+            n: ours / theirs
+            for n, ours, theirs in zip(
+                counts, errors["control_variate"], errors["GradientShap"], strict=True
+            )
+        },
+        "ratios": found,
+        "median_ratio": {
+            peer: statistics.median(r["ratio"] for r in by_count.values())
+            for peer, by_count in found.items()
+        },
+        "error_of_truth": float(error_of_truth),
+        "accuracy": float((model(test).argmax(1) == target).double().mean()),
     }
-    return errors, found, float(error_of_truth)
+
+
+def seeded(n: int) -> Iterator[int]:
+    """Seed the generators that the estimators draw from."""
+    for seed in range(n):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - GradientShap draws from it
+        yield seed
+
+
+def error_of(estimate: Tensor, truth: Tensor) -> float:
+    """Relative error."""
+    return float((estimate - truth).norm() / truth.norm())
+
+
+def draw(results: dict[str, Any]) -> Figure:
+    """Errors against samples, a panel for each network."""
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    colours = {"GradientShap": "C0", "GradientExplainer": "C1", "monte_carlo": "C2"}
+    *panels, spare = figure.subplots(2, 4).flat
+    spare.set_axis_off()
+    for axes, (name, found) in zip(panels, results.items(), strict=True):
+        for method, each in found["errors"].items():
+            colour = colours.get(method, "C3")
+            axes.loglog(found["samples"], each, "o-", color=colour, label=method, markersize=3)
+        axes.set_title(name, fontsize=9)
+        axes.legend(fontsize=6)
+    figure.supxlabel("gradient evaluations per example")
+    figure.supylabel("relative error")
+    return figure
 
 
 def main() -> None:
     """Run the benchmark."""
     args = parser(__doc__).parse_args()
-    counts = [2**k for k in range(8 if args.quick else 10)]
-    repeats = 3 if args.quick else 15
+    counts = [2**k for k in range(7 if args.quick else 9)]
+    repeats = 3 if args.quick else 9
     results: dict[str, Any] = {}
-    figure = Figure(figsize=(10, 4))
-    for axes, (name, load, width) in zip(
-        figure.subplots(1, 2),
-        (("breast cancer", breast_cancer, 32), ("digits", digits, 64)),
-        strict=True,
-    ):
-        errors, found, error_of_truth = measure(*load(), width, counts, repeats)
-        medians = {
-            peer: statistics.median(r["ratio"] for r in by_count.values())
-            for peer, by_count in found.items()
-        }
-        results[name] = {
-            "samples": counts,
-            "errors": errors,
-            "ratios": found,
-            "median_ratio": medians,
-            "error_of_truth": error_of_truth,
-        }
-        rows = [
+    for name, case in CASES.items():
+        results[name] = found = measure(case, counts, repeats)
+        cells = [
             [
                 n,
-                *(errors[m][i] for m in errors),
-                *(by_count.get(n, {}).get("ratio", "") for by_count in found.values()),
+                *(each[i] for each in found["errors"].values()),
+                *(by_count.get(n, {}).get("ratio", "") for by_count in found["ratios"].values()),
             ]
             for i, n in enumerate(counts)
         ]
-        shown = ", ".join(f"{peer} {median:.2f}" for peer, median in medians.items())
+        shown = ", ".join(f"{peer} {median:.2f}" for peer, median in found["median_ratio"].items())
         show(
-            f"{name}: relative error; median ratio: {shown} (truth good to {error_of_truth:.1g})",
-            ["samples", *errors, *(f"{peer} / control variate, equal error" for peer in found)],
-            rows,
+            f"{name}: relative error; median ratio: {shown} "
+            f"(truth good to {found['error_of_truth']:.1g})",
+            [
+                "samples",
+                *found["errors"],
+                *(f"{peer} / control variate" for peer in found["ratios"]),
+            ],
+            cells,
         )
-        for method, each in errors.items():
-            axes.loglog(counts, each, "o-", label=method)
-        axes.set(title=name, xlabel="gradient evaluations per example", ylabel="relative error")
-        axes.legend()
     settings = {
         "batch": BATCH,
         "references": N_REFERENCES,
         "quadrature_nodes": 2 * NODES,
-        "repeats": repeats,
+        "seeds": repeats,
         "quick": args.quick,
     }
     save(args.output, "estimator_efficiency", settings, results)
-    save_plot(args.output, "estimator_efficiency", figure)
+    save_plot(args.output, "estimator_efficiency", draw(results))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _common import save, save_plot
-from _reproduction import arguments_of, in_processes, seeds_of, show_runs, summary
+from _reproduction import arguments_of, gains, in_processes, seeds_of, show_runs, summary
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -134,8 +134,8 @@ def main() -> None:
     runs = {name: [{k: f[name][k] for k in keys} for f in found] for name in found[0]}
     show_runs("Graph prior, synthetic modules", runs)
     results: dict[str, Any] = {name: summary(each) for name, each in runs.items()}
-    gains = {
-        name: summary([{"R2": f[name]["R2"] - f["no graph"]["R2"]} for f in found])
+    gain = {
+        name: gains(*([{"R2": f[n]["R2"]} for f in found] for n in (name, "no graph")))
         for name in found[0]
     }
     chosen = {name: [f[name]["weight"] for f in found] for name in ("true graph", "random graph")}
@@ -143,7 +143,7 @@ def main() -> None:
         "Gain in R2 over no graph, data set by data set",
         {n: [{"R2": f[n]["R2"] - f["no graph"]["R2"]} for f in found] for n in chosen},
     )
-    document = {"found": results, "gain over no graph": gains, "chosen weights": chosen}
+    document = {"found": results, "gain over no graph": gain, "chosen weights": chosen}
     save(options.output, "graph_prior", vars(options) | {"weights": WEIGHTS}, document)
     save_plot(options.output, "graph_prior", draw(results, len(seeds)))
 

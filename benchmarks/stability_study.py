@@ -1,352 +1,390 @@
-"""Can explanations be manipulated, and what makes them stable? On MNIST.
+"""How far can explanations be moved, and what makes them stable? Curves over the radius, on MNIST.
 
-Gradient maps of a small network are attacked (top-50 pixels driven out, prediction kept) and
-compared with random noise of the same size. Defences: Softplus instead of ReLU with a Hessian
-penalty and weight decay (Dombrowski et al. 2022), ATEX (Tang et al. 2022), activation sensitivity
-(after Fidel et al. 2020 and Moshe et al. 2024), and adversarial training for comparison. Every
-setting, and the radius, is chosen on validation images with the first seed; the figures are of test
-images, with networks trained from several seeds.
+The 50 most important pixels of a map are driven out by an attack that keeps the prediction, and
+moved by random noise of the same size, at radii from .01 to .2. Defences: weight decay, Softplus
+instead of ReLU, a Hessian penalty (Dombrowski et al. 2022), ATEX (Tang et al. 2022), activation
+sensitivity with and without a Jacobian penalty (after Fidel et al. 2020 and Moshe et al. 2024),
+R2ET (Wang et al. 2024), and adversarial training. Each method that has settings is tried with
+twelve, and with more where the best lies at an edge, on validation images of a network that takes
+no part afterwards; the best by the mean over the radii .05 and .1 is trained from several seeds.
+Intervals are Student's, over the seeds, of differences to the network that the method starts from
+(same seed, same images). ReLU networks are attacked through Softplus of growing steepness.
 
-    python benchmarks/stability_study.py --data mnist=DIR
+    python benchmarks/stability_study.py --data mnist=DIR [--data atex_fashion=DIR]
+
+``atex_fashion``: the two networks that the authors of ATEX saved (``params.pt`` and
+``params_advintp.pt`` of DefIntpMan/ATEX) and ``sprite.png``, 30 x 30 images of Fashion-MNIST,
+which are evaluated and not trained. With ``--parts FOLDER`` what is finished is kept there, and not
+run again. IG and SmoothGrad maps of ``--maps`` images are attacked at two radii.
 """
 
+import dataclasses
 import functools
 import itertools
+import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from _common import mnist, parser, save, save_plot, show
-from captum.attr import Saliency
-from captum.robust import PGD
+from _common import parser, save, save_plot, show
+from _stability import METHODS, TOP, Method, Sizes, Study
+from _stability_maps import evaluate, fashion, other_maps, robust
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from scipy.stats import t as student_t
+from torch import nn
 
-from captum_priors.attacks import RandomAttack, TopKAttack
-from captum_priors.metrics import StabilityReport, gini, spearman, stability_report
-from captum_priors.stability import (
-    ATEX,
-    ActivationSensitivity,
-    HessianPenalty,
-    smooth_activations,
-    weight_decay_groups,
-)
-
-BATCH, TOP = 64, 50
-SIZES = {"train": 7000, "validation": 1000, "test": 2000}
-BETA = 20.0
-PGD_RADIUS = 0.1
-# A setting qualifies if it costs at most this much of the standard network's validation accuracy.
+CHOSEN_AT = (0.05, 0.1)
+CHOICE_SEED = 100
+"""Settings are chosen for networks of this seed, which are not evaluated."""
+MAPS_RADII = (0.02, 0.1)
 MAY_COST = 0.02
-Batch = tuple[Tensor, Tensor]
-Term = Callable[[Tensor, Tensor], Tensor]
+"""A setting qualifies if it costs at most this much of its start's validation accuracy."""
+LOOKS = ("accuracy", "PGD accuracy", "Gini", "mass on the digit")
+STARTS = ("standard", "tanh head")
+CLAIMS = {
+    "weight decay": "Dombrowski et al. 2022: weight decay makes maps more robust",
+    "Softplus": "Dombrowski et al. 2022: smooth activations make maps more robust",
+    "Softplus + Hessian": "Dombrowski et al. 2022: so does a penalty on the Hessian",
+    "ATEX, recipe": "Tang et al. 2022: distillation along maps makes them more stable",
+    "ATEX + cross-entropy": "the same, cross-entropy added",
+    "R2ET": "Wang et al. 2024: the largest gradients stay the largest",
+    "adversarial": "Moshe et al. 2024: more interpretable than standard training",
+    "sensitivity": "Fidel et al. 2020, Moshe et al. 2024: the same, calm neurons",
+    "sensitivity + Jacobian": "the same, with their Jacobian penalty",
+    "sensitivity - adversarial": "Moshe et al. 2024: calm neurons more than adversarial training",
+    "sensitivity + Jacobian - adversarial": "the same, with their Jacobian penalty",
+}
+MAPPED = ("standard", "sensitivity", "tanh head", "ATEX, recipe")
+"""Whose maps by IG and SmoothGrad are attacked, too."""
+COMPARED = ("adversarial", "sensitivity", "sensitivity + Jacobian")
+Found = dict[str, Any]
 
 
-def network() -> nn.Sequential:
-    """Two strided convolutions and two linear layers: no pooling, whose kinks nothing smooths."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 16, 5, stride=2, padding=2), nn.ReLU()),
-        *(nn.Conv2d(16, 32, 5, stride=2, padding=2), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(32 * 49, 64), nn.ReLU(), nn.Linear(64, 10)),
-    )
+class Kept:
+    """Results in a folder, so that an interrupted run goes on where it was."""
 
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
 
-class Study:
-    """Data, and one training for each method."""
+    def __call__(self, name: str, run: Callable[[], Any]) -> Any:
+        """What was found under a name before, or is now."""
+        path = None if self.folder is None else self.folder / f"{name}.json"
+        if path is not None and path.exists():
+            return json.loads(path.read_text())
+        start = time.process_time()
+        found = run()
+        print(f"{name}: {time.process_time() - start:.0f} s", flush=True)
+        if path is not None:
+            path.write_text(json.dumps(found))
+        return found
 
-    def __init__(self, source: str, epochs: int) -> None:
-        x, y = mnist(source)
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-        parts = order.split([*SIZES.values()])
-        self.data: dict[str, Batch] = {
-            name: (x[rows], y[rows]) for name, rows in zip(SIZES, parts, strict=True)
-        }
-        self.epochs = epochs
-        self.seconds: dict[str, float] = {}
-
-    def fit(
-        self,
-        model: nn.Module,
-        seed: int,
-        *,
-        term: Term | None = None,
-        decay: float = 0.0,
-        epochs: int | None = None,
-        rate: float = 3e-3,
-        prepare: Callable[[Tensor, Tensor], Tensor] = lambda x, y: x,
-    ) -> nn.Module:
-        """Adam with cosine decay; ``term`` is added to the loss, ``prepare`` makes the inputs."""
-        x, y = self.data["train"]
-        torch.manual_seed(1000 + seed)
-        optimizer = torch.optim.AdamW(weight_decay_groups(model, decay), rate)
-        epochs = self.epochs if epochs is None else epochs
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, epochs * -(-len(x) // BATCH)
-        )
-        for _ in range(epochs):
-            for rows in torch.randperm(len(x)).split(BATCH):
-                inputs = prepare(x[rows], y[rows])
-                loss = F.cross_entropy(model(inputs), y[rows])
-                if term is not None:
-                    loss = loss + term(inputs, y[rows])
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+    def network(self, name: str, train: Callable[[], nn.Module]) -> nn.Module:
+        """Train a network, or read one of an earlier run."""
+        path = None if self.folder is None else self.folder / f"{name}.pt"
+        if path is not None and path.exists():
+            model: nn.Module = torch.load(path, weights_only=False)  # written here
+            return model
+        model = train()
+        if path is not None:
+            torch.save(model, path)
         return model
 
-    @functools.cache  # noqa: B019  # one study for the length of the program
-    def standard(self, seed: int) -> nn.Module:
-        """Train with cross-entropy alone."""
-        torch.manual_seed(seed)
-        return self.fit(network(), seed)
 
-    def softplus(self, seed: int, *, weight: float = 0.0) -> nn.Module:
-        """Softplus instead of ReLU, with a Hessian penalty where the weight is not zero."""
-        torch.manual_seed(seed)
-        model = smooth_activations(network(), BETA)
-        penalty = HessianPenalty(model)
-        term: Term | None = (lambda x, y: weight * penalty(x, target=y)) if weight else None
-        return self.fit(model, seed, term=term)
-
-    def weight_decay(self, seed: int, *, decay: float) -> nn.Module:
-        """Train with decoupled weight decay."""
-        torch.manual_seed(seed)
-        return self.fit(network(), seed, decay=decay)
-
-    def atex(self, seed: int, *, radius: float, temperature: float, weight: float) -> nn.Module:
-        """Distil the standard network into a copy of itself along its own maps."""
-        student = _copy(self.standard(seed))
-        prior = ATEX(student, radius=radius, temperature=temperature, n_samples=4)
-        return self.fit(
-            student, seed, term=lambda x, y: weight * prior(x, target=y), epochs=1, rate=5e-4
-        )
-
-    def sensitivity(self, seed: int, *, weight: float, radius: float) -> nn.Module:
-        """Train with the activation-sensitivity term."""
-        torch.manual_seed(seed)
-        model = network()
-        relus = [layer for layer in model if isinstance(layer, nn.ReLU)]
-        prior = ActivationSensitivity(model, radius, layers=relus)
-        return self.fit(model, seed, term=lambda x, _: weight * prior(x))
-
-    def adversarial(self, seed: int, *, radius: float) -> nn.Module:
-        """Train on PGD's examples (captum.robust)."""
-        torch.manual_seed(seed)
-        model = network()
-        attack = _pgd(model)
-        return self.fit(
-            model, seed, prepare=lambda x, y: attack.perturb(x, radius, radius / 3, 5, y).detach()
-        )
-
-    def accuracy(self, model: nn.Module, part: str) -> float:
-        """Share of right answers."""
-        x, y = self.data[part]
-        with torch.no_grad():
-            return float((model(x).argmax(1) == y).float().mean())
-
-    def report(
-        self, model: nn.Module, part: str, radius: float, n: int, steps: int
-    ) -> StabilityReport:
-        """Attack the gradient maps of the first images of a part."""
-        explainer = Saliency(model)
-        return stability_report(
-            {"model": explainer},
-            {"model": attacks(explainer, radius, steps)},
-            DataLoader(TensorDataset(*(t[:n] for t in self.data[part])), batch_size=100),
-            k=TOP,
-            metrics={"spearman": spearman},
-            control="noise",
-        )
-
-    def timed(self, name: str, run: Callable[[], Any]) -> Any:
-        """Run, and add up how long it took."""
-        start = time.perf_counter()
-        result = run()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        return result
+# ---- Settings ---------------------------------------------------------------------------------
 
 
-def attacks(explainer: Saliency, radius: float, steps: int) -> dict[str, Any]:
-    """The attack, and noise of its size."""
-    ball: dict[str, Any] = {"radius": radius, "lower_bound": 0.0, "upper_bound": 1.0, "seed": 0}
+def outwards(
+    axes: dict[str, Sequence[float]], tried: list[Found], best: Found
+) -> list[dict[str, float]]:
+    """Settings one step beyond the edges at which the best one lies."""
+    found = []
+    for name in axes:
+        values = sorted({each[name] for each in tried})
+        for end, inner in ((values[0], values[1]), (values[-1], values[-2])):
+            if best[name] == end:
+                found.append({**{n: best[n] for n in axes}, name: end * end / inner})
+    return found
+
+
+def best_of(tried: list[Found], least: float, at: Iterable[float] = CHOSEN_AT) -> Found:
+    """The stablest of those that are accurate enough; the most accurate where none is."""
+    fine = [each for each in tried if each["accuracy"] >= least]
+    if not fine:
+        return max(tried, key=lambda each: each["accuracy"])
+    return max(fine, key=lambda each: sum(each[f"attack {r}"] for r in at))
+
+
+def choose(study: Study, kept: Kept, name: str, method: Method, quick: bool) -> Found:
+    """Try a method's settings on validation images, and more where the best is at an edge."""
+
+    def tried_with(setting: dict[str, float]) -> Found:
+        model = method.train(study, CHOICE_SEED, **setting)
+        return {**setting, **evaluate(study, model, "validation", CHOSEN_AT)}
+
+    start = study.start(method.start, CHOICE_SEED)
+    least = study.accuracy(start, "validation") - MAY_COST
+    axes: Any = {n: v[:2] if quick else v for n, v in method.axes.items()}
+    waiting = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    tried: list[Found] = []
+    for _ in range(1 if quick else 3):
+        for setting in waiting:
+            label = ", ".join(f"{n} {v:.3g}" for n, v in setting.items())
+            run = functools.partial(tried_with, setting)
+            tried.append(kept(f"choice, {name}, {label}", run))
+        best = best_of(tried, least)
+        known = [{n: each[n] for n in axes} for each in tried]
+        waiting = [each for each in outwards(axes, tried, best) if each not in known]
+        if not waiting:
+            break
+    setting = {n: best[n] for n in axes}
+    alone = {f"best at {r}": best_of(tried, least, (r,)) for r in CHOSEN_AT}
+    named = {key: {n: each[n] for n in axes} for key, each in alone.items()}
+    return {"setting": setting, **named, "least accuracy": least, "tried": tried}
+
+
+# ---- Figures ----------------------------------------------------------------------------------
+
+
+def summary(values: Sequence[float]) -> Found:
+    """Mean, standard deviation, and the values by seed."""
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    return {"mean": statistics.mean(values), "stdev": spread, "values": [*values]}
+
+
+def summaries(found: dict[str, list[Found]]) -> dict[str, dict[str, Found]]:
+    """The same for each method and column."""
     return {
-        "noise": RandomAttack(explainer, **ball),
-        "attack": TopKAttack(explainer, TOP, step_num=steps, **ball),
+        name: {column: summary([run[column] for run in runs]) for column in runs[0]}
+        for name, runs in found.items()
     }
 
 
-def _pgd(model: nn.Module) -> PGD:
-    loss = functools.partial(F.cross_entropy, reduction="none")
-    return PGD(model, loss, lower_bound=0.0, upper_bound=1.0)
+def paired(values: Sequence[float], others: Sequence[float]) -> Found:
+    """Mean difference within a seed, with the half width of its 95 % interval."""
+    differences = [a - b for a, b in zip(values, others, strict=True)]
+    n = len(differences)
+    half = math.nan
+    if n > 1:
+        half = float(student_t.ppf(0.975, n - 1)) * statistics.stdev(differences) / n**0.5
+    return {"mean": statistics.mean(differences), "half width": half}
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    twin = network()
-    twin.load_state_dict(model.state_dict())
-    return twin
-
-
-def grid(**values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Every combination."""
-    return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
-
-
-def settings(quick: bool) -> dict[str, list[dict[str, Any]]]:
-    """What each method is tried with."""
-    decays = [0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5]
-    found = {
-        "weight_decay": grid(decay=decays),
-        "softplus": [{"weight": 0.0}],
-        "softplus + hessian": grid(weight=[1e-2, 3e-2, 1e-1]),
-        "atex": grid(radius=[0.5, 2.0], temperature=[1.0, 4.0], weight=[0.3, 3.0, 30.0]),
-        "sensitivity": grid(weight=[0.0001, 0.001, 0.01], radius=[0.1]),
-        "adversarial": grid(radius=[0.05, 0.1]),
-    }
-    return {name: each[:2] for name, each in found.items()} if quick else found
-
-
-def choose(study: Study, options: Any) -> tuple[float, dict[str, Any], list[dict[str, Any]]]:
-    """Pick the radius for the standard network, then each method's setting, on validation data."""
-    n, steps = (20, 10) if options.quick else (50, 30)
-    standard = study.standard(0)
-    falls = {
-        radius: -study.report(standard, "validation", radius, n, steps)
-        .row(attack="attack")
-        .scores[f"top-{TOP} - control"]
-        .mean
-        for radius in (0.1, 0.15, 0.2)
-    }
-    radius = max(falls, key=lambda r: falls[r])
-    least = study.accuracy(standard, "validation") - MAY_COST
-    chosen, tried = {}, []
-    for name, candidates in settings(options.quick).items():
-        for setting in candidates:
-            model = study.timed(name, functools.partial(train, study, name, 0, setting))
-            accuracy = study.accuracy(model, "validation")
-            row = study.report(model, "validation", radius, n, steps).row(attack="attack")
-            score = row.scores[f"top-{TOP}"].mean
-            print(f"{name} {setting}: accuracy {accuracy:.3f}, top-{TOP} {score:.3f}", flush=True)
-            tried.append({"method": name, **setting, "accuracy": accuracy, "top": score})
-        mine = [t for t in tried if t["method"] == name]
-        fine = [t for t in mine if t["accuracy"] >= least]
-        # Where nothing qualifies, the most accurate is reported for what it is.
-        best = max(fine, key=lambda t: t["top"]) if fine else max(mine, key=lambda t: t["accuracy"])
-        chosen[name] = {k: v for k, v in best.items() if k not in ("method", "accuracy", "top")}
-    return radius, chosen, tried
-
-
-def train(study: Study, name: str, seed: int, setting: dict[str, Any]) -> nn.Module:
-    """Train one method."""
-    method = "softplus" if name.startswith("softplus") else name
-    model: nn.Module = getattr(study, method)(seed, **setting)
-    return model
-
-
-def evaluate(study: Study, model: nn.Module, radius: float, options: Any) -> dict[str, float]:
-    """Test figures of one network."""
-    n, steps = (30, 10) if options.quick else (100, 50)
-    report = study.report(model, "test", radius, n, steps)
-    attack, noise = (report.row(attack=name).scores for name in ("attack", "noise"))
-    x, y = (t[:500] for t in study.data["test"])
-    with torch.no_grad():
-        adversarial = _pgd(model).perturb(x, PGD_RADIUS, PGD_RADIUS / 5, 20, y)
-        robust = float((model(adversarial).argmax(1) == y).float().mean())
-    maps = Saliency(model).attribute(x.clone().requires_grad_(), target=y)
-    ink = (x > 0.2).float()
+def gains(found: dict[str, list[Found]]) -> dict[str, dict[str, Found]]:
+    """Each method less the network that it starts from, and sensitivity less adversarial."""
+    pairs = {name: (name, METHODS[name].start) for name in found if name not in STARTS}
+    for name in ("sensitivity", "sensitivity + Jacobian"):
+        pairs[f"{name} - adversarial"] = (name, "adversarial")
     return {
-        "accuracy": study.accuracy(model, "test"),
-        "PGD accuracy": robust,
-        "top-50, noise": noise[f"top-{TOP}"].mean,
-        "top-50, attack": attack[f"top-{TOP}"].mean,
-        "attack - noise": attack[f"top-{TOP} - control"].mean,
-        "rank corr., attack": attack["spearman"].mean,
-        "sparsity (Gini)": float(gini(maps).mean()),
-        "mass on ink": float(((maps * ink).sum((1, 2, 3)) / maps.sum((1, 2, 3))).mean()),
+        name: {
+            column: paired(*([run[column] for run in found[n]] for n in pair))
+            for column in found[pair[0]][0]
+        }
+        for name, pair in pairs.items()
+        if all(n in found for n in pair)
     }
 
 
-def draw(results: dict[str, Any], output: Any) -> None:
-    """Draw top-50 intersections under noise and attack."""
-    figure = Figure(figsize=(9, 4))
-    axes = figure.subplots()
-    names = list(results)
-    for offset, column in ((-0.2, "top-50, noise"), (0.2, "top-50, attack")):
-        means = [results[name][column]["mean"] for name in names]
-        spread = [results[name][column]["spread"] for name in names]
-        places = [i + offset for i in range(len(names))]
-        axes.bar(places, means, 0.4, yerr=spread, label=column.partition(", ")[2])
-    axes.set_xticks(range(len(names)), names, rotation=15)
-    axes.set_ylabel("top-50 intersection with the clean map")
-    axes.legend()
-    save_plot(output, "stability_study", figure)
+def verdict(gain: dict[str, Found], columns: Iterable[str]) -> str:
+    """Where the interval lies above zero, where below, and where it has both signs."""
+    words: dict[str, list[str]] = {"more": [], "less": [], "open": []}
+    for column in columns:
+        each = gain[column]
+        sure = abs(each["mean"]) > each["half width"]
+        word = ("more" if each["mean"] > 0 else "less") if sure else "open"
+        words[word].append(column.removeprefix("attack ").removeprefix("noise "))
+    return "; ".join(f"{word}: {', '.join(at)}" for word, at in words.items() if at)
 
 
-def draw_maps(model: nn.Module, x: Tensor, radius: float, steps: int) -> Figure:
-    """Draw images and their maps, clean, under noise and under attack."""
-    explainer = Saliency(model)
-    target = model(x).argmax(1)
-    found = {
-        name: a.perturb(x, target=target) for name, a in attacks(explainer, radius, steps).items()
-    }
-    figure = Figure(figsize=(6, 1.2 * len(x)), layout="constrained")
-    for row, (images, axes) in enumerate(
-        zip(zip(x, *found.values(), strict=True), figure.subplots(len(x), 6), strict=True)
-    ):
-        batch = torch.stack(images).requires_grad_()
-        maps = explainer.attribute(batch, target=int(target[row])).detach()
-        for i, name in enumerate(("clean", *found)):
-            axes[i].imshow(images[i][0], cmap="gray", vmin=0, vmax=1)
-            axes[3 + i].imshow(maps[i, 0], cmap="magma", vmin=0, vmax=float(maps.max()))
-            for axis, what in ((axes[i], "image"), (axes[3 + i], "map")):
-                axis.set_axis_off()
-                if row == 0:
-                    axis.set_title(f"{what}, {name}", fontsize=9)
+def claims(gain: dict[str, dict[str, Found]], radii: Sequence[float]) -> list[dict[str, str]]:
+    """One row for each claim of a paper."""
+    return [
+        {
+            "method": name,
+            "claim": claim,
+            "ours": ", ".join(f"{gain[name][f'attack {r}']['mean']:+.3f}" for r in radii),
+            "under attack": verdict(gain[name], [f"attack {r}" for r in radii]),
+            "under noise": verdict(gain[name], [f"noise {r}" for r in radii]),
+            "looks": verdict(gain[name], LOOKS),
+        }
+        for name, claim in CLAIMS.items()
+        if name in gain
+    ]
+
+
+def grids(study: Study, kept: Kept, chosen: dict[str, Found]) -> dict[str, list[Found]]:
+    """What was tried of sensitivity and adversarial training, trained in full, with one seed."""
+
+    def trained_with(name: str, setting: dict[str, float]) -> Found:
+        model = METHODS[name].train(study, 0, **setting)
+        return {**setting, **evaluate(study, model, "test", CHOSEN_AT)}
+
+    found: dict[str, list[Found]] = {}
+    for name in COMPARED if COMPARED[0] in chosen else ():
+        found[name] = []
+        for each in chosen[name]["tried"]:
+            setting = {n: each[n] for n in METHODS[name].axes}
+            label = ", ".join(f"{n} {v:.3g}" for n, v in setting.items())
+            run = functools.partial(trained_with, name, setting)
+            found[name].append(kept(f"grid, {name}, {label}", run))
+    return found
+
+
+def interpretability(grid: dict[str, list[Found]]) -> list[Found]:
+    """Sensitivity over its settings, beside adversarial training of like accuracy."""
+    columns = ("accuracy", "Gini", "mass on the digit", *(f"attack {r}" for r in CHOSEN_AT))
+    rows = []
+    for name in COMPARED[1:] if grid else ():
+        for each in grid[name]:
+            nearest = min(
+                grid["adversarial"], key=lambda other: abs(other["accuracy"] - each["accuracy"])
+            )
+            setting = {n: each[n] for n in METHODS[name].axes}
+            row = {"method": name, **setting, **{c: each[c] for c in columns}}
+            row["adversarial of nearest accuracy"] = {c: nearest[c] for c in ("radius", *columns)}
+            rows.append(row)
+    return rows
+
+
+def draw(found: dict[str, list[Found]], radii: Sequence[float]) -> Figure:
+    """Draw top-50 intersections over the radius, under noise and under attack."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("noise", "attack"), strict=True):
+        for i, (name, runs) in enumerate(found.items()):
+            means = [statistics.mean(run[f"{kind} {r}"] for run in runs) for r in radii]
+            style = f"C{i % 10}{'-s' if i < 10 else ':o'}"
+            style = "k-" if name == "standard" else "k--" if name == "tanh head" else style
+            axes.plot(radii, means, style, label=name, markersize=3)
+        axes.set_xscale("log")
+        axes.set_xticks(radii, [f"{r:g}" for r in radii])
+        axes.set_xlabel(f"radius, {kind}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.axes[0].set_ylabel(f"top {TOP} that stay")
     return figure
+
+
+def trained(study: Study, name: str, seed: int, setting: dict[str, float]) -> nn.Module:
+    """Train a method, or take it from where ATEX has started from it."""
+    return METHODS[name].train(study, seed, **setting) if setting else study.start(name, seed)
+
+
+def all_figures(study: Study, get: Callable[[], nn.Module]) -> dict[str, float]:
+    """Evaluate on test images."""
+    model = get()
+    found = evaluate(study, model, "test", study.sizes.radii)
+    return {**found, "PGD accuracy": robust(model, study.data["test"])}
+
+
+def maps_of(study: Study, get: Callable[[], nn.Module], images: int) -> dict[str, float]:
+    """Evaluate IG and SmoothGrad."""
+    return other_maps(get(), study, images, MAPS_RADII)
+
+
+def everything(
+    chosen: dict[str, Found],
+    found: dict[str, list[Found]],
+    grid: dict[str, list[Found]],
+    maps: dict[str, list[Found]],
+    radii: Sequence[float],
+) -> Found:
+    """Summaries, paired differences and verdicts."""
+    return {
+        "found": summaries(found),
+        "gains": gains(found),
+        "claims": claims(gains(found), radii),
+        "grid": grid,
+        "interpretability": interpretability(grid),
+        "chosen": chosen,
+        "other maps": summaries(maps),
+        "gains, other maps": gains(maps),
+    }
+
+
+def print_all(document: Found, radii: Sequence[float]) -> None:
+    """Print tables of means and standard deviations, and the claims."""
+    for title, columns in {
+        "Networks, and looks of maps": LOOKS,
+        f"Top {TOP} that stay under noise": [f"noise {r}" for r in radii],
+        f"Top {TOP} that stay under attack": [f"attack {r}" for r in radii],
+    }.items():
+        rows = [
+            [name, *(f"{each[c]['mean']:.3f} ± {each[c]['stdev']:.3f}" for c in columns)]
+            for name, each in document["found"].items()
+        ]
+        show(title, ["method", *columns], rows)
+    rows = [[*row.values()] for row in document["claims"]]
+    show("Claims", ["method", "claim", "ours", "under attack", "under noise", "looks"], rows)
 
 
 def main() -> None:
     """Choose, train, attack, report."""
     arguments = parser(__doc__)
-    arguments.add_argument("--data", required=True, help="mnist=DIR")
-    arguments.add_argument("--seeds", type=int, default=3)
-    arguments.add_argument("--epochs", type=int, default=4)
+    arguments.add_argument("--data", action="append", required=True, help="mnist=DIR")
+    arguments.add_argument("--seeds", type=int, default=5)
+    arguments.add_argument("--images", type=int, default=60, help="attacked")
+    arguments.add_argument("--restarts", type=int, default=1, help="of each attack")
+    arguments.add_argument("--maps", type=int, default=10, help="images for IG and SmoothGrad")
+    arguments.add_argument("--fashion-images", type=int, default=300, help="of 900")
+    arguments.add_argument("--parts", type=Path, default=None, help="folder for what is finished")
     options = arguments.parse_args()
-    study = Study(options.data, 1 if options.quick else options.epochs)
-    radius, chosen, tried = choose(study, options)
-    figures: dict[str, list[dict[str, float]]] = {}
-    for seed in range(options.seeds):
-        for name in ("standard", *chosen):
-            setting = chosen.get(name, {})
-            model = study.timed(name, functools.partial(train, study, name, seed, setting))
-            figures.setdefault(name, []).append(evaluate(study, model, radius, options))
-            if seed == 0 and name in ("standard", "softplus + hessian"):
-                maps = draw_maps(model, study.data["test"][0][:2], radius, 50)
-                save_plot(options.output, f"stability_maps_{name.partition(' ')[0]}", maps)
-    results = {
-        name: {
-            column: {
-                "mean": statistics.mean(run[column] for run in runs),
-                "spread": statistics.pstdev([run[column] for run in runs]),
-            }
-            for column in runs[0]
-        }
-        for name, runs in figures.items()
+    sources = {source.partition("=")[0]: source for source in options.data}
+    kept = Kept(options.parts)
+    sizes = Sizes(images=options.images, n_restarts=options.restarts)
+    short = Sizes(train=3500, epochs=1, batch=32, atex_steps=60, images=40, step_num=10)
+    if options.quick:
+        for name, most in (("seeds", 2), ("images", 20), ("maps", 3), ("fashion_images", 90)):
+            setattr(options, name, min(most, getattr(options, name)))
+        short = Sizes(train=1000, epochs=1, batch=32, atex_steps=5, images=10, step_num=3)
+        sizes = dataclasses.replace(short, images=options.images, step_num=5, radii=CHOSEN_AT)
+    mnist_folder = sources.get("mnist", "")
+    trial = Study(mnist_folder, short)
+    chosen = {
+        name: kept(
+            f"chosen, {name}",
+            functools.partial(choose, trial, kept, name, method, options.quick),
+        )
+        for name, method in METHODS.items()
+        if method.axes
     }
-    columns = list(next(iter(results.values())))
-    rows = [
-        [name, *(f"{r[c]['mean']:.3f} ± {r[c]['spread']:.3f}" for c in columns)]
-        for name, r in results.items()
-    ]
-    show(f"MNIST, radius {radius}, {options.seeds} seeds", ["method", *columns], rows)
-    settings_used = {**vars(options), "radius": radius, "beta": BETA, "chosen": chosen}
-    document = {"results": results, "tried": tried, "seconds": study.seconds}
-    save(options.output, "stability_study", settings_used, document)
-    draw(results, options.output)
+    study = Study(mnist_folder, sizes)
+    found: dict[str, list[Found]] = {}
+    networks: dict[tuple[int, str], Callable[[], nn.Module]] = {}
+    last = ["R2ET", *(name for name, method in METHODS.items() if method.fixed)]
+    # All seeds of what is compared first, then of the others one by one.
+    runs = sorted(
+        itertools.product(range(options.seeds), METHODS),
+        key=lambda run: last.index(run[1]) if run[1] in last else -1,
+    )
+    for seed, name in runs:
+        setting = {**METHODS[name].fixed, **chosen.get(name, {}).get("setting", {})}
+        train = functools.partial(trained, study, name, seed, setting)
+        get = functools.partial(kept.network, f"network, {seed}, {name}", train)
+        networks[seed, name] = get
+        run = functools.partial(all_figures, study, get)
+        part = f"found, {options.images} images, {seed}, {name}"
+        found.setdefault(name, []).append(kept(part, run))
+    authors: Found = {}
+    if "atex_fashion" in sources:
+        folder = Path(sources["atex_fashion"].partition("=")[2])
+        run = functools.partial(fashion, folder, study.sizes, options.fashion_images)
+        authors["fashion"] = kept("fashion", run)
+    grid = grids(study, kept, chosen)
+    maps: dict[str, list[Found]] = {}
+    mapped = [name for name in MAPPED if options.maps and name in METHODS]
+    for seed, name in itertools.product(range(options.seeds), mapped):
+        run = functools.partial(maps_of, study, networks[seed, name], options.maps)
+        maps.setdefault(name, []).append(kept(f"maps, {seed}, {name}", run))
+    document = {**everything(chosen, found, grid, maps, study.sizes.radii), **authors}
+    print_all(document, study.sizes.radii)
+    settings = {k: v for k, v in vars(options).items() if k not in ("data", "parts")}
+    settings |= {"choice": dataclasses.asdict(short), "sizes": dataclasses.asdict(sizes)}
+    save(options.output, "stability_study", settings, document)
+    save_plot(options.output, "stability_study", draw(found, study.sizes.radii))
 
 
 if __name__ == "__main__":

@@ -21,20 +21,15 @@ def check_tensors(inputs: Any) -> None:
     for i, tensor in enumerate(inputs if several else (inputs,)):
         if not isinstance(tensor, Tensor):
             what = f"`inputs[{i}]`" if several else "`inputs`"
-            raise refusal(TypeError, what, "a torch.Tensor", type_of(tensor), _remedy_of(tensor))
-
-
-def _remedy_of(found: Any) -> str:
-    if isinstance(found, PackedSequence):
-        return (
-            "Pass the padded tensor, and the lengths in additional_forward_args; pack them inside "
-            "forward_func."
-        )
-    if isinstance(found, list) and any(isinstance(t, Tensor) for t in found):
-        return "Pass a tuple of tensors for several inputs."
-    if hasattr(found, "__array__") or isinstance(found, (list, int, float)):
-        return "Convert it with torch.as_tensor(..., dtype=..., device=...)."
-    return "Pass the tensor that the model is called with."
+            raise refusal(
+                TypeError,
+                what,
+                "a torch.Tensor",
+                type_of(tensor),
+                "Pass the tensor that the model is called with: torch.as_tensor(...) of an array. "
+                "Pass a tuple of tensors for several inputs, and for a packed sequence the padded "
+                "tensor, with the lengths in additional_forward_args.",
+            )
 
 
 def check_inputs(inputs: Any) -> int:
@@ -152,7 +147,7 @@ def check_labels(target: Any) -> None:
             ValueError,
             "`target`",
             "the class labels",
-            "none" if target is None else "a tuple" if isinstance(target, tuple) else repr(target),
+            repr(target),
             "Pass target=y, shape (batch,).",
         )
 
@@ -184,6 +179,17 @@ def check_keywords(prior: Any, baselines: Any, annotations: dict[str, Any]) -> N
             )
 
 
+def check_number(name: str, value: Any) -> Tensor:
+    """Require a floating-point tensor of one element, and return it with shape ``()``."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        found = type_of(value)
+        if isinstance(value, Tensor):
+            found = f"shape {tuple(value.shape)}, {value.dtype}"
+        remedy = "Return the loss as a tensor, reduced to one number."
+        raise refusal(ValueError, name, "one number", found, remedy)
+    return value.sum()
+
+
 # ---- Options -------------------------------------------------------------------------------
 
 
@@ -206,26 +212,19 @@ def check_forward_func(forward_func: Any) -> None:
         )
 
 
-def check_layer(layer: Any) -> None:
-    """Require a module, rather than its name."""
-    if not isinstance(layer, nn.Module):
-        raise refusal(
-            TypeError, "`layer`", "a torch.nn.Module", type_of(layer), "Pass model.some_layer."
-        )
+def check_module(name: str, value: Any, remedy: str = "Pass model.some_layer.") -> None:
+    """Require a module, rather than its name or parameters."""
+    if not isinstance(value, nn.Module):
+        raise refusal(TypeError, f"`{name}`", "a torch.nn.Module", type_of(value), remedy)
 
 
-def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:
-    """Require an integer of at least ``least``."""
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+def count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
+    """Require an integer of at least ``least``, and of at most ``most``, and return it."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least or (most is not None and int(value) > most):
         expected = f"an integer of at least {least}"
+        expected += "" if most is None else f" and at most {most}"
         raise refusal(ValueError, f"`{name}`", expected, repr(value), f"Pass {name}={least}.")
-
-
-def count(name: str, value: Any, *, least: int = 1) -> int:
-    """Require an integer of at least ``least``, and return it."""
-    check_count(name, value, least=least)
     return int(value)
 
 
@@ -262,18 +261,6 @@ def _number(
 # ---- Reference rows ------------------------------------------------------------------------
 
 
-def check_reference(baseline: Any) -> None:
-    """Require a tensor of reference rows, or a number."""
-    if not isinstance(baseline, (Tensor, int, float)) or isinstance(baseline, bool):
-        raise refusal(
-            TypeError,
-            "`baselines`",
-            "a tensor of reference rows",
-            type_of(baseline),
-            "Pass for example a few hundred training examples stacked along dimension 0.",
-        )
-
-
 def check_distribution(baselines: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Require a non-empty set of reference rows for each input; numbers become one row."""
     if len(baselines) != len(inputs):
@@ -288,31 +275,32 @@ def check_distribution(baselines: Sequence[Any], inputs: Sequence[Tensor]) -> tu
 
 
 def _distribution(place: int, baseline: Any, inputs: Tensor) -> Tensor:
-    if not isinstance(baseline, Tensor):
-        check_reference(baseline)
+    what = f"`baselines[{place}]`"
+    if isinstance(baseline, (int, float)) and not isinstance(baseline, bool):
         return torch.full_like(inputs[:1], baseline, requires_grad=False)
+    if not isinstance(baseline, Tensor):
+        raise refusal(
+            TypeError,
+            what,
+            "a tensor of reference rows",
+            type_of(baseline),
+            "Pass for example a few hundred training examples stacked along dimension 0.",
+        )
     row, found = inputs.shape[1:], baseline.shape
     if found[1:] != row or not found or found[0] == 0:
-        remedy = "The first dimension counts reference rows; the others match the inputs."
-        if found == row:
-            remedy = "Add the first dimension, which counts reference rows, with unsqueeze(0)."
-        elif found[1:] == inputs.shape:
-            remedy = (
-                "The inputs look like one example: add the batch dimension, inputs.unsqueeze(0)."
-            )
-        elif found == inputs.shape[:1] and not baseline.is_floating_point():
-            remedy = "These look like labels: pass them as target=...."
         raise refusal(
             ValueError,
-            f"`baselines[{place}]`",
+            what,
             f"at least one reference row, rows of shape {tuple(row)} as in the inputs",
             f"shape {tuple(found)}",
-            remedy,
+            "Add the first dimension, which counts reference rows, with unsqueeze(0); to a single "
+            "example add the batch dimension, inputs.unsqueeze(0); if these are labels, pass them "
+            "as target=....",
         )
     if (baseline.dtype, baseline.device) != (inputs.dtype, inputs.device):
         raise refusal(
             TypeError,
-            f"`baselines[{place}]`",
+            what,
             f"{inputs.dtype} on {inputs.device} as in the inputs",
             f"{baseline.dtype} on {baseline.device}",
             "Convert it once with .to(inputs).",

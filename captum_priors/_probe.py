@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 from zlib import crc32
@@ -11,7 +11,7 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor
 
-from captum_priors._captum import as_tuple, forward_args, like_inputs, output_error
+from captum_priors._captum import as_tuple, like_inputs, output_error
 from captum_priors._errors import refusal, type_of
 from captum_priors._rows import run_forward
 from captum_priors._types import TensorOrTuple
@@ -50,17 +50,19 @@ def check_options(explainer: Any, options: Iterable[str]) -> None:
             )
 
 
-def seed_from_global_state() -> int:
-    """Read a seed off torch's global generator without moving it."""
-    return crc32(torch.get_rng_state().numpy().tobytes())
+def seed_or_global_state(seed: int | None) -> int:
+    """Return the seed, or one read off torch's global generator without moving it."""
+    return crc32(torch.get_rng_state().numpy().tobytes()) if seed is None else seed
 
 
 class Probe:
     """One batch's explainer call, to be asked at any points."""
 
-    def __init__(self, explainer: Any, like: TensorOrTuple, call: dict[str, Any]) -> None:
+    def __init__(
+        self, explainer: Any, like: TensorOrTuple, options: Mapping[str, Any], **call: Any
+    ) -> None:
         self.explainer, self._like = explainer, like
-        self._call = {name: value for name, value in call.items() if value is not None}
+        self._call = {**options, **{n: value for n, value in call.items() if value is not None}}
 
     def __call__(
         self, points: tuple[Tensor, ...], seed: int, *, graph: bool = False
@@ -80,18 +82,18 @@ class Probe:
         return tuple(a if graph else a.detach() for a in as_tuple(found))
 
 
-@torch.no_grad()
 def outputs_of(
-    forward_func: Any, points: tuple[Tensor, ...], additional_forward_args: Any
+    forward_func: Any,
+    points: tuple[Tensor, ...],
+    args: tuple[Any, ...] = (),
+    *,
+    graph: bool = False,
 ) -> Tensor:
-    """Run the model without a graph."""
-    return run_forward(forward_func, points, None, forward_args(additional_forward_args))
-
-
-def check_outputs(outputs: Tensor, n_examples: int) -> Tensor:
-    """Require one row of outputs for each example."""
-    if outputs.dim() == 0 or outputs.shape[0] != n_examples:
-        raise output_error(outputs, n_examples)
+    """Run the model, and require one row of outputs for each example."""
+    with torch.set_grad_enabled(graph):
+        outputs = run_forward(forward_func, points, None, args)
+    if outputs.dim() == 0 or len(outputs) != len(points[0]):
+        raise output_error(outputs, len(points[0]))
     return outputs
 
 
@@ -102,8 +104,6 @@ def predictions(outputs: Tensor) -> Tensor:
     return (outputs > 0).long().reshape(outputs.shape[0], -1).squeeze(1)
 
 
-def default_target(outputs: Tensor, target: Any) -> Any:
+def default_target(outputs: Tensor) -> Tensor | None:
     """Explain the predicted class where the caller names none and there are several."""
-    if target is None and outputs.dim() == 2 and outputs.shape[1] > 1:
-        return predictions(outputs)
-    return target
+    return predictions(outputs) if outputs.dim() == 2 and outputs.shape[1] > 1 else None

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 
 def shown(thing: Any) -> str:
     """Name of a function, class or object, with the options that are not its defaults."""
-    if isinstance(thing, functools.partial):
-        options = [f"{k}={shown_value(v)}" for k, v in thing.keywords.items()]
-        return f"{shown(thing.func)}({', '.join(options)})" if options else shown(thing.func)
     if isinstance(thing, nn.Module):
         return repr(thing)
-    if hasattr(thing, "__name__"):
+    if isinstance(thing, functools.partial):
+        name, parts = (
+            shown(thing.func),
+            [f"{k}={shown_value(v)}" for k, v in thing.keywords.items()],
+        )
+    elif hasattr(thing, "__name__"):
         return str(thing.__name__)
-    name = type(thing).__name__.removeprefix("Differentiable")
-    inner = getattr(thing, "attribution_method", None)
-    parts = [] if inner is None else [shown(inner)]
-    parts += shown_options(thing)
+    else:
+        name = type(thing).__name__.removeprefix("Differentiable")
+        inner = getattr(thing, "attribution_method", None)
+        parts = [*([] if inner is None else [shown(inner)]), *shown_options(thing)]
     return f"{name}({', '.join(parts)})" if parts else name
 
 

@@ -114,7 +114,7 @@ class SeveralOutputs(OutputTarget):
 
     def mapped(self, function: Callable[[Any], Any]) -> "SeveralOutputs":
         """Apply a function to what has an entry for each example."""
-        return SeveralOutputs(tuple(map(function, self.targets or ())))
+        return self if self.targets is None else SeveralOutputs(tuple(map(function, self.targets)))
 
     def select(self, outputs: Tensor) -> tuple[Tensor, ...]:
         """Select one number for each row, of each target."""

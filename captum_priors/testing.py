@@ -1,19 +1,19 @@
 """Certificates: is the gradient of an attribution, or of a loss, the derivative of its value?"""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from captum.attr import Attribution
 from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple
-from captum_priors._checks import check_tensors
+from captum_priors._checks import check_number, check_tensors
 from captum_priors._errors import NotDifferentiableError, refusal, type_of
 from captum_priors._probe import check_explainer, check_options
-from captum_priors._slopes import beside, from_one_state, judged, random_like
+from captum_priors._slopes import beside, judged, random_like, rows_of_padding
+from captum_priors._state import one_state
 from captum_priors.engine import modules_of, run_modules
 from captum_priors.engine.random import STREAMS, seed_global
 
@@ -105,20 +105,28 @@ def check_differentiable(
     directions = torch.Generator().manual_seed(seed)
     weights: list[Tensor] = []
 
-    def run() -> Tensor:
+    def value() -> Tensor:
+        back()
         seed_global(seed, STREAMS)
-        attributions = as_tuple(explainer.attribute(inputs, **attribute_options))
+        with torch.enable_grad():  # some explainers of users need it for their values
+            found = explainer.attribute(inputs, **attribute_options)
+        attributions = as_tuple(found)
         if not weights:
             weights.extend(random_like(a, directions) for a in attributions)
         pairs = zip(weights, attributions, strict=True)
         return torch.stack([(w * a).sum() for w, a in pairs]).sum()
 
-    with from_one_state(run, modules_of(explainer), as_tuple(inputs)) as value:
-        named = _checked(explainer, inputs, parameters, attribute_options)
-        gradients = _gradients(value(), named)
+    with one_state(modules_of(explainer), as_tuple(inputs)) as back:
+        if parameters is None:
+            parameters = _parameters_behind(explainer, value)
+        own = [(f"inputs[{i}]", tensor) for i, tensor in enumerate(as_tuple(inputs))]
+        named = _leaves([*_pairs(parameters), *own], (torch.float64,))
+        with run_modules() as running:
+            gradients = _gradients(value(), named)
+        still = rows_of_padding(running)
         analytic, numeric = [], []
         for (_, tensor), gradient in zip(named, gradients, strict=True):
-            direction = random_like(tensor, directions)
+            direction = random_like(tensor, directions, still)
             analytic.append(0.0 if gradient is None else float((gradient * direction).sum()))
             size, largest = (max(1.0, float(t.detach().abs().max())) for t in (tensor, direction))
             h = step * size / largest
@@ -129,70 +137,53 @@ def check_differentiable(
     gaps = [a - n for a, n in zip(analytic, numeric, strict=True)]
     errors = [abs(gap) / (scale or 1.0) if math.isfinite(gap) else math.inf for gap in gaps]
     if scale == max(errors) == 0:
-        raise refusal(
-            ValueError,
-            "`explainer`",
-            "attributions that depend on at least one of the parameters",
-            "derivatives that are all zero, which certifies nothing",
-            "Choose a nonlinear model, or other parameters.",
-        )
+        raise _certifies_nothing("`explainer`")
     names = [name for name, _ in named]
     certificate = Certificate(max(errors), dict(zip(names, errors, strict=True)), tolerance)
     if raise_exception and not certificate.passed:
-        stock = isinstance(explainer, Attribution)
-        stock = stock and type(explainer).__module__.startswith("captum.")
         worst = names[errors.index(max(errors))]
         raise refusal(
             NotDifferentiableError,
             "`explainer`",
             f"a gradient within {tolerance:g} of central differences",
             f"an error of {certificate.error:.2g}, the largest at {worst!r}",
-            "Captum's own classes drop the graph: wrap it, differentiable(explainer)."
-            if stock
-            else "Do not train on it: a part of the computation is missing from its graph, or "
-            "is random, or has a kink within the step.",
+            "Captum's own classes drop the graph: wrap them, differentiable(explainer). Otherwise "
+            "do not train on it: a part of the computation is missing from its graph, or is "
+            "random, or has a kink within the step.",
         )
     return certificate
 
 
-def _checked(
-    explainer: Any,
-    inputs: Any,
-    parameters: Iterable[tuple[str, Tensor]] | None,
-    options: dict[str, Any],
-) -> list[tuple[str, Tensor]]:
-    if parameters is None:
-        with run_modules() as running:  # what a function hides shows when it runs
-            explainer.attribute(inputs, **options)
-        modules = modules_of(explainer)
-        known = {m for root in modules for m in root.modules()}
-        modules = (*modules, *(m for m in running if m not in known))
-        parameters = [
-            # Several modules may have parameters of one name.
-            (f"{i}:{type(module).__name__}.{name}" if len(modules) > 1 else name, parameter)
-            for i, module in enumerate(modules)
-            for name, parameter in module.named_parameters()
-        ]
-    pairs = list(parameters)
-    if any(not isinstance(entry, tuple) for entry in pairs):
-        raise refusal(
-            TypeError,
-            "`parameters`",
-            "pairs of a name and a tensor",
-            "tensors alone",
-            "Pass model.named_parameters().",
-        )
-    pairs += [(f"inputs[{i}]", tensor) for i, tensor in enumerate(as_tuple(inputs))]
-    remedy = (
-        "Certify a copy of the model made with copy.deepcopy(model).double(): in lower "
-        "precision a difference quotient cannot tell right from wrong."
-    )
-    behind = f"behind {type(explainer).__name__} "
-    return _leaves(pairs, (torch.float64,), remedy, behind)
+def _parameters_behind(explainer: Any, value: Callable[[], Tensor]) -> Named:
+    with run_modules() as running:  # what a function hides shows when it runs
+        value()
+    modules = modules_of(explainer)
+    known = {m for root in modules for m in root.modules()}
+    modules = (*modules, *(m for m in running if m not in known))
+    return [
+        # Several modules may have parameters of one name.
+        (f"{i}:{type(module).__name__}.{name}" if len(modules) > 1 else name, parameter)
+        for i, module in enumerate(modules)
+        for name, parameter in module.named_parameters()
+    ]
 
 
-def _leaves(pairs: Named, dtypes: Sequence[torch.dtype], remedy: str, behind: str = "") -> Named:
-    # Each tensor once, under the last of its names.
+def _pairs(parameters: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(parameters, nn.Module):
+        parameters = parameters.named_parameters()
+    elif isinstance(parameters, Tensor):
+        parameters = [parameters]
+    for i, entry in enumerate(parameters):
+        name, tensor = entry if isinstance(entry, tuple) else (f"parameters[{i}]", entry)
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            remedy = "Pass the model, model.parameters() or model.named_parameters()."
+            expected = "tensors, or pairs of a name and a tensor"
+            raise refusal(TypeError, "`parameters`", expected, type_of(entry), remedy)
+        yield name, tensor
+
+
+def _leaves(pairs: Named, dtypes: Sequence[torch.dtype]) -> Named:
+    """Return what requires a gradient, each tensor once, under the last of its names."""
     names = {tensor: name for name, tensor in pairs if tensor.requires_grad}
     for tensor, name in names.items():
         if tensor.dtype not in dtypes or not tensor.is_leaf:
@@ -201,16 +192,13 @@ def _leaves(pairs: Named, dtypes: Sequence[torch.dtype], remedy: str, behind: st
                 f"`{name}`",
                 f"a leaf tensor in {' or '.join(map(str, dtypes))}",
                 f"{tensor.dtype}, leaf: {tensor.is_leaf}",
-                remedy,
+                "Certify copy.deepcopy(model).double(): in lower precision a difference quotient "
+                "often cannot tell right from wrong.",
             )
     if not names:
-        raise refusal(
-            ValueError,
-            "`parameters`",
-            f"parameters {behind}that require gradients",
-            "none",
-            "Pass parameters=model.named_parameters().",
-        )
+        remedy = "Pass parameters=model.named_parameters()."
+        expected = "parameters that require gradients"
+        raise refusal(ValueError, "`parameters`", expected, "none", remedy)
     return [(name, tensor) for tensor, name in names.items()]
 
 
@@ -219,6 +207,16 @@ def _gradients(value: Tensor, named: Named) -> Sequence[Tensor | None]:
         return [None] * len(named)
     found = torch.autograd.grad(value, [tensor for _, tensor in named], allow_unused=True)
     return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
+
+
+def _certifies_nothing(what: str) -> Exception:
+    return refusal(
+        ValueError,
+        what,
+        "a value that depends on at least one of the parameters",
+        "derivatives that are all zero, which certifies nothing",
+        "Choose a nonlinear model, or other parameters.",
+    )
 
 
 # ---- Any loss ---------------------------------------------------------------------------------
@@ -261,21 +259,20 @@ class GradientReport:
         return tuple(name for name, verdict in self.verdicts.items() if verdict in _FAULTS)
 
     def __str__(self) -> str:
+        said = {"constant": "constant in", "undecided": "not decidable here"}
         lines = []
         for verdict in (*_FAULTS, "undecided", "constant", "right"):
-            those = [name for name, found in self.verdicts.items() if found == verdict]
-            if those and verdict in _FAULTS[:2]:
-                those = [f"{name} ({self._detail(name)})" for name in those]
-            start = {"constant": "constant in", "undecided": "not decidable here"}.get(verdict)
-            lines += [f"{start or verdict}: {', '.join(those)}"] if those else []
+            those = [
+                f"{name} ({self._detail(name)})" if verdict in _FAULTS[:2] else name
+                for name, found in self.verdicts.items()
+                if found == verdict
+            ]
+            lines += [f"{said.get(verdict, verdict)}: {', '.join(those)}"] if those else []
         return "\n".join(lines)
 
     def _detail(self, name: str) -> str:
-        derivative, slope = self.slopes[name]
-        if self.verdicts[name] == "missing":
-            return f"the value has a slope of {slope:.2g}"
-        off = f"off by {100 * self.errors[name]:.2g} %"
-        return f"derivative {derivative:.2g} where the slope is {slope:.2g}, {off}"
+        (derivative, slope), off = self.slopes[name], 100 * self.errors[name]
+        return f"derivative {derivative:.2g} where the slope is {slope:.2g}, off by {off:.2g} %"
 
 
 def check_gradient(
@@ -290,7 +287,7 @@ def check_gradient(
     r"""Compare the gradient of any loss, one's own or another's, with its slopes.
 
     Each parameter tensor :math:`\theta` is moved along a random direction :math:`u`, and along one
-    that is half the gradient's own,
+    that is mostly the gradient's own,
 
     .. math:: \langle u, \nabla_\theta L\rangle \approx
         \frac{L(\theta + h u) - L(\theta - h u)}{2h},
@@ -299,7 +296,8 @@ def check_gradient(
     gradient from a kink (steps, or the two sides, contradict each other): that is "undecided".
 
     Each evaluation has the same random numbers, running statistics and streams of priors, and
-    nothing is left changed: no parameter, no ``.grad``, no buffer, no generator.
+    nothing is left changed: no parameter, no ``.grad``, no buffer, no generator. The row of an
+    embedding's ``padding_idx``, to which torch gives no gradient, is left out.
 
     Args:
         loss_fn: Returns the loss, one number: called as ``loss_fn()``, or with the inputs.
@@ -325,7 +323,7 @@ def check_gradient(
     Example:
         >>> import torch
         >>> from captum_priors.testing import check_gradient
-        >>> model, x = torch.nn.Linear(3, 1), torch.randn(8, 3)
+        >>> model, x = torch.nn.Linear(3, 1).double(), torch.randn(8, 3).double()
         >>> def right(x):
         ...     x = x.requires_grad_()
         ...     gradient, = torch.autograd.grad(model(x).tanh().sum(), x, create_graph=True)
@@ -343,15 +341,17 @@ def check_gradient(
     if not callable(loss_fn):
         remedy = "Pass lambda: ..., which computes it anew."
         raise refusal(TypeError, "`loss_fn`", "a function", type_of(loss_fn), remedy)
-    pairs = list(_pairs(parameters))
-    remedy = "Certify a copy of the model, copy.deepcopy(model).double() or .float()."
-    named = _leaves(pairs, (torch.float64, torch.float32), remedy)
+    named = _leaves([*_pairs(parameters)], (torch.float64, torch.float32))
     given = () if inputs is None else as_tuple(inputs)
     tensors = [*(t for _, t in named), *(t for t in given if isinstance(t, Tensor))]
-    with from_one_state(
-        lambda: loss_fn(*given), modules_of(parameters, loss_fn), tensors
-    ) as evaluate:
-        value, again = (_number(evaluate()) for _ in range(2))
+    with one_state(modules_of(parameters, loss_fn), tensors) as back, torch.enable_grad():
+
+        def evaluate() -> Tensor:
+            back()
+            return check_number("`loss_fn()`", loss_fn(*given))
+
+        with run_modules() as running:
+            value, again = evaluate(), evaluate()
         gap = abs(float(value.detach()) - float(again.detach()))
         # Sums on a GPU come in any order; other differences are no rounding.
         if gap > 1e3 * torch.finfo(value.dtype).eps * abs(float(again.detach())):
@@ -364,21 +364,15 @@ def check_gradient(
             )
         start, gradients = again.detach().clone(), _gradients(again, named)
         del value, again
-        found = judged(evaluate, start, named, gradients, tolerance, seed)
+        found = judged(evaluate, start, named, gradients, tolerance, seed, rows_of_padding(running))
     report = GradientReport(
         float(start),
-        verdicts={name: verdict for name, (verdict, _, _) in found.items()},
-        errors={name: error for name, (_, error, _) in found.items()},
-        slopes={name: slopes for name, (_, _, slopes) in found.items()},
+        verdicts={name: finding.verdict for name, finding in found.items()},
+        errors={name: finding.error for name, finding in found.items()},
+        slopes={name: finding.slopes for name, finding in found.items()},
     )
     if set(report.verdicts.values()) == {"constant"}:
-        raise refusal(
-            ValueError,
-            "`loss_fn`",
-            "a loss that depends on at least one of the parameters",
-            "derivatives that are all zero, which certifies nothing",
-            "Choose a nonlinear model, or other parameters.",
-        )
+        raise _certifies_nothing("`loss_fn`")
     if raise_exception and report.faults:
         raise refusal(
             NotDifferentiableError,
@@ -389,25 +383,3 @@ def check_gradient(
             "of Captum's without differentiable(...), and for square roots and divisions at zero.",
         )
     return report
-
-
-def _pairs(parameters: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(parameters, nn.Module):
-        parameters = parameters.named_parameters()
-    elif isinstance(parameters, Tensor):
-        parameters = [parameters]
-    for i, entry in enumerate(parameters):
-        name, tensor = entry if isinstance(entry, tuple) else (f"parameters[{i}]", entry)
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            remedy = "Pass the model, model.parameters() or model.named_parameters()."
-            expected = "tensors, or pairs of a name and a tensor"
-            raise refusal(TypeError, "`parameters`", expected, type_of(entry), remedy)
-        yield name, tensor
-
-
-def _number(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-        found = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else None
-        remedy = "Return the tensor, reduced to one number."
-        raise refusal(ValueError, "`loss_fn()`", "one number", found or type_of(loss), remedy)
-    return loss.sum()

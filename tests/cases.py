@@ -14,19 +14,6 @@ from captum.attr import InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor, nn
 
 from captum_priors import ExpectedGradients, LayerExpectedGradients, differentiable
-from captum_priors.stability import (
-    ATEX,
-    R2ET,
-    ActivationSensitivity,
-    AttributionAlignment,
-    CurvatureRegularization,
-    HessianPenalty,
-    InputGradientRegularization,
-    JacobianRegularization,
-    RobustAttribution,
-    SaliencyGuided,
-    SmoothSurface,
-)
 
 
 @dataclass(frozen=True)
@@ -266,52 +253,6 @@ LAYER_EXPLAINERS = [
 ]
 
 
-@dataclass(frozen=True)
-class RegularizerRow:
-    """A regularizer of a model's function, made small."""
-
-    name: str
-    cls: Callable[..., Any]
-    options: dict[str, Any] = field(default_factory=dict)
-    ways: dict[str, dict[str, Any]] = field(default_factory=dict)
-    draws: bool = True
-
-    def make(self, model: Any, way: str = "double_backprop", **options: Any) -> Any:
-        """Make it for a model."""
-        return self.cls(model, **{**self.options, **self.ways.get(way, {}), **options})
-
-
-_WAYS = {way: {"differentiation": way} for way in ("double_backprop", "finite_difference")}
-_DIFFERENCES: dict[str, dict[str, Any]] = {
-    "double_backprop": {"curvature": "difference"},
-    "finite_difference": {"curvature": "difference_twice"},
-}
-_SMALL = {"step_num": 2, "radius": 0.2, "step_size": 0.15}
-REGULARIZERS = [
-    RegularizerRow("ATEX", ATEX, {"n_samples": 2, "radius": 0.3}),
-    RegularizerRow("ATEX-published", ATEX, {"n_samples": 2, "radius": 0.3, "positions": (-1, 0)}),
-    RegularizerRow("Hessian", HessianPenalty, {"n_samples": 2}),
-    RegularizerRow("Hessian-differences", HessianPenalty, {}, _DIFFERENCES),
-    RegularizerRow("Sensitivity", ActivationSensitivity, {"n_samples": 2}),
-    RegularizerRow("Jacobian", JacobianRegularization, {"n_samples": 2}, _WAYS),
-    RegularizerRow("Jacobian-exact", JacobianRegularization, {"n_samples": None}, _WAYS, False),
-    RegularizerRow("InputGradient", InputGradientRegularization, {}, _WAYS, False),
-    RegularizerRow("CURE", CurvatureRegularization, {"step_size": 0.5}, _WAYS, False),
-    RegularizerRow("R2ET", R2ET, {"top_k": 2, "step_size": 0.5}, _WAYS, False),
-    RegularizerRow("SSR", SmoothSurface, {}, _WAYS, False),
-    RegularizerRow("SGT", SaliencyGuided),
-    RegularizerRow(
-        "IG-NORM", RobustAttribution, {**_SMALL, "n_steps": 5, "attack_n_steps": 3}, _WAYS
-    ),
-    RegularizerRow(
-        "IG-SUM-NORM",
-        RobustAttribution,
-        {**_SMALL, "n_steps": 5, "attack_n_steps": 3, "objective": "ig_sum_norm"},
-        _WAYS,
-    ),
-    RegularizerRow("ART", AttributionAlignment, {**_SMALL, "top_k": 5}, _WAYS),
-]
-
 DIFFERENTIATIONS = ["double_backprop", "recompute", "finite_difference"]
 EXACT = ["double_backprop", "recompute"]
 
@@ -322,6 +263,19 @@ def rows(table: list[Any]) -> list[Any]:
         pytest.param(row, id=getattr(row, "name", None) or getattr(row, "__name__", str(row)))
         for row in table
     ]
+
+
+class Recorder(nn.Module):
+    """Remembers the points at which a model was evaluated."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.seen: list[tuple[Tensor, ...]] = []
+
+    def forward(self, *inputs: Any) -> Tensor:
+        self.seen.append(tuple(x.detach().clone() for x in inputs if isinstance(x, Tensor)))
+        return self.model(*inputs)
 
 
 class Recurrent(nn.Module):

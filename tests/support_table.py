@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _summary
+from benchmarks import _claims, _summary
 from captum_priors.adapters.captum import ADAPTERS, REFUSED, held_fixed
 from captum_priors.adapters.shap import ROWS as SHAP_ROWS
 from tests.integrations.settings import settings_table
@@ -92,7 +92,11 @@ DOCS = ROOT / "docs"
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "support.md": {"measured": measured, "support table": captum_table, "shap table": shap_table},
     "training.md": {"settings table": settings},
-    "benchmarks.md": {"measured": measured, "benchmark table": _summary.table},
+    "benchmarks.md": {
+        "measured": measured,
+        "claims table": _claims.table,
+        "benchmark table": _summary.table,
+    },
 }
 """The tables of each page."""
 
@@ -127,7 +131,7 @@ def _results(name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Write the tables into the site's pages, and the summary beside the benchmarks' figures."""
-    _summary.write()
+    _summary.write(claims=_claims.table())
     for page, tables in PAGES.items():
         path = DOCS / page
         path.write_text(in_place(path.read_text(encoding="utf-8"), tables), encoding="utf-8")

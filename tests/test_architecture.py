@@ -24,7 +24,7 @@ LAYERS = [
     ["engine"],
     ["_rows", "outputs"],
     ["penalties", "distances"],
-    ["_probe", "_slopes", "attr", "concepts"],
+    ["_probe", "_slopes", "_state", "attr", "concepts"],
     ["adapters"],
     ["attacks"],
     ["priors", "testing"],

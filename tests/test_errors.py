@@ -351,16 +351,14 @@ def packed() -> Any:
 
 OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     # Choosing a weight
-    "criterion as loss": (
-        lambda: choose_weight(net(), nn.functional.cross_entropy, averaging(), [(x(), 1)]),
-        "loss=lambda batch",
-    ),
     "loss of each example": (lambda: weighed(loss=lambda out: out.sum(1)), "shape (5,)"),
-    "loss without a graph": (lambda: weighed(loss=lambda out: out.sum().detach()), "=False"),
-    "loss that is fitted": (lambda: weighed(loss=lambda out: 0 * out.sum()), "expected a gradient"),
+    "loss without a graph": (
+        lambda: weighed(loss=lambda out: out.sum().detach()),
+        "loss in batch 0: expected a gradient",
+    ),
     "loss that is not finite": (
         lambda: weighed(loss=lambda out: torch.inf * out.sum()),
-        "loss in batch 0: expected a finite number",
+        "loss in batch 0: expected a finite gradient",
     ),
     "prior that is not finite": (
         lambda: weighed(InputGradientRegularization, batches=[(x() / 0, torch.ones(5).long())]),
@@ -368,13 +366,15 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "prior of another model": (lambda: weighed(lambda _: JacobianRegularization(net())), "of this"),
     "prior of weight zero": (lambda: weighed(lambda m: 0 * JacobianRegularization(m)), "1 of 1"),
-    "function as prior": (lambda: weighed(lambda model: l1), "`prior`: expected a Prior"),
-    "function as model": (lambda: weighed(model=lambda x: x), "`model`: expected a Module"),
-    "frozen model": (lambda: weighed(model=net().requires_grad_(False)), "Unfreeze"),
+    "function as prior": (lambda: weighed(lambda model: l1), "`prior`: expected a prior"),
+    "frozen model": (
+        lambda: weighed(model=net().requires_grad_(False)),
+        "Is it fitted already, fr",
+    ),
     "no batches": (lambda: weighed(batches=[]), "used up"),
     "batches that are no pairs": (
         lambda: weighed(batches=[(x(), 1, 2)]),
-        "a pair (inputs, target), found tuple of 3",
+        "a pair (inputs, target)",
     ),
     "target ratio of zero": (lambda: weighed(target_ratio=0), "target_ratio"),
     "no steps between": (lambda: PriorLog(net(), every=0), "every"),
@@ -658,15 +658,6 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "certificate of NumPy": (
         lambda: check_differentiable(Saliency(net()), x().numpy(), target=1),
         "ndarray",
-    ),
-    "certificate of unnamed tensors": (
-        lambda: check_differentiable(
-            (e := differentiable(Saliency(net()))),
-            x(),
-            target=1,
-            parameters=[e.forward_func[0].bias],
-        ),
-        "named_parameters()",
     ),
     "certificate of a loss that is there": (
         lambda: check_gradient(net()(x()).sum(), net()),

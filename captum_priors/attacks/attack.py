@@ -10,24 +10,23 @@ from torch import Tensor
 
 from captum_priors._captum import as_tuple, forward_args, forward_func_of, like_inputs, progress
 from captum_priors._checks import (
-    check_count,
     check_floating,
     check_inputs,
     check_target,
+    count,
     nonnegative,
     positive,
 )
-from captum_priors._errors import NotDifferentiableError, one_of, refusal
+from captum_priors._errors import NotDifferentiableError, one_of, refusal, type_of
 from captum_priors._probe import (
     Probe,
     check_explainer,
     check_options,
-    check_outputs,
     default_target,
+    outputs_of,
     predictions,
-    seed_from_global_state,
+    seed_or_global_state,
 )
-from captum_priors._rows import run_forward
 from captum_priors._types import TensorOrTuple
 from captum_priors.adapters import differentiable
 from captum_priors.attacks.ball import (
@@ -54,7 +53,6 @@ class BoundedPerturbation(Perturbation, ABC):
     them.
     """
 
-    is_control = False
     explainer: Any = None
     output_weight = 0.0
 
@@ -117,7 +115,6 @@ class BoundedPerturbation(Perturbation, ABC):
 
         Raises:
             NotDifferentiableError: If the attributions have no graph to the inputs.
-            TypeError: If an argument has another type.
             ValueError: If inputs leave the bounds, or shapes do not match.
         """
         check_inputs(inputs)
@@ -127,7 +124,7 @@ class BoundedPerturbation(Perturbation, ABC):
         explaining = AttributionPass(
             self.explainer,
             self.forward_func,
-            seed=seed_from_global_state() if self.seed is None else self.seed,
+            seed=seed_or_global_state(self.seed),
             streams=STREAMS,
             replayed=True,
             exact=getattr(self.explainer, "differentiation", None) != "finite_difference",
@@ -174,39 +171,26 @@ class Batch:
         self.clean = tuple(ball.centre for ball in self.region)
         self.n = len(self.clean[0])
         self.generator = torch.Generator(self.clean[0].device).manual_seed(seed)
-        self._forward_func, self._args = attack.forward_func, call["additional_forward_args"]
+        self._forward_func = attack.forward_func
+        self._args = forward_args(call["additional_forward_args"])
         needed = attack.keep_prediction or attack.output_weight
         by_default = call["target"] is None and attack.explainer is not None
         if needed or (by_default and self._forward_func is not None):
             self.clean_outputs = self.outputs(self.clean)
-            call["target"] = default_target(self.clean_outputs, call["target"])
+            if by_default:
+                call["target"] = default_target(self.clean_outputs)
         if attack.explainer is not None:
-            given = {name: value for name, value in call.items() if value is not None}
-            self._probe = Probe(attack.explainer, inputs, {**attack.attribute_options, **given})
+            self._probe = Probe(attack.explainer, inputs, attack.attribute_options, **call)
             self.clean_maps = self.maps(self.clean)
 
     def outputs(self, points: Tensors, *, graph: bool = False) -> Tensor:
         """Return all outputs of the model."""
-        with torch.set_grad_enabled(graph):
-            args = forward_args(self._args)
-            return check_outputs(run_forward(self._forward_func, points, None, args), self.n)
+        return outputs_of(self._forward_func, points, self._args, graph=graph)
 
     def maps(self, points: Tensors, draws: int = 0, *, graph: bool = False) -> Tensors:
         """Return the attributions; what the explainer draws is the same for the same number."""
         copies = tuple(p.clone() for p in points)  # the explainer may work on them in place
         return self._probe(copies, derive(self.seed, draws), graph=graph)
-
-    def one_each(self, what: str, values: Any) -> Tensor:
-        """Require one value for each example."""
-        if isinstance(values, Tensor) and tuple(values.shape) == (self.n,):
-            return values
-        raise refusal(
-            ValueError,
-            what,
-            f"a tensor of shape ({self.n},)",
-            str(tuple(values.shape)) if isinstance(values, Tensor) else type(values).__name__,
-            "Return one value for each example.",
-        )
 
 
 class AttributionAttack(BoundedPerturbation):
@@ -255,8 +239,6 @@ class AttributionAttack(BoundedPerturbation):
 
     Raises:
         NotDifferentiableError: If the explainer cannot be differentiated.
-        TypeError: If an argument has another type.
-        ValueError: If an argument is out of range.
 
     Example:
         >>> import torch
@@ -296,8 +278,8 @@ class AttributionAttack(BoundedPerturbation):
         self.output_weight = nonnegative("output_weight", output_weight)
         model = forward_func_of(explainer) if forward_func is None else forward_func
         super().__init__(model, radius, norm, (lower_bound, upper_bound), keep_prediction, seed)
-        check_count("step_num", step_num)
-        check_count("n_restarts", n_restarts)
+        count("step_num", step_num)
+        count("n_restarts", n_restarts)
         for i, beta in enumerate(betas or ()):
             positive(f"betas[{i}]", beta)
         self.explainer = differentiable(explainer)
@@ -322,9 +304,8 @@ class AttributionAttack(BoundedPerturbation):
         return float(first * (last / first) ** (step / max(1, self.step_num - 1)))
 
     def _visits(self, batch: Batch) -> Iterator[Tensors]:
-        step_size = step_sizes(batch.region, self.step_size, self.step_num)
+        sizes = step_sizes(batch.region, self.step_size, self.step_num)
         steps = range(self.n_restarts * self.step_num)
-        points = batch.clean
         for i in progress(steps, desc=type(self).__name__, disable=not batch.show_progress):
             if i % self.step_num == 0:
                 points = batch.clean
@@ -334,20 +315,27 @@ class AttributionAttack(BoundedPerturbation):
             gradients = self._gradients(batch, points, i)
             if gradients is None:
                 return
-            points = ascend(batch.region, points, gradients, step_size)
+            points = ascend(batch.region, points, gradients, sizes)
             yield points
 
     def _rank(self, batch: Batch, points: Tensors) -> Tensor:
-        scores = self.score(batch.maps(points), batch.clean_maps)
-        return batch.one_each(f"score of {type(self).__name__}", scores)
+        scores: Any = self.score(batch.maps(points), batch.clean_maps)
+        if isinstance(scores, Tensor) and tuple(scores.shape) == (batch.n,):
+            return scores
+        raise refusal(
+            ValueError,
+            f"score of {type(self).__name__}",
+            f"a tensor of shape ({batch.n},)",
+            f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type_of(scores),
+            "Return one value for each example.",
+        )
 
     def _gradients(self, batch: Batch, points: Tensors, i: int) -> Tensors | None:
         """Differentiate the objective in the i-th step; None if no point changes the maps."""
         points = tuple(p.detach().requires_grad_() for p in points)
         beta = self.steepness(i % self.step_num)
         with AttributionPass(self.explainer, smooth=beta, holds=False, exact=False):
-            objective = self.objective(batch.maps(points, i + 1, graph=True), batch.clean_maps)
-            total = batch.one_each(f"objective of {type(self).__name__}", objective).sum()
+            total = self.objective(batch.maps(points, i + 1, graph=True), batch.clean_maps).sum()
             if self.output_weight:
                 now, before = batch.outputs(points, graph=True), batch.clean_outputs
                 change = _probabilities(now) - _probabilities(before)

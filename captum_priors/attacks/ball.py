@@ -139,10 +139,9 @@ def draw(region: Sequence[Ball], distribution: Distribution, generator: torch.Ge
 
 
 def ascend(
-    region: Sequence[Ball], points: Tensors, gradients: Tensors, step_size: Sizes
+    region: Sequence[Ball], points: Tensors, gradients: Tensors, sizes: Sequence[float]
 ) -> Tensors:
     """Take one step in each ball."""
-    sizes = for_each("step_size", step_size, len(region))
     each = zip(region, points, gradients, sizes, strict=True)
     return tuple(ball.step(p.detach(), g, size) for ball, p, g, size in each)
 
@@ -158,20 +157,23 @@ def climb(
     region: Sequence[Ball],
     points: Tensors,
     score: Callable[[Tensors], Tensor],
-    step_size: Sizes,
+    step_size: Sizes | None,
     step_num: int,
 ) -> Tensors:
     """Raise the scores, one for each example, from the given points on."""
+    sizes = step_sizes(region, step_size, step_num)
     for _ in range(step_num):
         points = tuple(p.detach().requires_grad_() for p in points)
         gradients = differentiate(score(points), points, create_graph=False)
-        points = ascend(region, points, gradients, step_size)
+        points = ascend(region, points, gradients, sizes)
     return points
 
 
-def step_sizes(region: Sequence[Ball], step_size: Sizes | None, step_num: int) -> Sizes:
+def step_sizes(region: Sequence[Ball], step_size: Sizes | None, step_num: int) -> tuple[float, ...]:
     """Return the length of a step in each ball: by default all of them go five times its radius."""
-    return tuple(5 / step_num * ball.radius for ball in region) if step_size is None else step_size
+    if step_size is None:
+        return tuple(5 / step_num * ball.radius for ball in region)
+    return for_each("step_size", step_size, len(region))
 
 
 # ---- One value for each ------------------------------------------------------------------------

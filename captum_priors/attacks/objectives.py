@@ -8,7 +8,7 @@ from torch import Tensor
 
 from captum_priors._captum import forward_func_of
 from captum_priors._checks import count
-from captum_priors._errors import one_of, refusal
+from captum_priors._errors import one_of
 from captum_priors._types import Distance, TensorOrTuple
 from captum_priors.attacks.attack import AttributionAttack, Batch, BoundedPerturbation
 from captum_priors.attacks.ball import Distribution, Norm, Sizes, Tensors, broadcast, draw, for_each
@@ -64,9 +64,6 @@ class TopKAttack(AttributionAttack):
         explainer: As in :class:`AttributionAttack`, like all options.
         k: Number of features, fewer than there are.
 
-    Raises:
-        ValueError: If ``k`` is not positive, or not smaller than the number of features.
-
     Example:
         >>> import torch
         >>> from captum.attr import Saliency
@@ -98,14 +95,7 @@ class TopKAttack(AttributionAttack):
 
     def _top(self, maps: Tensors) -> Tensor:
         rows = importance_rows(maps, self.dim)
-        if rows.shape[1] <= self.k:
-            raise refusal(
-                ValueError,
-                "`k`",
-                f"fewer than the {rows.shape[1]} features",
-                str(self.k),
-                "Lower k.",
-            )
+        count("k", self.k, most=rows.shape[1] - 1)
         return torch.zeros_like(rows).scatter(1, rows.topk(self.k, dim=1).indices, 1.0)
 
 
@@ -240,8 +230,6 @@ class RandomAttack(BoundedPerturbation):
         >>> torch.equal(noise.perturb(x).abs(), torch.full((2, 3), 0.1))
         True
     """
-
-    is_control = True
 
     def __init__(
         self,

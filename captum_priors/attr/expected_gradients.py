@@ -9,12 +9,12 @@ from torch import Tensor
 
 from captum_priors._captum import call_baselines, forward_args
 from captum_priors._checks import (
-    check_count,
     check_distribution,
     check_floating,
     check_forward_func,
     check_inputs,
     check_target,
+    count,
 )
 from captum_priors._errors import one_of, refusal
 from captum_priors._rows import Rows
@@ -110,8 +110,9 @@ class ExpectedGradients(GradientAttribution):
             estimator: ``"monte_carlo"`` is the paper's. ``"control_variate"`` has the same
                 expectation and mostly less variance, though more at two to four samples of a
                 quadratic function: :math:`(x - \mu) \odot \bar g` plus the covariance
-                of :math:`x - x'` and :math:`g` over samples spread evenly along the path. With one
-                sample there is no covariance and the two are the same.
+                of :math:`x - x'` and :math:`g` over samples spread evenly along the path. How much
+                less depends on the network: most with ReLU, little with tanh or a transformer.
+                With one sample there is no covariance and the two are the same.
             internal_batch_size: At most this many rows go through the model at once.
             generator: Source of the draws; by default torch's global generator.
 
@@ -162,8 +163,9 @@ class ExpectedGradients(GradientAttribution):
                 repr(stdevs),
                 "Pass 0.0 for no noise.",
             )
-        check_count("n_samples", n_samples)
-        check_count("internal_batch_size", internal_batch_size, optional=True)
+        count("n_samples", n_samples)
+        if internal_batch_size is not None:
+            count("internal_batch_size", internal_batch_size)
         if estimator not in ESTIMATORS:
             one_of("estimator", estimator, ESTIMATORS)
         if generator is not None and not isinstance(generator, torch.Generator):

@@ -10,7 +10,7 @@ from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
 from captum_priors._captum import as_tuple, forward_args
-from captum_priors._checks import check_inputs, check_layer, check_target
+from captum_priors._checks import check_inputs, check_module, check_target
 from captum_priors._errors import refusal
 from captum_priors._rows import Rows, run_forward, take, tile
 from captum_priors._types import Differentiation, TensorOrTuple
@@ -85,7 +85,7 @@ class LayerExpectedGradients(LayerAttribution, ExpectedGradients):
         *,
         differentiation: Differentiation = "double_backprop",
     ) -> None:
-        check_layer(layer)
+        check_module("layer", layer)
         ExpectedGradients.__init__(
             self, forward_func, multiply_by_inputs, differentiation=differentiation
         )

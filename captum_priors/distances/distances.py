@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_priors._checks import check_count, positive
+from captum_priors._checks import count, positive
 from captum_priors._errors import refusal
 from captum_priors.penalties.maths import (
     Axes,
@@ -96,9 +96,6 @@ def soft_spearman(attributions: Tensor, other: Tensor, *, strength: float = 10.0
     Returns:
         Shape ``(batch,)``, in [0, 2]; 0 for two constant maps, 1 for one.
 
-    Raises:
-        ValueError: If the strength is not positive.
-
     Example:
         >>> import torch
         >>> from captum_priors.distances import soft_spearman
@@ -151,7 +148,7 @@ def ssim(attributions: Tensor, other: Tensor, *, dim: Axes = None, window: int =
         >>> torch.allclose(ssim(a, a), torch.zeros(2), atol=1e-6)
         True
     """
-    check_count("window", window)
+    count("window", window)
     axes = axes_of(attributions, dim)
     if len(axes) != 2:
         raise refusal(
@@ -203,11 +200,8 @@ class SoftTopK(nn.Module):
     metrics report and has no gradient. Every entry is a feature.
 
     Args:
-        k: Number of top features.
+        k: Number of top features, fewer than there are.
         temperature: :math:`T`, the softness of membership relative to the mean attribution.
-
-    Raises:
-        ValueError: If ``k`` or ``temperature`` is not positive.
 
     Example:
         >>> import torch
@@ -219,9 +213,7 @@ class SoftTopK(nn.Module):
 
     def __init__(self, k: int, *, temperature: float = 0.1) -> None:
         super().__init__()
-        check_count("k", k)
-        positive("temperature", temperature)
-        self.k, self.temperature = k, temperature
+        self.k, self.temperature = count("k", k), positive("temperature", temperature)
 
     def forward(self, attributions: Tensor, other: Tensor) -> Tensor:
         """Return the distance of each example: shape ``(batch,)``."""
@@ -231,14 +223,7 @@ class SoftTopK(nn.Module):
 
     def _membership(self, attributions: Tensor) -> Tensor:
         size = in_units_of_largest(attributions.abs().flatten(1), 1)
-        if size.shape[1] <= self.k:
-            raise refusal(
-                ValueError,
-                "`k`",
-                f"fewer than the {size.shape[1]} features",
-                str(self.k),
-                "Lower k.",
-            )
+        count("k", self.k, most=size.shape[1] - 1)
         top = size.topk(self.k + 1, dim=1).values
         threshold = top[:, -2:].mean(1, keepdim=True)
         scale = size.mean(1, keepdim=True).clamp_min(1 / size.shape[1])

@@ -58,8 +58,7 @@ class Processes:
 
 
 _current: ContextVar[Processes | None] = ContextVar("processes", default=None)
-current_processes: Callable[[], Processes | None] = _current.get
-"""Return the processes that share the batch of the prior that is being evaluated, if told."""
+current_processes: Callable[[], Processes | None] = _current.get  # of the prior, where told
 
 
 @contextmanager
@@ -182,15 +181,7 @@ def _computed_together(modules: Sequence[nn.Module]) -> bool:
 def part_of_whole(
     value: Tensor, modules: Sequence[nn.Module], *, mean: bool, of_batch: bool, training: bool
 ) -> Tensor:
-    """Weigh the value of this process's part of a batch.
-
-    Args:
-        value: A mean or sum over this process's examples, or a statistic of the batch.
-        modules: Every module that is explained.
-        mean: Whether it is a mean.
-        of_batch: Whether it is a statistic of the batch.
-        training: Whether it is trained on.
-    """
+    """Weigh the value of this process's part of a batch: a mean, a sum or a statistic of it."""
     processes = current_processes()
     if of_batch:
         if processes is None and training and world_size() > 1:

@@ -47,8 +47,10 @@ class Visit(Protocol):
 Program = Callable[[tuple[Tensor, ...], Visit], tuple[Tensor, ...]]
 """Evaluates the sum from its explicit arguments, passing each term through ``visit``."""
 
-# Forward and backward pass evaluate the same program; nondeterministic GPU kernels reorder sums.
-_REPRODUCES = 1e-2
+# Forward and backward pass evaluate the same program; nondeterministic GPU kernels reorder sums,
+# and torch has another formula for SiLU's derivative where gradients are recorded, which in eight
+# bits moves the attributions of networks of 30 layers by up to 0.23.
+_REPRODUCES, _IN_HALF = 1e-2, 0.3
 
 
 def keep_graph(term: tuple[Tensor, ...], rows: slice = slice(None)) -> tuple[Tensor, ...]:
@@ -118,9 +120,8 @@ def recompute(
             return tuple(t.detach() for t in term)
 
         with conditions.again():
-            again = program(given, visit)
-        for value, repeated in zip(found, again, strict=True):
-            _check_reproduced(value, repeated.detach())
+            for value, repeated in zip(found, program(given, visit), strict=True):
+                _check_reproduced(value, repeated.detach())
         return total
 
     return with_pullback(found, [*arguments, *conditions.sources(leaves)], pullback)
@@ -128,7 +129,8 @@ def recompute(
 
 def _check_reproduced(value: Tensor, repeated: Tensor) -> None:
     difference = (value - repeated).abs().amax() if value.numel() else value.new_zeros(())
-    if difference > _REPRODUCES * value.abs().amax():
+    half = value.element_size() == 2 or torch.is_autocast_enabled(value.device.type)
+    if difference > (_IN_HALF if half else _REPRODUCES) * value.abs().amax():
         raise NotDifferentiableError(
             "recompute: expected the same attributions in the backward pass as in the forward "
             f"pass, found a difference of {float(difference):.3g}. Something outside the model "

@@ -51,18 +51,10 @@ class AcceleratedPrior(Wrapper):
         self.accelerator, self._means = accelerator, Means(accelerator.device)
         accelerator.register_for_checkpointing(self.prior)
 
-    def forward(
-        self,
-        inputs: Any,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        **annotations: Any,
-    ) -> Tensor:
+    def forward(self, *data: Any, **named: Any) -> Tensor:
         """Return the value of the prior, and in a training step keep it for :meth:`log`."""
-        call = {"inputs": inputs, "baselines": baselines, "target": target, **annotations}
-        call["additional_forward_args"] = additional_forward_args
-        value, values = evaluate(self.prior, call)
+        names = ("inputs", "baselines", "target", "additional_forward_args")
+        value, values = evaluate(self.prior, {**dict(zip(names, data, strict=False)), **named})
         if self.training_step():
             self._means.add(values)
         return value

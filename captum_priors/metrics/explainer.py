@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from captum_priors._captum import as_tuple
-from captum_priors._checks import check_count, check_inputs, check_target, positive
-from captum_priors._probe import Probe, seed_from_global_state
+from captum_priors._checks import check_inputs, check_target, count
+from captum_priors._probe import Probe, seed_or_global_state
 from captum_priors._types import TensorOrTuple
+from captum_priors.attacks.ball import Sizes, balls, check_sizes, draw
 from captum_priors.engine import AttributionPass, derive
 from captum_priors.engine.model import out_of_inference
 from captum_priors.engine.random import STREAMS
@@ -19,7 +20,7 @@ def local_lipschitz(
     explainer: Any,
     inputs: TensorOrTuple,
     *,
-    radius: float,
+    radius: Sizes,
     n_samples: int = 10,
     target: Any = None,
     seed: int | None = None,
@@ -37,7 +38,7 @@ def local_lipschitz(
     Args:
         explainer: An object with Captum's ``attribute``.
         inputs: Tensor ``(batch, ...)`` or a tuple of them.
-        radius: :math:`r`, in units of the inputs.
+        radius: :math:`r`, in units of the inputs; a tuple has one for each input.
         n_samples: Points around each input.
         target: As in ``attribute``.
         seed: Seed of the draws; by default read off torch's global generator, which does not move.
@@ -59,28 +60,24 @@ def local_lipschitz(
     """
     n = check_inputs(inputs)
     check_target(target, n, several=False)
-    check_count("n_samples", n_samples)
-    positive("radius", radius)
-    seed = seed_from_global_state() if seed is None else seed
-    given = {**attribute_options, "target": target}
-    with held_still(explainer, seed=seed, given={"inputs": inputs, **given}):
+    count("n_samples", n_samples)
+    seed = seed_or_global_state(seed)
+    given = {"inputs": inputs, "target": target, **attribute_options}
+    with held_still(explainer, seed=seed, given=given):
+        target, options = out_of_inference((target, attribute_options))
         tensors = tuple(t.detach() for t in out_of_inference(as_tuple(inputs)))
-        probe = Probe(explainer, inputs, out_of_inference(given))
-        noise = torch.Generator().manual_seed(derive(seed, 1))
+        probe = Probe(explainer, inputs, options, target=target)
+        region = balls(tensors, check_sizes("radius", radius))
+        noise = torch.Generator(tensors[0].device).manual_seed(derive(seed, 1))
         here = joined(tensors_of(probe(tensors, seed)))
         largest = torch.zeros(n, dtype=here.dtype, device=here.device)
         for _ in range(n_samples):
-            points = tuple(t + radius * _uniform(t, noise) for t in tensors)
+            points = draw(region, "uniform", noise)
             moved = (joined(tensors_of(probe(points, seed))) - here).norm(dim=1)
             # The step that was taken, after rounding.
             step = joined(tuple(p - t for p, t in zip(points, tensors, strict=True))).norm(dim=1)
             largest = torch.maximum(largest, moved / step.clamp_min(torch.finfo(step.dtype).tiny))
     return largest
-
-
-def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    draw = torch.rand(like.shape, generator=generator, dtype=torch.float64, device="cpu")
-    return (2 * draw - 1).to(like)
 
 
 def held_still(*explained: Any, seed: int, given: dict[str, Any]) -> AttributionPass:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_priors import distances
-from captum_priors._checks import check_count
-from captum_priors._errors import refusal
+from captum_priors._checks import count
 from captum_priors._extras import extra
 from captum_priors._types import TensorOrTuple
 from captum_priors.penalties.annotation import fitted
@@ -79,12 +78,8 @@ def top_k_intersection(
         >>> top_k_intersection(a, b, 2).item()
         0.5
     """
-    check_count("k", k)
     left, right = (importance_rows(maps, dim) for maps in (attributions, other))
-    if k > left.shape[1]:
-        raise refusal(
-            ValueError, "`k`", f"at most the {left.shape[1]} features", str(k), "Lower k."
-        )
+    count("k", k, most=left.shape[1])
     return torch.minimum(_membership(left, k), _membership(right, k)).sum(1) / k
 
 

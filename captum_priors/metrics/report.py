@@ -12,7 +12,7 @@ from captum_priors._captum import as_tuple, forward_func_of, like_inputs
 from captum_priors._checks import check_inputs, fraction
 from captum_priors._errors import refusal
 from captum_priors._extras import extra
-from captum_priors._probe import Probe, check_outputs, default_target, outputs_of, predictions
+from captum_priors._probe import Probe, default_target, outputs_of, predictions
 from captum_priors.adapters import differentiable
 from captum_priors.engine import derive
 from captum_priors.engine.model import out_of_inference
@@ -172,8 +172,7 @@ def stability_report(
 
     Raises:
         ImportError: Without the extra ``metrics`` (SciPy).
-        TypeError: If an argument has another type.
-        ValueError: If there is nothing to report on, or a value is out of range.
+        ValueError: If there is nothing to report on.
 
     Example:
         >>> import torch
@@ -195,14 +194,14 @@ def stability_report(
     }
     subjects = _subjects(explainers, attacks)
     found: dict[tuple[str, str], dict[str, list[Tensor]]] = {}
-    for number, (inputs, labels) in enumerate(_batches(loader)):
-        for subject in subjects:
-            columns = subject.attacked(inputs, labels, scores, derive(seed, number))
+    for number, batch in enumerate(_batches(loader)):
+        for explained, subject in subjects.items():
+            columns = _attacked(*subject, batch, scores, derive(seed, number))
             for attack, each in columns.items():
                 if control is not None and attack != control:
                     pairs = {m: (each[m].double(), columns[control][m].double()) for m in scores}
                     each |= {f"{m} - control": a - b for m, (a, b) in pairs.items()}
-                row = found.setdefault((subject.name, attack), {})
+                row = found.setdefault((explained, attack), {})
                 for name, values in each.items():
                     row.setdefault(name, []).append(values)
     if not found:
@@ -216,43 +215,39 @@ def stability_report(
     return StabilityReport(tuple(rows), confidence)
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """One explainer, its model and the attacks on it."""
-
-    name: str
-    explainer: Any
-    options: Mapping[str, Any]
-    attacks: Mapping[str, Any]
-
-    def attacked(
-        self, inputs: Any, labels: Tensor | None, scores: Mapping[str, Metric], seed: int
-    ) -> dict[str, Scores]:
-        """Score each attack on one batch."""
-        model = forward_func_of(self.explainer)
-        inputs, labels = _moved(model, inputs, labels)
-        draws = derive(seed, 1)  # others than those that an attack of ours ranks its points by
-        found: dict[str, Scores] = {}
-        with held_still(model, self.explainer, seed=seed, given={"inputs": inputs}):
-            inputs, labels, options = out_of_inference((inputs, labels, dict(self.options)))
-            clean = as_tuple(inputs)
-            outputs = check_outputs(outputs_of(model, clean, None), len(clean[0]))
-            target = default_target(outputs, None)
-            given = {} if target is None else {"target": target}
-            probe = Probe(self.explainer, inputs, {**options, **given})
-            here, before = probe(clean, draws), predictions(outputs)
-            for name, attack in self.attacks.items():
-                seed_global(seed, STREAMS)  # whichever attack comes first
-                moved = as_tuple(attack.perturb(inputs, **given))
-                there, now = probe(moved, draws), predictions(outputs_of(model, moved, None))
-                columns: Scores = {}
-                if labels is not None:
-                    columns = {"accuracy": before == labels, "accuracy, attacked": now == labels}
-                columns["prediction kept"] = before == now
-                for metric, score in scores.items():
-                    columns[metric] = score(*(m if len(m) > 1 else m[0] for m in (here, there)))
-                found[name] = {column: values.detach().cpu() for column, values in columns.items()}
-        return found
+def _attacked(
+    explainer: Any,
+    options: Mapping[str, Any],
+    attacks: Mapping[str, Any],
+    batch: tuple[Any, Tensor | None],
+    scores: Mapping[str, Metric],
+    seed: int,
+) -> dict[str, Scores]:
+    """Score each attack on one batch."""
+    model = forward_func_of(explainer)
+    inputs, labels = _moved(model, *batch)
+    draws = derive(seed, 1)  # others than those that an attack of ours ranks its points by
+    found: dict[str, Scores] = {}
+    with held_still(model, explainer, seed=seed, given={"inputs": inputs}):
+        inputs, labels, options = out_of_inference((inputs, labels, dict(options)))
+        clean = as_tuple(inputs)
+        outputs = outputs_of(model, clean)
+        target = default_target(outputs)
+        given = {} if target is None else {"target": target}
+        probe = Probe(explainer, inputs, options, **given)
+        here, before = probe(clean, draws), predictions(outputs)
+        for name, attack in attacks.items():
+            seed_global(seed, STREAMS)  # whichever attack comes first
+            moved = as_tuple(attack.perturb(inputs, **given))
+            there, now = probe(moved, draws), predictions(outputs_of(model, moved))
+            columns: Scores = {}
+            if labels is not None:
+                columns = {"accuracy": before == labels, "accuracy, attacked": now == labels}
+            columns["prediction kept"] = before == now
+            for metric, score in scores.items():
+                columns[metric] = score(*(m if len(m) > 1 else m[0] for m in (here, there)))
+            found[name] = {column: values.detach().cpu() for column, values in columns.items()}
+    return found
 
 
 def _moved(model: Any, inputs: Any, labels: Tensor | None) -> tuple[Any, Tensor | None]:
@@ -271,7 +266,8 @@ def _built(what: str, given: Any, is_built: Callable[[Any], bool], example: str)
     return given
 
 
-def _subjects(explainers: Any, attacks: Any) -> list[_Subject]:
+def _subjects(explainers: Any, attacks: Any) -> dict[str, tuple[Any, Any, Any]]:
+    """Return by name each explainer, the options of its attribute, and its attacks."""
     names = [set(given) if isinstance(given, Mapping) else given for given in (explainers, attacks)]
     if not explainers or names[0] != names[1]:
         raise refusal(
@@ -281,11 +277,11 @@ def _subjects(explainers: Any, attacks: Any) -> list[_Subject]:
             f"{names[0]} and {names[1]}",
             "Pass {'plain': Saliency(model)} and {'plain': {'noise': RandomAttack(...)}}.",
         )
-    found = []
+    found = {}
     for name, explainer in explainers.items():
         explainer, options = explainer if isinstance(explainer, tuple) else (explainer, {})
         named = _built(f"attacks[{name!r}]", attacks[name], _perturbs, "{'a': RandomAttack(...)}")
-        found.append(_Subject(name, differentiable(explainer), options, named))
+        found[name] = (differentiable(explainer), options, named)
     return found
 
 

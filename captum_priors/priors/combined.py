@@ -13,6 +13,13 @@ from captum_priors._types import TensorOrTuple
 from captum_priors.priors.base import Prior
 
 
+def check_prior(prior: Any) -> None:
+    """Require a prior."""
+    if not isinstance(prior, Prior):
+        remedy = "Pass an AttributionPrior, or a sum."
+        raise refusal(TypeError, "`prior`", "a prior", type_of(prior), remedy)
+
+
 class Wrapper(Prior):
     """A prior around another: it takes what that takes."""
 
@@ -20,14 +27,7 @@ class Wrapper(Prior):
 
     def __init__(self, prior: Prior, *, name: str | None = None) -> None:
         super().__init__(name=name)
-        if not isinstance(prior, Prior):
-            raise refusal(
-                TypeError,
-                "`prior`",
-                "a prior",
-                type_of(prior),
-                "Pass an AttributionPrior, or a sum.",
-            )
+        check_prior(prior)
         self.prior = prior
 
     def takes(self, name: str) -> bool:

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from captum_priors._checks import check_forward_func, check_layer
+from captum_priors._checks import check_forward_func, check_module
 from captum_priors._errors import one_of, refusal, type_of
 from captum_priors._rows import tile
 from captum_priors._types import DIFFERENTIATIONS, Differentiation
@@ -88,7 +88,7 @@ class ConceptPrior(Term):
         name: str | None = None,
     ) -> None:
         check_forward_func(forward_func)
-        check_layer(layer)
+        check_module("layer", layer)
         _check_concept(concept)
         if target is not None:
             one_of("target", target, get_args(Chosen))

@@ -16,7 +16,7 @@ from captum.attr import InputXGradient, LayerGradCam, Saliency
 from torch import Tensor, nn
 
 from captum_priors._captum import logits_of, select_error
-from captum_priors._checks import check_forward_func, check_layer
+from captum_priors._checks import check_forward_func, check_module
 from captum_priors._errors import refusal
 from captum_priors._rows import check_selects
 from captum_priors._shown import same, shown_value
@@ -244,7 +244,7 @@ class _OfGradCAM(_Named):
         **options: Any,
     ) -> None:
         check_forward_func(forward_func)
-        check_layer(layer)
+        check_module("layer", layer)
         grad_cam = LayerGradCam(forward_func, layer)
         explainer = differentiable(grad_cam, differentiation=differentiation)
         super().__init__(explainer, self._penalty, relu_attributions=True, **options)

@@ -17,7 +17,6 @@ from captum_priors.attacks.ball import (
     climb,
     draw,
     for_each,
-    step_sizes,
 )
 from captum_priors.engine import Field, derive, input_gradients
 from captum_priors.engine.model import BatchNorm
@@ -151,8 +150,7 @@ class RobustRightReasons(Term):
         points = draw(region, "uniform", generator)
         if self.attack == "random":
             return points
-        step_size = step_sizes(region, self.step_size, self.step_num)
-        return climb(region, points, self._loss(call), step_size, self.step_num)
+        return climb(region, points, self._loss(call), self.step_size, self.step_num)
 
     def _loss(self, call: Call) -> Field:
         return partial(cross_entropies, call)

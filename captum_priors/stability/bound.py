@@ -1,7 +1,6 @@
 r"""How far an explanation can be moved at most (Dombrowski et al. 2019, 2022)."""
 
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -13,10 +12,9 @@ from captum_priors._errors import NotDifferentiableError, one_of, refusal
 from captum_priors._rows import Rows, selected
 from captum_priors._types import TensorOrTuple
 from captum_priors.attacks.ball import Tensors, broadcast
-from captum_priors.engine import AttributionPass, check_rows, input_gradients
+from captum_priors.engine import AttributionPass, input_gradients
 from captum_priors.engine.model import current_beta
-from captum_priors.outputs import SumOfOutputs
-from captum_priors.stability.base import flat_rows
+from captum_priors.stability.base import flat_rows, points_of
 from captum_priors.stability.hessian import hessian_vector_product, rademacher
 from captum_priors.stability.smooth import smooth_activations
 
@@ -148,21 +146,17 @@ def _hessian_norms(
     gradients: Tensors, points: Tensors, norm: Norm, n_samples: int | None
 ) -> Tensor:
     """Norm of the Hessian of each example, from its products with unit or random vectors."""
-    random = range(0 if n_samples is None else count("n_samples", n_samples))
-    vectors = (rademacher(points) for _ in random) if random else _unit_vectors(points)
+    rows = flat_rows(points).detach()
+    if n_samples is None:
+        units = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+        vectors = (points_of(unit.expand_as(rows), points) for unit in units)
+    else:
+        vectors = (rademacher(points) for _ in range(count("n_samples", n_samples)))
     products = (hessian_vector_product(gradients, points, v, create_graph=False) for v in vectors)
     columns = torch.stack([flat_rows(product) for product in products], 1)
-    if random:
-        return columns.square().sum(2).mean(1).sqrt()
-    return _matrix_norm(columns, norm)
-
-
-def _unit_vectors(points: Tensors) -> Iterator[Tensors]:
-    for which, point in enumerate(points):
-        for feature in range(point[0].numel()):
-            unit = tuple(torch.zeros_like(p, requires_grad=False) for p in points)
-            unit[which].view(len(point), -1)[:, feature] = 1
-            yield unit
+    if n_samples is None:
+        return _matrix_norm(columns, norm)
+    return columns.square().sum(2).mean(1).sqrt()
 
 
 def _matrix_norm(matrices: Tensor, norm: Norm) -> Tensor:
@@ -205,15 +199,11 @@ def _product(model: Any, inputs: tuple[Any, ...], target: Any, norm: Norm) -> Te
         before, curvature = curvature, curvature * gain + slope**2 * second
         slope, inputs = slope * gain, (outputs,)
     if target is not None:
-        check_rows(selected(outputs, target), len(outputs))
-        last = isinstance(layer, nn.Linear) and outputs.dim() == 2
-        if isinstance(target, SumOfOutputs):
-            weights = target.spread(outputs).flatten(1)
-            sizes = (weights @ layer.weight if last else weights).norm(dim=1)
-            curvature = (before if last else curvature) * sizes
-        elif last and not isinstance(target, tuple):
-            row: Tensor = layer.weight.norm(dim=1)[torch.as_tensor(target).flatten()]
-            curvature = before * row  # of the last linear map, this row alone counts
+        (weights,) = input_gradients(lambda z: selected(z[0], target), (outputs,))
+        weights = weights.flatten(1)
+        if isinstance(layer, nn.Linear) and outputs.dim() == 2:  # of its rows, these alone count
+            curvature, weights = before, weights @ layer.weight
+        curvature = curvature * weights.norm(dim=1)
     return curvature
 
 

@@ -82,7 +82,7 @@ class ATEX(Regularizer):
 
     Raises:
         TypeError: If the explainer has no ``attribute``, or that does not take an option.
-        ValueError: If there is no module to copy a teacher from, or an option is out of range.
+        ValueError: If there is no module to copy a teacher from.
 
     Example:
         >>> import torch
@@ -198,13 +198,9 @@ class ATEX(Regularizer):
 
     def _explanation(self, call: Call) -> Tensor:
         """Explain the batch; the maps are constants."""
-        given = {
-            "target": call.target,
-            "additional_forward_args": call.args or None,
-            "baselines": call.baselines,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        probe = Probe(self.explainer, call.given, {**self.options, **given})
+        given = {"target": call.target, "baselines": call.baselines}
+        given["additional_forward_args"] = call.args or None
+        probe = Probe(self.explainer, call.given, self.options, **given)
         # Leaves of our own that require gradients: Captum would set and unset that on others.
         leaves = tuple(x.detach().clone().requires_grad_() for x in call.inputs)
         maps = probe(leaves, derive(call.seed, 0))
@@ -240,15 +236,12 @@ class SaliencyGuided(Regularizer):
 
     Args:
         forward_func: The model, which returns logits; a single one is a binary classifier's.
-        fraction: Share of the features that is replaced, .5 in the paper.
+        fraction: Share of the features that is replaced, in (0, 1]; .5 in the paper.
         abs: Rank by absolute gradients; the public code ranks signed ones unless told otherwise,
             and so replaces the features that speak most against the class.
         reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Run the model with ReLU as Softplus of this steepness.
         name: As in :class:`Prior`.
-
-    Raises:
-        ValueError: If ``fraction`` is not in (0, 1].
 
     Example:
         >>> import torch

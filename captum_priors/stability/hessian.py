@@ -56,7 +56,6 @@ class HessianPenalty(Regularizer):
         name: As in :class:`Prior`.
 
     Raises:
-        ValueError: If an option is not one of those above.
         NotDifferentiableError: If an operator of the model lacks the derivatives that are needed.
 
     Example:

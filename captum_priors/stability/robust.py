@@ -1,6 +1,6 @@
 """Regularizers that look at the worst point of a ball: robust attribution and its alignment."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
@@ -17,12 +17,7 @@ from captum_priors.engine import derive
 from captum_priors.penalties.maths import cosine_distance
 from captum_priors.priors.base import Call, Reduction
 from captum_priors.priors.classes import cross_entropies, logits_and_labels
-from captum_priors.stability.base import (
-    GradientRegularizer,
-    Shared,
-    Way,
-    flat_rows,
-)
+from captum_priors.stability.base import GradientRegularizer, Shared, Way, flat_rows
 
 
 class Ascent(TypedDict, total=False):
@@ -62,12 +57,6 @@ class _WorstCase(GradientRegularizer):
         generator = torch.Generator(call.inputs[0].device).manual_seed(derive(call.seed, 0))
         return region, draw(region, "uniform", generator)
 
-    def _climb(
-        self, region: tuple[Ball, ...], points: Tensors, score: Callable[[Tensors], Tensor]
-    ) -> Tensors:
-        """Raise the scores, one for each example, from the given points on."""
-        return climb(region, points, score, self.step_size, self.step_num)
-
 
 class RobustAttribution(_WorstCase):
     r"""IG-NORM and IG-SUM-NORM: penalise what the loss's worst change is attributed to.
@@ -102,8 +91,7 @@ class RobustAttribution(_WorstCase):
         smooth: Run the model with ReLU as Softplus of this steepness.
 
     Raises:
-        ValueError: If an option is not one of those above, a label is none of the classes, or the
-            inputs leave the bounds.
+        ValueError: If a label is none of the classes, or the inputs leave the bounds.
 
     Example:
         >>> import torch
@@ -144,7 +132,8 @@ class RobustAttribution(_WorstCase):
             return cross_entropies(call, ends) + self.weight * size
 
         region, start = self._start(call)
-        worst = self._climb(region, start, lambda points: value(points, self.attack_n_steps))
+        attacked = partial(value, n_steps=self.attack_n_steps)
+        worst = climb(region, start, attacked, self.step_size, self.step_num)
         return value(worst, self.n_steps)
 
     def _integrated(self, call: Call, ends: Tensors, n_steps: int) -> Tensors:
@@ -183,8 +172,7 @@ class AttributionAlignment(_WorstCase):
             :class:`RobustAttribution`.
 
     Raises:
-        ValueError: If an option is not one of those above, a label is none of the classes, or the
-            inputs leave the bounds.
+        ValueError: If a label is none of the classes, or the inputs leave the bounds.
 
     Example:
         >>> import torch
@@ -241,7 +229,7 @@ class AttributionAlignment(_WorstCase):
             x = flat_rows(points).gather(1, top)
             return F.softplus(cosine_distance(own, x) - cosine_distance(other, x))
 
-        return self._climb(region, start, loss)
+        return climb(region, start, loss, self.step_size, self.step_num)
 
     def _gradients(self, call: Call, points: Tensors) -> tuple[Tensors, ...]:
         """Input gradients of the true class and of the runner-up."""

@@ -65,7 +65,7 @@ class ActivationSensitivity(Regularizer):
         name: As in :class:`Prior`.
 
     Raises:
-        ValueError: If an option is not one of those above, or the forward pass calls no such layer.
+        ValueError: If the forward pass calls no such layer.
 
     Example:
         >>> import torch

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from captum_priors._checks import nonnegative, positive
-from captum_priors._errors import refusal
+from captum_priors._checks import check_module, nonnegative, positive
 from captum_priors.engine.model import ReluMode
 
 
@@ -27,10 +26,6 @@ class smooth_activations(nn.Module):  # noqa: N801  # used like a function, as t
         model: The module to smooth.
         beta: Steepness :math:`\beta > 0`.
 
-    Raises:
-        TypeError: If ``model`` is not a module.
-        ValueError: If ``beta`` is not positive and finite.
-
     Example:
         >>> import torch
         >>> import torch.nn.functional as F
@@ -46,7 +41,7 @@ class smooth_activations(nn.Module):  # noqa: N801  # used like a function, as t
 
     def __init__(self, model: nn.Module, beta: float) -> None:
         super().__init__()
-        _check_module(model, "Pass the model; a prior smooths any function with smooth=beta.")
+        check_module("model", model, "Pass the model; a prior smooths functions by smooth=beta.")
         self.model = model
         self.beta = positive("beta", beta)
         self._entered: dict[int, list[ReluMode]] = {}  # of each thread
@@ -89,10 +84,6 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
         Two groups, decaying and not; either is left out if it is empty. Take an optimizer with
         decoupled decay: ``torch.optim.AdamW`` rather than ``Adam``.
 
-    Raises:
-        TypeError: If ``model`` is not a module.
-        ValueError: If ``weight_decay`` is negative.
-
     Example:
         >>> import torch
         >>> from captum_priors.stability import weight_decay_groups
@@ -102,7 +93,7 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
         [(0.1, [(4, 3)]), (0.0, [(4,), (4,), (4,)])]
         >>> _ = torch.optim.AdamW(groups, lr=1e-3)
     """
-    _check_module(model, "Pass the model itself.")
+    check_module("model", model, "Pass the model itself.")
     weight_decay = nonnegative("weight_decay", weight_decay)
     # Other normalisation has one parameter for each channel, hence no matrix.
     spared = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
@@ -118,8 +109,3 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
         for decaying, weight in ((True, weight_decay), (False, 0.0))
     ]
     return [group for group in groups if group["params"]]
-
-
-def _check_module(model: Any, remedy: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise refusal(TypeError, "`model`", "a torch.nn.Module", type(model).__name__, remedy)

@@ -10,9 +10,6 @@ import torch
 from captum.attr import (
     DeepLift,
     GradientShap,
-    InputXGradient,
-    IntegratedGradients,
-    NoiseTunnel,
     Occlusion,
     Saliency,
 )
@@ -169,21 +166,18 @@ def test_points_that_rank_below_the_clean_input_are_not_taken() -> None:
 
 
 class Everything(nn.Module):
-    """Statistics, dropout, a kink, and a step in place on the inputs."""
+    """Statistics, dropout and a kink."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.dropout = nn.BatchNorm1d(4), nn.Dropout(0.4)
         self.hidden, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
         self.fails_after = -1
-        self.shift = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fails_after == 0:
             raise RuntimeError("the model fails midway")
         self.fails_after -= 1
-        if self.shift:
-            x -= self.shift
         return self.head(self.dropout(torch.relu(self.hidden(self.norm(x)))))
 
 
@@ -228,19 +222,6 @@ def test_leaves_no_trace_when_the_model_raises(make: Make, fails_after: int) -> 
     with leaves_no_trace(model, tensors=[x]), pytest.raises(RuntimeError, match="fails midway"):
         attack.perturb(x)
     assert torch.relu(-torch.ones(1)).item() == 0
-
-
-@every_attack
-def test_models_that_work_in_place_change_nothing_but_their_outputs(make: Make) -> None:
-    model, x = in_training()
-    model.shift, before = 0.5, x.clone()
-    attack = make(Saliency(model), radius=0.4, seed=1)
-    moved = attack.perturb(x)
-    assert torch.equal(x, before)
-    assert 0 < float((moved - x).abs().max()) <= 0.4 + 1e-12
-    model.shift = 0.0
-    model.register_forward_pre_hook(lambda _, args: (args[0] - 0.5,))
-    torch.testing.assert_close(moved, attack.perturb(x), rtol=0, atol=1e-12)
 
 
 @every_attack
@@ -292,13 +273,9 @@ def shap_gradient(model: nn.Module) -> Any:
 
 BASELINES = {"baselines": torch.zeros(3, 1, 8, 8, dtype=torch.float64)}
 EXPLAINERS: list[tuple[str, Callable[[nn.Module], Any], dict[str, Any]]] = [
-    ("InputXGradient", InputXGradient, {}),
-    ("IG", IntegratedGradients, {"n_steps": 5}),
     ("DeepLift", DeepLift, {}),
-    ("EG", ExpectedGradients, BASELINES),
     ("GradientShap", GradientShap, BASELINES),
     ("Occlusion", Occlusion, {"sliding_window_shapes": (1, 4, 4), "strides": (1, 4, 4)}),
-    ("SmoothGrad", lambda m: NoiseTunnel(Saliency(m)), {"nt_samples": 2, "stdevs": 0.1}),
     ("recompute", lambda m: differentiable(Saliency(m), differentiation="recompute"), {}),
     ("difference", lambda m: differentiable(Saliency(m), differentiation="finite_difference"), {}),
     ("SHAP", shap_gradient, {}),
@@ -318,19 +295,6 @@ def test_works_on_any_differentiable_explainer(
     moved = DistanceAttack(make(model), mse, **common, **options).perturb(x, target=1)
     # From a clean start, only a gradient can have moved anything.
     assert float((moved - x).abs().max()) > 0.05
-
-
-@gradient_attack
-def test_chunks_of_the_explainer_change_nothing(make: Make) -> None:
-    case = mlp()
-    options = {"radius": 0.3, "n_steps": 5, "seed": 0, "norm": "L2"}
-    whole, chunks = (
-        make(IntegratedGradients(case.model), internal_batch_size=size, **options)
-        for size in (None, 7)
-    )
-    torch.testing.assert_close(
-        whole.perturb(case.inputs, 1), chunks.perturb(case.inputs, 1), rtol=0, atol=1e-10
-    )
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -407,18 +371,6 @@ def test_objectives_of_known_maps() -> None:
     assert torch.equal(pair.objective((a, two[:1]), (b, two[1:])), mse((a, two[:1]), (b, two[1:])))
 
 
-def test_output_weight_keeps_the_probabilities() -> None:
-    case = relu_cnn()
-    model, options = case.model, {"radius": 0.5, "step_num": 20, "keep_prediction": False}
-    explainer, changes = Saliency(model), []
-    for weight in (0.0, 1e4):
-        attack = manipulation(explainer, output_weight=weight, random_start=False, **options)
-        moved = attack.perturb(case.inputs, target=1)
-        p, q = (model(x).softmax(1) for x in (case.inputs, moved))
-        changes.append((p - q).square().sum().item())
-    assert changes[1] < changes[0] / 2
-
-
 @every_attack
 @pytest.mark.parametrize("n", [1, 3])
 def test_classes_and_signs_of_one_logit_are_kept(make: Make, n: int) -> None:
@@ -458,15 +410,6 @@ def test_bounds_radii_and_steps_may_differ_between_inputs_and_channels(make: Mak
     assert 0.1 < float((y - b).abs().max()) <= 0.5 + 1e-12
 
 
-def test_annotation_without_channels_is_of_all_channels() -> None:
-    x = torch.randn(2, 3, 4, 4)
-    stays = torch.zeros(2, 4, 4)
-    stays[0, 1], stays[1, :, 2] = 1, 1
-    moved = RandomAttack(radius=0.1, keep_prediction=False).perturb(x, annotation=stays)
-    assert torch.equal((moved == x).all(1), stays.bool())
-    assert torch.equal((moved == x).any(1), stays.bool())
-
-
 def test_constant_maps_are_left_alone() -> None:
     x = torch.randn(3, 4)
     attack = top_k(Saliency(nn.Linear(4, 2)), radius=0.1, random_start=False)
@@ -487,20 +430,6 @@ def test_detached_explainer_is_refused() -> None:
     case = mlp()
     with pytest.raises(NotDifferentiableError, match="a graph to the inputs, found none from Det"):
         distance(Detached(case.model), radius=0.1).perturb(case.inputs, target=1)
-
-
-class Free:
-    """An explainer that does not say what it explains."""
-
-    def attribute(self, inputs: Tensor) -> Tensor:
-        return inputs.square()
-
-
-def test_explainer_without_a_known_model() -> None:
-    x = torch.ones(2, 4)
-    attack = distance(Free(), radius=0.5, keep_prediction=False)
-    # Squares move furthest at either end of the ball.
-    torch.testing.assert_close((attack.perturb(x) - 1).abs(), torch.full((2, 4), 0.5))
 
 
 def test_progress_bar_shows_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -556,7 +485,6 @@ def wrong(*_: Any) -> Any:
 
 BAD: dict[type[Exception], list[tuple[str, Make, dict[str, Any]]]] = {
     ValueError: [
-        ("`radius`: expected a positive", top_k, {"radius": 0}),
         ("`radius`: expected one value, or 1", noise, {"radius": (1, 2)}),
         ("`norm`: expected one of 'Linf', 'L2'", noise, {"norm": "L1"}),
         ("`n_tries`: expected an integer", noise, {"n_tries": 0}),
@@ -569,20 +497,16 @@ BAD: dict[type[Exception], list[tuple[str, Make, dict[str, Any]]]] = {
         ("`dim`: expected different axes among 1 to 1", top_k, {"dim": 2}),
         (r"`betas\[1\]`: expected a positive", distance, {"betas": (1, -1)}),
         ("`k`: expected an integer", TopKAttack, {"k": 0}),
-        ("`k`: expected fewer than the 4 features, found 4", TopKAttack, {"k": 4}),
         (r"of DistanceAttack: .* shape \(2,\), found bool", DistanceAttack, {"distance": wrong}),
         ("`target_map`: expected numbers, or tensors", manipulation, {"target_map": "map"}),
         (r"to \(2, 4\), found shape \(2, 8\)", manipulation, {"target_map": X.repeat(1, 2)}),
         ("`target_map`: expected one value, or 1", manipulation, {"target_map": (X, X)}),
-        ("`inputs`: expected values between `lower_bound`", noise, {"upper_bound": 0.5}),
         ("bounds: expected numbers, or tensors", noise, {"lower_bound": -X[0, :3]}),
     ],
     TypeError: [
         ("`explainer`: expected an object with", top_k, {"explainer": 3}),
-        ("found the class Saliency", top_k, {"explainer": Saliency}),
-        ("`steps`: expected an option of .*", top_k, {"steps": 3}),
         ("`forward_func`: expected the model whose prediction", noise, {"explainer": None}),
-        ("`forward_func`: expected the model whose pre", manipulation, {"explainer": Free()}),
+        ("`forward_func`: expected the model whose pre", manipulation, {"explainer": Noisy()}),
         ("abstract", AttributionAttack, {}),
     ],
 }
@@ -596,11 +520,3 @@ def test_bad_options_give_one_clear_error(
 ) -> None:
     with pytest.raises(error, match=text):
         make(**{"explainer": Saliency(M), "radius": 1, **options}).perturb(X)
-
-
-def test_bad_calls_give_one_clear_error() -> None:
-    attack = noise(M, radius=1)
-    with pytest.raises(TypeError, match="floating-point"):
-        attack.perturb(X.long())
-    with pytest.raises(ValueError, match="`annotation`: expected one for each of the"):
-        attack.perturb(X, annotation=X[0, :3])

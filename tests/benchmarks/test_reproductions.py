@@ -1,6 +1,7 @@
 """The reproductions of published experiments measure what they say, and run."""
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # What the benchmarks need and the package does not.
 pytest.importorskip("matplotlib")
+scipy_stats = pytest.importorskip("scipy.stats")
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 
 
@@ -251,14 +253,47 @@ def test_sparsity_runs(small_nhanes: Path) -> None:
     assert all(0 <= row["ROC-AUC"] <= 1 and 0 <= row["Gini"] <= 1 for row in rows)
 
 
-def test_references_run(small_nhanes: Path) -> None:
+def test_references_run(small_nhanes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("nhanes_references")
-    found = module.run_split((0, (1, 4)), small_nhanes, 30)
+    monkeypatch.setattr(module, "REFERENCES", (1, 4))
+    monkeypatch.setattr(module, "TRAINED", (("monte_carlo", 1), ("control_variate", 4)))
+    found = module.run_split(0, small_nhanes, 30)
     assert found["scores"]["unregularised"]["ROC-AUC"] > 0.8
     # Without biases, input times gradient is the integrated gradient from zero: rounding alone.
     assert found["gap"] < 1e-5
     errors = found["errors"]
     assert errors["monte_carlo, k = 4"] < errors["monte_carlo, k = 1"]
+    later = module.run_split(module.N_ERRORS, small_nhanes, 2)
+    assert later["errors"] is None
+    assert later["scores"].keys() == found["scores"].keys()
+
+
+def test_gains_are_paired_and_judged() -> None:
+    runs, others = ([{"a": v} for v in values] for values in ((1.0, 5.0, 3.5), (0.0, 4.0, 2.0)))
+    gain = script("_reproduction").gains(runs, others)["a"]
+    assert gain["values"] == [1.0, 1.0, 1.5]
+    # By the table of Student's t with two degrees of freedom; the errors are a sixth.
+    assert gain["half width"] == pytest.approx(4.302653 / 6)
+    verdict = script("_claims").verdict
+    assert verdict(gain) == "same direction"
+    assert "other" in verdict(gain, less=True)
+    assert "open" in verdict({**gain, "half width": gain["mean"]})
+    alone = script("_reproduction").gains(runs[:1], others[:1])["a"]
+    assert "open" in verdict(alone)
+
+
+def test_evaluations_at_equal_error() -> None:
+    module = script("estimator_efficiency")
+    counts = [2**k for k in range(7)]
+    theirs, ours = ([(c * n) ** -0.5 for n in counts] for c in (1, 4))
+    found = module.ratios(counts, theirs, ours)
+    assert {n: round(row["ratio"], 6) for n, row in found.items()} == dict.fromkeys(counts[2:], 4)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()
+    x, references = (torch.rand(n, 2, 2, dtype=torch.float64) for n in (5, 6))
+    target = torch.tensor([0, 1, 2, 1, 0])
+    exact = module.exact(linear, x, references, target, 2)
+    weights = linear[1].weight[target].reshape(x.shape)
+    torch.testing.assert_close(exact, (x - references.mean(0)) * weights.detach())
 
 
 def test_decoys_run(small_mnist: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,3 +472,67 @@ def test_proposals_are_measured_before_and_early_in_training(
         ends.append([p.clone() for p in trial.model.parameters()])
     assert any(not torch.equal(a, b) for a, b in zip(*ends, strict=True))
     assert 0 <= module.run((name, 0, 1.0), sources, 0.1)["test"]["score"] <= 1
+
+
+def test_stability_is_compared_within_seeds() -> None:
+    study = script("stability_study")
+    ours, others = [0.5, 0.7, 0.65, 0.6], [0.45, 0.66, 0.66, 0.5]
+    interval = scipy_stats.ttest_rel(ours, others).confidence_interval(0.95)
+    found = study.paired(ours, others)
+    ends = (found["mean"] - found["half width"], found["mean"] + found["half width"])
+    assert ends == pytest.approx((interval.low, interval.high), rel=1e-12)
+    means = {"attack 0.1": 0.2, "attack 0.2": -0.2, "attack 0.3": 0.05}
+    gain = {name: {"mean": mean, "half width": 0.1} for name, mean in means.items()}
+    assert study.verdict(gain, gain) == "more: 0.1; less: 0.2; open: 0.3"
+
+
+def test_settings_are_chosen_among_the_accurate_and_beyond_edges() -> None:
+    study = script("stability_study")
+    axes = {"weight": (0.1, 1.0), "radius": (1.0, 2.0, 3.0)}
+    tried = [
+        {"weight": w, "radius": r, "accuracy": 1 - w / 4, "attack 0.05": r * (5 - r) * w}
+        for w in axes["weight"]
+        for r in axes["radius"]
+    ]
+    best = study.best_of(tried, 0.9, (0.05,))
+    assert (best["weight"], best["radius"]) == (0.1, 2.0)
+    assert study.best_of(tried, 1.0)["weight"] == 0.1  # none is accurate enough
+    assert study.outwards(axes, tried, best) == [{"weight": pytest.approx(0.01), "radius": 2.0}]
+
+
+def test_stability_study_runs_and_goes_on(
+    small_mnist: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = script("stability_study")
+    few = {name: study.METHODS[name] for name in ("standard", "weight decay")}
+    monkeypatch.setattr(study, "METHODS", few)
+    given = [
+        "--quick",
+        "--seeds",
+        "2",
+        "--images",
+        "3",
+        "--data",
+        small_mnist,
+        "--output",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["stability_study", *given, "--parts", str(tmp_path / "parts")]
+    )
+    study.main()
+    path = tmp_path / "stability_study.json"
+    first = json.loads(path.read_text())["results"]
+    assert len(first["found"]["weight decay"]["attack 0.1"]["values"]) == 2
+    assert [row["method"] for row in first["claims"]] == ["weight decay"]
+    monkeypatch.setattr(study, "evaluate", None)  # nothing is evaluated twice
+    study.main()
+    assert json.loads(path.read_text())["results"] == first
+
+
+def test_sprites_are_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = script("_stability_maps")
+    pixels = np.repeat(np.repeat(np.arange(900).reshape(30, 30) // 90, 28, 0), 28, 1) / 10
+    monkeypatch.setattr(maps, "imread", lambda path: pixels[..., None].astype(np.float32))
+    x, y = maps.sprites(tmp_path)
+    assert torch.allclose(x, y.reshape(-1, 1, 1, 1).expand_as(x) / 10)

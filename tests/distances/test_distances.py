@@ -152,13 +152,6 @@ def test_is_a_distance(row: Row, data: st.DataObject) -> None:
 
 
 @every_distance
-def test_different_attributions_are_apart(row: Row) -> None:
-    a, b = row.draw()
-    # Independent normal entries: every distance of this table is of order 1.
-    assert float(row.distance(a, b).min()) > 0.05
-
-
-@every_distance
 @few
 @given(scale=st.sampled_from([1e-6, 1e-3, 0.5, 30.0, 1e6]))
 def test_scale(row: Row, scale: float) -> None:
@@ -167,17 +160,6 @@ def test_scale(row: Row, scale: float) -> None:
     together, alone = row.distance(scale * a, scale * b), row.distance(scale * a, b)
     assert torch.allclose(together, same, rtol=row.tolerance, atol=0) == row.ignores_scale
     assert torch.allclose(alone, same, rtol=row.tolerance, atol=0) == row.ignores_each_scale
-
-
-@every_distance
-@few
-@given(order=st.permutations(range(3)))
-def test_permuted_batch_permutes_the_result(row: Row, order: list[int]) -> None:
-    a, b = (t[:3] for t in row.draw())
-    expected = row.distance(a, b)[order]
-    torch.testing.assert_close(
-        row.distance(a[order], b[order]), expected, rtol=row.tolerance, atol=ROUNDING
-    )
 
 
 def test_cosine_of_opposite_and_zero_maps() -> None:
@@ -287,14 +269,6 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
     r"`other`: expected \(2, 3\) on cpu as .*, found \(2, 3\) on cpu, \(2, 3\) on cpu": lambda: (
         cosine((ONES,), (ONES, ONES))
     ),
-    r"`other`: expected .*, found \(2, 3\) on meta\. .* one device": lambda: mse(
-        ONES, ONES.to("meta")
-    ),
-    r"`attributions`: expected a tensor .*, found list\. Pass what": lambda: mse([[1.0]], [[1.0]]),
-    r"`other`: expected a tensor .*, found list": lambda: mse(ONES, [[1.0]]),
-    r"`attributions`: expected shape \(batch, .*, found shapes \[\(3,\)\]\. Unsqueeze": lambda: (
-        pearson(ONES[0], ONES[0])
-    ),
     r"`attributions`: expected maps .*, found shape \(2, 3\)\. Use mse": lambda: ssim(ONES, ONES),
     r"`attributions`: expected maps .*, found shape \(2, 3, 1\), dim=1\. Use": lambda: ssim(
         ONES[..., None], ONES[..., None], dim=1
@@ -304,16 +278,13 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
     ),
     r"`window`: expected an integer of at least 1, found 0\.": lambda: ssim(ONES, ONES, window=0),
     r"`k`: expected an integer of at least 1, found 0\. Pass k=1": lambda: SoftTopK(0),
-    r"`k`: expected fewer than the 3 features, found 3\. Lower k": lambda: SoftTopK(3)(ONES, ONES),
+    r"`k`: expected .* at most 2, found 3\. Pass k=1": lambda: SoftTopK(3)(ONES, ONES),
     r"`strength`: expected a positive finite number, found 0\.": lambda: soft_spearman(
         ONES, ONES, strength=0
     ),
-    **{
-        rf"`temperature`: expected a positive finite number, found {value}\. Pass": (
-            lambda value=value: SoftTopK(1, temperature=value)
-        )
-        for value in (0.0, -1.0, math.inf, math.nan)
-    },
+    r"`temperature`: expected a positive finite number, found nan\.": lambda: SoftTopK(
+        1, temperature=math.nan
+    ),
 }
 
 

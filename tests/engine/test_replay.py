@@ -102,16 +102,19 @@ def test_smoothing_of_the_forward_pass_is_used(way: str) -> None:
     assert torch.equal(case.model[1](-case.inputs), F.relu(-case.inputs))
 
 
-def test_autocast_of_the_forward_pass_is_used() -> None:
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.SiLU])  # torch has two formulas for SiLU's
+def test_autocast_of_the_forward_pass_is_used(activation: type[nn.Module]) -> None:
     case = mlp()
-    model, x = case.model.float(), case.inputs.float()
+    hidden = (m for _ in range(10) for m in (nn.Linear(6, 6), activation()))
+    model, x = nn.Sequential(nn.Linear(4, 6), *hidden, nn.Linear(6, 2)), case.inputs.float()
+    model.float()
     parameters = list(model.parameters())
     found = []
     for way in EXACT:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             value = attribute(model, x, way, target=1)
         found.append(parameter_gradients(value, parameters))
-    assert relative_error(found[1], found[0]) < 3e-2  # bfloat16 sums in another order
+    assert relative_error(found[1], found[0]) < 6e-2  # eight bits in another order
 
 
 def test_finite_difference_in_bfloat16() -> None:

@@ -152,32 +152,6 @@ case(True, name="under no_sync")(prior_first_trains)
 case(False, name="without")(prior_first_trains)
 
 
-def inside_forward_trains(options: dict[str, Any]) -> Any:
-    """As Lightning does: the step is the wrapped module's forward pass."""
-
-    class Step(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = net()
-            self.prior = prior_of(self.model)
-
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            loss: Tensor = F.cross_entropy(self.model(x), y) + self.prior(x, target=y)
-            return loss
-
-    step = Step()
-    ddp, optimizer = DDP(step, **options), optimiser(step)
-    for x, y in zip(*data(), strict=True):
-        optimizer.zero_grad()
-        ddp(x[part()], y[part()]).backward()
-        optimizer.step()
-    return compared(values_of(step.model), prior_of, clip=False)
-
-
-for _kind, _options in DDP_OPTIONS.items():
-    case(_options, name=_kind)(inside_forward_trains)
-
-
 @case()
 def running_statistics() -> Any:
     """BatchNorm in train mode: its buffers, and the parameters, stay those of all processes."""

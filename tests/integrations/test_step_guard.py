@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from captum.attr import Saliency
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer as HFTrainer
 from transformers import TrainerCallback, TrainingArguments
 
-from captum_priors import AttributionPrior, Guarded
 from captum_priors.integrations import StepGuard
 from tests.asserts import assert_same_state
 
@@ -100,25 +98,6 @@ def test_step_raises_before_anything_changes() -> None:
     with pytest.raises(FloatingPointError, match="expected a finite number, found nan"):
         run.train([bad()])
     assert_same_state(before, run.state())
-
-
-def test_finite_value_whose_gradient_is_not() -> None:
-    """The guard of the prior lets it pass; that of the step does not."""
-
-    def root(attributions: Tensor) -> Tensor:
-        return attributions.square().flatten(1).sum(1).sqrt()
-
-    model = nn.Linear(4, 3)
-    nn.init.zeros_(model.weight)
-    x, y = batches()[0]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    guard = StepGuard(optimizer, "skip")
-    value = Guarded(AttributionPrior(Saliency(model), root))(x, target=y)
-    assert value.item() == 0
-    (F.cross_entropy(model(x), y) + value).backward()
-    assert model.bias.grad.isfinite().all()
-    optimizer.step()
-    assert (guard.skipped, model.weight.abs().max().item()) == (1, 0)
 
 
 def test_step_without_gradients() -> None:

@@ -12,9 +12,14 @@ import torch
 from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 
-from captum_priors import AttributionPrior, ExpectedGradients, NotDifferentiableError
+from captum_priors import (
+    AttributionPrior,
+    ExpectedGradients,
+    LayerExpectedGradients,
+    NotDifferentiableError,
+)
 from captum_priors.penalties import l2
-from captum_priors.testing import check_gradient
+from captum_priors.testing import check_differentiable, check_gradient
 from tests.asserts import leaves_no_trace
 from tests.cases import Everything
 from tests.laws.leaves import Leaf, background, leaves_but, net
@@ -122,7 +127,9 @@ def test_every_fault_is_named(name: str, dtype: torch.dtype) -> None:
 
 def test_faults_raise_and_say_which() -> None:
     model, x = net(), torch.randn(4, 5)
-    with pytest.raises(NotDifferentiableError, match=r"missing: 0\.bias .*the value has a slope"):
+    with pytest.raises(
+        NotDifferentiableError, match=r"missing: 0\.bias .*derivative 0 where the slope is"
+    ):
         check_gradient(detached_parameter, model, inputs=(model, x))
 
 
@@ -270,6 +277,18 @@ def test_under_autocast_parameters_are_read_anew() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         report = check_gradient(lambda: model(x).float().square().sum(), model)
     assert not {"constant", "missing", "wrong"} & {*report.verdicts.values()}
+
+
+def test_padding_is_no_parameter() -> None:
+    """A reference of padding moves with its row, to which torch gives no gradient."""
+    words, head = nn.Embedding(9, 3, padding_idx=0), nn.Linear(3, 2)
+    model = lambda ids: head(words(ids).tanh().mean(1))  # noqa: E731
+    ids, padding = torch.randint(1, 9, (4, 5)), torch.zeros(1, 5).long()
+    explainer = LayerExpectedGradients(model, words)
+    prior = AttributionPrior(explainer, l2, baselines=padding)
+    named = [("words", words.weight), *head.named_parameters()]
+    assert check_gradient(lambda: prior(ids, target=0), named).passed
+    assert check_differentiable(explainer, ids, baselines=padding, target=0).passed
 
 
 # ---- What is passed ----------------------------------------------------------------------------

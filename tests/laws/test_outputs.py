@@ -17,7 +17,7 @@ from captum_priors import (
     shared,
 )
 from captum_priors.outputs import each, total, weighted
-from captum_priors.penalties import l2
+from captum_priors.penalties import l2, outside
 from captum_priors.stability import manipulability_bound
 from captum_priors.testing import check_differentiable
 from tests.adapters.captum_table import ROWS, flat, seeded, set_up
@@ -344,6 +344,22 @@ def test_subsample_takes_the_weights_of_its_examples() -> None:
     ratios = (of_sum / model.weight.detach().sum(0)).mean(1)
     assert {round(float(r)) for r in ratios} < set(range(6))
     torch.testing.assert_close(ratios, ratios.round())
+
+
+def test_all_outputs_of_a_part_of_the_batch() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(6, 3)
+    mask, known = torch.ones(6, 3), torch.arange(6) % 2 == 0
+    mask[:, 0] = 0
+    prior = AttributionPrior(ca.Saliency(model), outside)
+    values = {
+        wrap(target)
+        for target in (each(), each([0, 1]))
+        for wrap in (
+            lambda t: prior(x, target=t, annotation=mask, annotated=known).item() * 2,
+            lambda t: Subsample(prior, 0.5)(x, target=t, annotation=mask).item(),
+        )
+    }
+    assert values == {prior(x, target=each(), annotation=mask).item()}  # Saliency is the weights
 
 
 def test_statements_about_the_batch_are_made_for_each_output() -> None:

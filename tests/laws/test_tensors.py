@@ -231,7 +231,7 @@ def means(explainer: Any, x: Tensor, y: Tensor) -> list[float]:
     return [score.mean for score in report.row().scores.values()]
 
 
-def test_models_that_normalise_in_place_in_metrics() -> None:
+def test_models_that_normalise_in_place_in_metrics_and_attacks() -> None:
     model, x = Normalises(net(), in_place=True), torch.randn(4, 5)
     twin = Normalises(model.inner, in_place=False)
     y = torch.tensor([0, 1, 2, 0])
@@ -240,6 +240,7 @@ def test_models_that_normalise_in_place_in_metrics() -> None:
         lambda m: manipulability_bound(m, x, x + 0.1, 0, form="path", n_steps=3),
         lambda m: check_differentiable(saliency(m), x, target=0).passed,
         lambda m: means(saliency(m), x, y),
+        lambda m: DistanceAttack(saliency(m), mse, radius=0.1, step_num=2, seed=1).perturb(x, 0),
     ]
     for ask in asks:
         check = unchanged(x, y)

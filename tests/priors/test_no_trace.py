@@ -21,7 +21,8 @@ from captum_priors.distances import mse
 from captum_priors.penalties import l1
 from captum_priors.priors import Prior
 from tests.asserts import assert_same_state, leaves_no_trace, state_of
-from tests.cases import DIFFERENTIATIONS, REGULARIZERS, Everything, RegularizerRow
+from tests.cases import DIFFERENTIATIONS, Everything
+from tests.laws.leaves import REGULARIZERS, Leaf, way_options
 
 
 def _attribution(model: nn.Module, x: Tensor, way: Any) -> Prior:
@@ -38,15 +39,15 @@ def _wrapped(model: nn.Module, x: Tensor, way: Any) -> Prior:
     return 0.5 * (Subsample(_attribution(model, x, way), 0.5) + Lazy(_stability(model, x, way), 1))
 
 
-def _regularizer(row: RegularizerRow) -> Any:
+def _regularizer(leaf: Leaf) -> Any:
     # ReLU as Softplus, so that there is curvature to penalise.
-    return lambda model, x, way: row.make(model, way, smooth=20)
+    return lambda model, x, way: leaf.make(model, smooth=20, **way_options(leaf, way))
 
 
 _PRIORS = {p.__name__: p for p in (_attribution, _stability, _wrapped)}
-_REGULARIZERS = {row.name: _regularizer(row) for row in REGULARIZERS}
-_WAYS = {row.name: row.ways or DIFFERENTIATIONS[:1] for row in REGULARIZERS}
-_DRAWING = _PRIORS | {row.name: _REGULARIZERS[row.name] for row in REGULARIZERS if row.draws}
+_REGULARIZERS = {leaf.name: _regularizer(leaf) for leaf in REGULARIZERS}
+_WAYS = {leaf.name: leaf.ways for leaf in REGULARIZERS}
+_DRAWING = _PRIORS | {leaf.name: _regularizer(leaf) for leaf in REGULARIZERS if leaf.draws}
 
 every_prior = pytest.mark.parametrize("make", _DRAWING.values(), ids=_DRAWING.keys())
 every_prior_and_way = pytest.mark.parametrize(

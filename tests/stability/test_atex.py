@@ -14,22 +14,9 @@ from captum_priors import ExpectedGradients, NotDifferentiableError
 from captum_priors.stability import ATEX
 from tests import oracles
 from tests.asserts import leaves_no_trace, relative_error
-from tests.cases import TwoInputs
+from tests.cases import Recorder, TwoInputs
 
 RADIUS = 0.3
-
-
-class Recorder(nn.Module):
-    """Remembers the points at which a model was evaluated."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.seen: list[tuple[Tensor, ...]] = []
-
-    def forward(self, *inputs: Any) -> Tensor:
-        self.seen.append(tuple(x.detach().clone() for x in inputs if isinstance(x, Tensor)))
-        return self.model(*inputs)
 
 
 class Fixed:
@@ -211,11 +198,6 @@ def test_teacher_follows_the_student(x: Tensor) -> None:
     assert atex.teacher[1].weight.dtype == torch.float32
 
 
-def test_function_needs_a_teacher() -> None:
-    with pytest.raises(ValueError, match="Pass teacher="):
-        ATEX(lambda x: x)
-
-
 class Centred(nn.Module):
     """Examples influence each other."""
 
@@ -232,28 +214,6 @@ def test_student_that_couples_examples_is_refused_beside_a_teacher_that_does_not
     atex = ATEX(Centred(), Saliency(teacher), teacher=teacher)
     with pytest.raises(NotDifferentiableError, match="do not influence each other"):
         atex(x, target=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("in_place", [False, True])
-def test_compiled_model(x: Tensor, in_place: bool) -> None:
-    model = compiled = colour_net()
-    if in_place:
-        model.compile(backend="aot_eager")  # which needs no compiler of the system's
-    else:
-        compiled = torch.compile(model, backend="aot_eager")
-    atex = ATEX(compiled).eval()
-    teacher = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-    torch.manual_seed(0)
-    eager = ATEX(model, teacher=teacher).eval()
-    eager.stream.load_state_dict(atex.stream.state_dict())
-    found, expected = (
-        torch.autograd.grad(prior(x, target=1), list(model.parameters())) for prior in (atex, eager)
-    )
-    assert relative_error(found, expected) < 1e-10
 
 
 def test_formula() -> None:

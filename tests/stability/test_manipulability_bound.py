@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from captum.attr import Saliency
 from torch import Tensor, nn
 
 from captum_priors import NotDifferentiableError
-from captum_priors.attacks import DistanceAttack, ManipulationAttack, TopKAttack
-from captum_priors.distances import mse
+from captum_priors.attacks.ball import balls, climb, draw, per_example
 from captum_priors.stability import manipulability_bound, smooth_activations
 from tests import oracles
 from tests.asserts import leaves_no_trace
@@ -27,34 +25,22 @@ def gradient(model: nn.Module, x: Tensor, target: Any, *, graph: bool = False) -
 
 
 def attack(model: nn.Module, x: Tensor, target: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """Strongest change of the gradient in a Euclidean ball: projected ascent with restarts.
-
-    Normalised gradient steps in shrinking length, from many random points of the ball.
-    """
+    """Strongest change of the gradient in a Euclidean ball: projected ascent with restarts."""
     start = gradient(model, x.clone(), target).detach()
-    best, best_points = torch.zeros(len(x)), x.clone()
-    for restart in range(3):
-        move = torch.randn_like(x) * 0.1**restart
-        points = x + project(move, radius)
-        for step in torch.linspace(0.5, 0.02, 25).tolist():
-            points = points.detach().requires_grad_()
-            change = (gradient(model, points, target, graph=True) - start).flatten(1).norm(dim=1)
-            better = change.detach() > best
-            best = torch.where(better, change.detach(), best)
-            best_points = torch.where(expand(better, x), points.detach(), best_points)
-            (up,) = torch.autograd.grad(change.sum(), points)
-            up = up / expand(up.flatten(1).norm(dim=1).clamp_min(1e-30), x)
-            points = x + project(points.detach() + step * radius * up - x, radius)
-    return best, best_points
+    region, generator = balls((x,), radius, "L2"), torch.Generator().manual_seed(0)
 
+    def change(points: tuple[Tensor, ...]) -> Tensor:
+        moved = gradient(model, points[0], target, graph=True) - start
+        return moved.flatten(1).norm(dim=1)
 
-def expand(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (like.dim() - 1))
-
-
-def project(move: Tensor, radius: float) -> Tensor:
-    length = move.flatten(1).norm(dim=1)
-    return move * expand((radius / length.clamp_min(1e-30)).clamp(max=1), move)
+    best, points = torch.zeros(len(x)), x
+    for _ in range(3):
+        drawn = draw(region, "uniform", generator)
+        (end,) = climb(region, drawn, change, 0.15 * radius, 25)
+        found = change((end.requires_grad_(),)).detach()
+        points = torch.where(per_example(found > best, x), end.detach(), points)
+        best = torch.maximum(best, found)
+    return best, points
 
 
 def mlp(beta: float) -> nn.Module:
@@ -122,28 +108,6 @@ def test_bounds_are_never_exceeded_by_an_attack(make: Any, beta: float, radius: 
     # An attack that hardly moved anything would have proved nothing.
     assert bool((moved > 0.25 * bounds["path", "spectral"]).any())
     assert float(moved.min()) > 0
-
-
-@pytest.mark.parametrize("make", NETWORKS, ids=lambda make: make.__name__)
-def test_bounds_hold_for_the_attacks_of_the_package(make: Any) -> None:
-    model, radius = make(10.0), 1.0
-    x, target = batch(model)
-    options = {"radius": radius, "norm": "L2", "step_num": 40, "n_restarts": 3, "seed": 0}
-    explainer = Saliency(model)
-    signed = {"keep_prediction": False, "abs": False, **options}
-    attacks = {
-        "distance": DistanceAttack(explainer, mse, **signed),
-        "manipulation": ManipulationAttack(explainer, torch.roll(x, 1, 0), **signed),
-        "top-k": TopKAttack(explainer, 2, **signed),
-    }
-    start = gradient(model, x.clone(), target).detach()
-    for name, attack_of_package in attacks.items():
-        end = attack_of_package.perturb(x.clone(), target=target)
-        moved = (gradient(model, end.clone(), target) - start).flatten(1).norm(dim=1).detach()
-        assert float(moved.max()) > 0, name
-        for form in ("product", "path"):
-            bound = manipulability_bound(model, x, end, target, form=form, n_steps=60)
-            assert bool((moved <= bound).all()), (name, form)
 
 
 def test_bound_is_reached() -> None:
@@ -231,9 +195,10 @@ def test_gain_of_a_layer_is_at_least_its_matrix_norm(module: Any, shape: Any, no
 def test_path_form_estimated_from_samples() -> None:
     model = mlp(2.0)
     x = torch.randn(6, 4)
-    exact = manipulability_bound(model, x, x + 0.5, 1, form="path", norm="frobenius")
-    near = manipulability_bound(model, x, x + 0.5, 1, form="path", norm="frobenius", n_samples=200)
-    # Two hundred vectors of relative standard deviation about 1, and a maximum over 20 points.
+    options: dict[str, Any] = {"form": "path", "norm": "frobenius", "n_steps": 5}
+    exact = manipulability_bound(model, x, x + 0.1, 1, **options)
+    near = manipulability_bound(model, x, x + 0.1, 1, n_samples=200, **options)
+    # Two hundred vectors of relative standard deviation about 1, and a maximum over 5 points.
     assert float((near / exact - 1).abs().max()) < 0.3
 
 
@@ -318,16 +283,6 @@ def test_what_is_no_chain_is_refused(model: Any) -> None:
     x = torch.randn(6, 4, dtype=torch.float32)
     with pytest.raises(NotDifferentiableError, match="Use form='path'"):
         manipulability_bound(model, x, x + 1, 0)
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
-def test_weights_that_hooks_compute_are_those_of_now() -> None:
-    layer = torch.nn.utils.weight_norm(nn.Linear(4, 5))
-    model = nn.Sequential(layer, nn.Softplus())
-    before = curvature(model)
-    with torch.no_grad():
-        layer.weight_g.mul_(10)
-    assert curvature(model) == pytest.approx(100 * before)
 
 
 def test_smoothed_in_a_block() -> None:

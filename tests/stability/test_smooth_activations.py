@@ -140,12 +140,6 @@ def test_inner_block_wins_and_gives_back() -> None:
     close(outer, softplus_net(model, 1.0)(x))
 
 
-def test_inner_wrapper_wins_and_gives_back() -> None:
-    model, x = Function(F.relu), torch.randn(3, 4)
-    both = nn.Sequential(smooth_activations(model, 20.0), nn.ReLU())
-    close(smooth_activations(both, 1.0)(x), softplus(softplus(x, 20.0), 1.0))
-
-
 def test_one_object_can_be_entered_twice() -> None:
     x = torch.randn(5)
     smooth = smooth_activations(nn.ReLU(), BETA)
@@ -172,23 +166,6 @@ def test_relu_is_back_after_an_exception(as_block: bool) -> None:
             with pytest.raises(RuntimeError, match="the model fails"):
                 smooth(x)
         assert torch.equal(F.relu(x), x.clamp_min(0))
-
-
-def in_a_thread(function: Callable[[], Any]) -> Any:
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(function()))
-    thread.start()
-    thread.join()
-    return found[0]
-
-
-def test_threads_smooth_by_themselves() -> None:
-    x = torch.randn(5)
-    smooth, other = smooth_activations(nn.ReLU(), BETA), smooth_activations(nn.ReLU(), 20.0)
-    with smooth:
-        assert torch.equal(in_a_thread(lambda: F.relu(x)), x.clamp_min(0))
-        close(in_a_thread(lambda: other(x)), softplus(x, 20.0))
-        close(F.relu(x), softplus(x))
 
 
 def test_one_object_entered_in_two_threads() -> None:
@@ -250,9 +227,3 @@ def test_backward_after_the_block_is_left(name: str, way: Any, as_block: bool) -
 def test_bad_steepness_is_refused(beta: Any) -> None:
     with pytest.raises(ValueError, match=rf"`beta`: expected a positive finite .*found {beta!r}\."):
         smooth_activations(nn.ReLU(), beta)
-
-
-def test_what_is_no_module_is_refused() -> None:
-    text = r"`model`: expected a torch\.nn\.Module, found function\. Pass the model; a prior"
-    with pytest.raises(TypeError, match=text):
-        smooth_activations(F.relu, 3.0)
