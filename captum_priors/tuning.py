@@ -49,7 +49,7 @@ class WeightReport:
 
     @property
     def weight(self) -> float:
-        """Factor of the prior that was given: ``report.weight * prior``; infinite at 0."""
+        """What to multiply the given prior by, ``report.weight * prior``; infinite if it is 0."""
         return self.target_ratio / self.ratio if self.ratio else math.inf
 
     def __str__(self) -> str:

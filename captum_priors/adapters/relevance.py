@@ -26,7 +26,7 @@ from captum_priors._captum import (
     forward_args,
     like_inputs,
 )
-from captum_priors._checks import check_layer
+from captum_priors._checks import check_module
 from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors._rows import Rows
 from captum_priors._types import Differentiation
@@ -295,7 +295,7 @@ class DifferentiableLayerLRP(RelevanceAdapter, LayerLRP):
     def _explained(
         self, mode: Relevance, tensors: tuple[Tensor, ...], given: dict[str, Any]
     ) -> tuple[Rows, tuple[Tensor, ...]]:
-        check_layer(self.layer)  # Captum takes a list, too
+        check_module("layer", self.layer)  # Captum takes a list, too
 
         def run(*passed: Any) -> Any:
             with mode:
