@@ -2,8 +2,8 @@
 
 From the benchmarks' JSON files. A verdict says whether the 95 % interval of the difference, in
 pairs over seeds or splits, lies on the published side of zero, on the other, or on both; where a
-paper publishes an order, whether the order is the same. It says nothing of the difference's size,
-which stands beside it.
+paper publishes an order, whether the order is the same. Where data are those of the paper, or a
+part of them, it says whether the interval holds the published size, too.
 """
 
 import json
@@ -28,11 +28,16 @@ def shown(gain: Any, digits: int = 3) -> str:
     return f"{gain['mean']:+.{digits}f} ± {half_width(gain):.{digits}f}{number}"
 
 
-def verdict(gain: Any, *, less: bool = False) -> str:
-    """Judge a difference that is published as more, or as less."""
-    if abs(gain["mean"]) <= half_width(gain):
-        return "open: the interval has both signs"
-    return "same direction" if (gain["mean"] > 0) != less else "**other direction**"
+def verdict(gain: Any, published: float | None = None) -> str:
+    """Judge a difference that is published as more; of the published size, where it is known."""
+    half = half_width(gain)
+    if abs(gain["mean"]) <= half:
+        found = "open: the interval has both signs"
+    else:
+        found = "same direction" if gain["mean"] > 0 else "**other direction**"
+    if published is not None and abs(gain["mean"] - published) > half:
+        found += "; the published size is outside it"
+    return found
 
 
 def _pixel_prior(results: Any) -> Iterator[Row]:
@@ -49,7 +54,7 @@ def _pixel_prior(results: Any) -> Iterator[Row]:
                 shown(gain[key]),
                 verdict(gain[key])
                 if key != "clean"
-                else "costs nothing"
+                else "no loss seen"
                 if gain[key]["mean"] + half_width(gain[key]) >= 0
                 else "**costs accuracy**",
             )
@@ -67,7 +72,7 @@ def _graph_prior(results: Any) -> Iterator[Row]:
             shown(gain),
             verdict(gain)
             if name == "true graph"
-            else "the same"
+            else "no gain seen"
             if gain["mean"] <= half_width(gain)
             else "**helps, too**",
         )
@@ -84,7 +89,7 @@ def _nhanes_sparsity(results: Any) -> Iterator[Row]:
             f"{data}); {key}",
             f"{before[i]} → {after[i]}",
             shown(gain),
-            verdict(gain),
+            verdict(gain, after[i] - before[i]),
         )
 
 
@@ -127,7 +132,7 @@ def _nhanes_references(results: Any) -> Iterator[Row]:
         f"Hesse et al. 2021, on {ERION}: more references train better; ROC-AUC, 128 less 1",
         f"{pair['mean']:+.4f} ± {pair['error']:.4f} (standard error)",
         shown(gain, 4),
-        verdict(gain),
+        verdict(gain, pair["mean"]),
     )
     gain = paired["X-Gradient less monte_carlo, k = 1"]["ROC-AUC"]
     theirs = published["X-Gradient"] - published["expected gradients"]["1"]
@@ -135,7 +140,7 @@ def _nhanes_references(results: Any) -> Iterator[Row]:
         "Hesse et al. 2021: the X-Gradient trains better than one reference; ROC-AUC",
         f"{theirs:+.4f}",
         shown(gain, 4),
-        verdict(gain),
+        verdict(gain, theirs),
     )
 
 

@@ -275,8 +275,9 @@ def test_gains_are_paired_and_judged() -> None:
     # By the table of Student's t with two degrees of freedom; the errors are a sixth.
     assert gain["half width"] == pytest.approx(4.302653 / 6)
     verdict = script("_claims").verdict
-    assert verdict(gain) == "same direction"
-    assert "other" in verdict(gain, less=True)
+    assert verdict(gain, gain["mean"] + 0.7) == verdict(gain) == "same direction"
+    assert "size is outside" in verdict(gain, gain["mean"] + 0.8)
+    assert "other" in verdict({**gain, "mean": -1.0})
     assert "open" in verdict({**gain, "half width": gain["mean"]})
     alone = script("_reproduction").gains(runs[:1], others[:1])["a"]
     assert "open" in verdict(alone)
