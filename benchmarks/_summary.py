@@ -336,13 +336,6 @@ def _stability_study(results: Any) -> Iterator[Row]:
             "; ".join(f"{each['mean']:.3f} ± {each['stdev']:.3f}" for each in shown),
             "",
         )
-    for row in results["claims"]:
-        yield (
-            f"{row['claim']}: {row['method']}, change of the top 50 at these radii; radii at which "
-            "the 95 % interval lies above or below zero, or neither",
-            f"{row['ours']}; {row['under attack']}",
-            "published: more",
-        )
     fashion = results.get("fashion")
     for name in ("original", "ATEX") if fashion else ():
         found = [fashion[name][f"attack {r}"]["mean"] for r in fashion["radii"]]
