@@ -30,7 +30,12 @@ REDUCED = {
         *("decoy_mnist", "fused_attention", "recompute_memory"),
         *("relu_differentiation", "right_reasons", "stability_study"),
     )
-} | {"batch_norm": ["--core"], "nhanes_references": ["--seeds", "20"]}
+} | {
+    "batch_norm": ["--core"],
+    "nhanes_references": ["--seeds", "20"],
+    "nhanes_sparsity": ["--seeds", "10"],
+    "pixel_prior": ["--seeds", "3"],
+}
 # Those that take longest go first, so that none of them is left to run alone.
 FIRST = (
     *("batch_norm", "pixel_prior", "nhanes_sparsity", "nhanes_references", "training_step"),
