@@ -180,7 +180,8 @@ def is_within(found: Found, jobs: list[Job], way: Way) -> bool:
 def beside_loop(found: Found, jobs: list[Job], figure: str) -> Figures:
     """Paired difference of the default and the published loop."""
     differences = [{"": found[j]["batch"][figure] - found[j]["loop"][figure]} for j in jobs]
-    return {name: round(value, 6) for name, value in summary(differences)[""].items()}
+    found = summary(differences)[""]
+    return {name: round(found[name], 6) for name in ("mean", "spread", "error")}
 
 
 def judge(found: Found, jobs: list[Job]) -> dict[str, Any]:

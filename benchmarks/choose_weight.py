@@ -32,15 +32,16 @@ from _reproduction import (
     seeds_of,
     summary,
 )
+from _stability import TOP
+from _stability import network as strided
 from captum.attr import Saliency
 from decoy_mnist import decoys
 from matplotlib.figure import Figure
 from pixel_prior import new_model, salt_and_pepper
-from stability_study import BETA, TOP, attacks
-from stability_study import network as strided
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from captum_priors.attacks import TopKAttack
 from captum_priors.metrics import stability_report
 from captum_priors.priors import PixelPrior, RightForTheRightReasons, SparsityPrior
 from captum_priors.stability import HessianPenalty, smooth_activations
@@ -49,7 +50,7 @@ from captum_priors.tuning import choose_weight
 WITHIN = 10.0
 LEAST_STEPS = 50
 MAY_COST = 0.02  # validation accuracy that a Hessian penalty may cost, as in stability_study
-RADIUS, ATTACKED, STEPS = 0.05, 30, 15
+BETA, RADIUS, ATTACKED, STEPS = 20.0, 0.05, 30, 15
 EPOCHS = 5
 N = {"train": 1000, "validation": 500, "test": 1000}
 Part = tuple[Tensor, ...]
@@ -157,13 +158,14 @@ def sparsity(seed: int, sources: dict[str, str]) -> Trial:
 
 def hessian(seed: int, sources: dict[str, str]) -> Trial:
     """Top-50 pixels kept under attack, where the accuracy qualifies."""
+    ball: dict[str, Any] = {"radius": RADIUS, "lower_bound": 0.0, "upper_bound": 1.0, "seed": 0}
     model = smooth_activations(strided(), BETA)
 
     def score(model: nn.Module, part: Part) -> dict[str, float]:
         explainer = Saliency(model)
         report = stability_report(
             {"model": explainer},
-            {"model": {"attack": attacks(explainer, RADIUS, STEPS)["attack"]}},
+            {"model": {"attack": TopKAttack(explainer, TOP, step_num=STEPS, **ball)}},
             DataLoader(TensorDataset(*(t[:ATTACKED] for t in part)), batch_size=ATTACKED),
             k=TOP,
         )

@@ -68,7 +68,7 @@ SETTINGS = [
             "ddp_trains static_graph: double_backprop",
             "ddp_trains find_unused_parameters: finite_difference",
             "ddp_trains gradient_as_bucket_view: sum with Lazy",
-            "inside_forward_trains static_graph",
+            "lightning static_graph",  # whose training step runs inside the wrapped forward
         ),
     ),
     Setting(

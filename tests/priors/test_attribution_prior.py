@@ -390,7 +390,7 @@ BAD_CALLS: list[tuple[str, Callable[[nn.Module], Any], type[Exception], str]] = 
         "inputs-type",
         lambda m: AttributionPrior(Saliency(m), l1)([[1.0]], target=0),
         TypeError,
-        r"`inputs`: expected a torch\.Tensor, found list\. Convert",
+        r"`inputs`: expected a torch\.Tensor, found list\. Pass the tensor",
     ),
     (
         "inputs-empty",
