@@ -347,6 +347,17 @@ def _stability_study(results: Any) -> Iterator[Row]:
         )
 
 
+def _atex_explainers(results: Any) -> Iterator[Row]:
+    for direction, row in results["gain over the teacher"].items():
+        keys = [key for key in row if key.endswith("attack 0.05")]
+        yield (
+            f"ATEX along {direction}: change of the top 16 under attack at .05 of "
+            + ", ".join(key.partition(",")[0] for key in keys),
+            "; ".join(f"{row[key]['mean']:+.3f} ± {row[key]['half width']:.3f}" for key in keys),
+            "",
+        )
+
+
 ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
     "training_step": _training_step,
     "value_only": _value_only,
@@ -367,6 +378,7 @@ ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
     "stability_study": _stability_study,
     "choose_weight": _choose_weight,
     "ranked_gradients": _ranked_gradients,
+    "atex_explainers": _atex_explainers,
     "relu_differentiation": _relu_differentiation,
     "nhanes_sparsity": _nhanes_sparsity,
     "nhanes_sparsity_noise": _nhanes_sparsity,

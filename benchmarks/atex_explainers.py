@@ -11,7 +11,6 @@ distilled at the images alone.
 """
 
 import functools
-import statistics
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _common import save, save_plot
-from _reproduction import accuracy, arguments_of, in_processes, seeds_of, show_runs, summary
+from _reproduction import (
+    accuracy,
+    arguments_of,
+    gains,
+    in_processes,
+    seeds_of,
+    show_runs,
+    summary,
+)
 from captum.attr import IntegratedGradients, KernelShap, LayerAttribution, LayerGradCam, Saliency
 from matplotlib.figure import Figure
 from ranked_gradients import digits
@@ -185,33 +192,32 @@ def main() -> None:
     runs = {direction: [run[direction] for run in each] for direction in each[0]}
     shown = ["accuracy", *(f"{name}, attack {RADII[0]:g}" for name in EXPLAINERS)]
     show_runs("digits", {d: [{k: run[k] for k in shown} for run in r] for d, r in runs.items()})
-    gains = {
-        direction: {
-            key: [run[key] - control[key] for run, control in zip(r, runs["teacher"], strict=True)]
-            for key in r[0]
-        }
-        for direction, r in runs.items()
+    results = {
+        "found": {direction: summary(r) for direction, r in runs.items()},
+        "gain over the teacher": {
+            direction: gains(r, runs["teacher"])
+            for direction, r in runs.items()
+            if direction != "teacher"
+        },
     }
-    results = {"found": {d: summary(r) for d, r in runs.items()}, "runs": runs, "gains": gains}
-    save(options.output, "atex_explainers", {**vars(options), "seeds": [*seeds]}, results)
-    save_plot(options.output, "atex_explainers", draw(gains))
+    save(options.output, "atex_explainers", vars(options), results)
+    save_plot(options.output, "atex_explainers", draw(results["gain over the teacher"]))
 
 
-def draw(gains: dict[str, dict[str, list[float]]]) -> Figure:
+def draw(gained: dict[str, Any]) -> Figure:
     """Mean gain over the teacher: directions × maps, for noise and attack at the smaller radius."""
     figure = Figure(figsize=(11, 4), layout="constrained")
-    directions = [name for name in gains if name != "teacher"]
     for axes, kind in zip(figure.subplots(1, 2), ("noise", "attack"), strict=True):
         table = [
-            [statistics.mean(gains[d][f"{name}, {kind} {RADII[0]:g}"]) for name in EXPLAINERS]
-            for d in directions
+            [row[f"{name}, {kind} {RADII[0]:g}"]["mean"] for name in EXPLAINERS]
+            for row in gained.values()
         ]
         axes.imshow(table, cmap="RdBu", vmin=-0.3, vmax=0.3)
         for i, row in enumerate(table):
             for j, value in enumerate(row):
                 axes.text(j, i, f"{value:+.2f}", ha="center", va="center")
         axes.set_xticks(range(len(EXPLAINERS)), list(EXPLAINERS), rotation=30, ha="right")
-        axes.set_yticks(range(len(directions)), directions)
+        axes.set_yticks(range(len(gained)), list(gained))
         axes.set_xlabel("map")
         axes.set_ylabel("direction of ATEX")
         axes.set_title(f"top-{TOP} intersection less the teacher's, {kind} {RADII[0]:g}")

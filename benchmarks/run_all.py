@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 REDUCED = {
     name: ["--quick"]
     for name in (
-        *("decoy_mnist", "fused_attention", "recompute_memory"),
+        *("atex_explainers", "decoy_mnist", "fused_attention", "recompute_memory"),
         *("relu_differentiation", "right_reasons", "stability_study"),
     )
 } | {

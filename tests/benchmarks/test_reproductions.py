@@ -120,6 +120,20 @@ def test_ranked_gradients_stay() -> None:
     assert found[1]["top-8, attack"] > found[0]["top-8, attack"] + 0.1
 
 
+def test_atex_follows_every_direction_it_is_given() -> None:
+    module = script("atex_explainers")
+    x, y = module.digits()["train"]
+    x, y = x[:32].reshape(-1, 1, 8, 8), y[:32]
+    teacher = module.teacher_of(0, x, y, 1)
+    directions = ("distilled", *module.EXPLAINERS)
+    students = [module.student_of(teacher, direction, 0, x, y, 1) for direction in directions]
+    # The same draws for all, so that only the direction tells them apart.
+    assert len({float(s[0].weight.detach().double().sum()) for s in (teacher, *students)}) == 7
+    row = module.figures(students[-1], (x, y), 2)
+    assert len(row) == 1 + 2 * len(module.RADII) * len(module.EXPLAINERS)
+    assert all(0 <= value <= 1 for value in row.values())
+
+
 def test_worst_groups_run(small_mnist: str) -> None:
     module = script("right_reasons")
     found = module.run_seed(("decoy MNIST", 0), {"decoy MNIST": small_mnist}, quick=True)
