@@ -166,7 +166,9 @@ class PermutationAdapter(MaskedAdapter):
 
     def shap_values(self, X: Any, npermutations: int = 10, **options: Any) -> Any:  # noqa: N803  # SHAP's
         """Explain as SHAP, arrays alone."""
-        return super().shap_values(X, max_evals=npermutations * np.shape(X)[1], **options)
+        n, version = np.shape(X)[1], tuple(map(int, imported().__version__.split(".")[:2]))
+        each = n if version < (0, 52) else 2 * n + 1  # evaluations that SHAP counts for an order
+        return super().shap_values(X, max_evals=npermutations * each, **options)
 
 
 class PartitionAdapter(MaskedAdapter):
