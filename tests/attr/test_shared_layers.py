@@ -53,7 +53,7 @@ def test_equals_expected_gradients_of_the_rest(estimator: Any) -> None:
 def test_a_linear_model_in_closed_form(way: Any) -> None:
     """Each text has its own weight, its own references and its own share of the output."""
     words, u, v = nn.Embedding(9, 4), torch.randn(5, 4), torch.randn(2, 4)
-    model = lambda a, b: (words(a) * u).sum((1, 2)) - (words(b) * v).sum((1, 2))  # noqa: E731
+    model = lambda a, b: (words(a) * u).sum((1, 2)) - (words(b) * v).sum((1, 2))  # noqa: E731  # a sum
     ids, background = (tuple(torch.randint(9, (n, k)) for k in (5, 2)) for n in (3, 6))
     explainer = LayerExpectedGradients(model, words, differentiation=way)
     found = explainer.attribute(ids, background, n_samples=2)

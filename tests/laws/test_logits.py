@@ -15,7 +15,7 @@ from captum_priors import AttributionPrior, LayerExpectedGradients, differentiab
 from captum_priors.outputs import weighted
 from captum_priors.penalties import l1
 from tests.adapters.captum_table import ROWS, Mlp, flat, seeded, set_up
-from tests.asserts import assert_same_numbers, assert_slope
+from tests.asserts import assert_same_numbers, assert_slope, parameter_gradients
 from tests.laws.leaves import Leaf, leaves_but
 
 pytestmark = pytest.mark.filterwarnings(
@@ -27,7 +27,7 @@ ROUNDING = 1e-12
 def answering(kind: Any) -> Any:
     """Models of a class, that return an object with their logits."""
 
-    class Answering(kind):  # type: ignore[misc]
+    class Answering(kind):  # type: ignore[misc]  # a class that is not known before
         def forward(self, *inputs: Any) -> Any:
             return SimpleNamespace(logits=super().forward(*inputs))
 
@@ -50,12 +50,14 @@ def test_in_adapters(name: str) -> None:
     if row.target:
         call["target"] = weighted(shared(torch.tensor([0.0, 2.0, 1.0])))
     for target in ({}, {"target": 1}) if row.target else ({},):
-        expected, maps = (
-            flat(seeded(differentiable(row.make(each)), x, {**call, **target}, row))
+        (expected, gradients), (maps, own) = (
+            (maps, tuple(parameter_gradients(maps, [*each.parameters()])))
             for each in (model, twin)
+            for maps in [flat(seeded(differentiable(row.make(each)), x, {**call, **target}, row))]
         )
         assert_same_numbers(maps, expected, ROUNDING)
-        assert any(each.requires_grad for each in maps)
+        assert_same_numbers(own, gradients, ROUNDING)
+        assert any(bool(gradient.any()) for gradient in own)
     assert not twin._forward_hooks
 
 
