@@ -8,7 +8,6 @@ import platform
 import random
 import statistics
 import subprocess
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,32 +41,35 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return arguments
 
 
-def interleaved(
+def in_turns(
     runs: Mapping[str, Callable[[], object]],
     rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, float]:
-    """Median seconds of each run; the runs take turns, so that load on the machine hits all."""
-    return {name: statistics.median(each) for name, each in in_turns(runs, rounds, clock).items()}
+    clock: Callable[[], float],
+    *references: str,
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of each run in each round, and of each reference the ratio to itself (A/A).
 
-
-def in_turns(
-    runs: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Seconds of each run in each round, whose order changes from round to round.
-
-    Python's collector of cycles waits, as in ``timeit``: what it looks through is not the run's.
+    The runs take turns, so that load on the machine hits all, in an order that changes from round
+    to round. A reference takes part twice: how far its ratio to itself is from one is what a ratio
+    says where there is nothing to say. Python's collector of cycles waits, as in ``timeit``: what
+    it looks through is not the run's.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    turns = {**runs, **{f"{name}, again": runs[name] for name in references}}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     shuffled = random.Random(0)
     for _ in range(rounds):
-        for name in shuffled.sample([*runs], len(runs)):
+        for name in shuffled.sample([*turns], len(turns)):
             gc.disable()
             start = clock()
-            runs[name]()
+            turns[name]()
             seconds[name].append(clock() - start)
             gc.enable()
-    return seconds
+    again = {}
+    for name in references:
+        ratios = [a / b for a, b in zip(seconds.pop(f"{name}, again"), seconds[name], strict=True)]
+        low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+        again[name] = {"median": median, "quartiles": [low, high], "rounds": rounds}
+    return seconds, again
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
@@ -81,8 +83,14 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row))
+        table.add_row(*map(_cell, row))
     Console(width=max(100, 17 * len(columns))).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):  # a ratio to itself
+        return "{:.2f} ({:.2f} to {:.2f})".format(value["median"], *value["quartiles"])
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def save(output: Path, name: str, settings: dict[str, Any], results: Any) -> None:
@@ -98,9 +106,11 @@ def save(output: Path, name: str, settings: dict[str, Any], results: Any) -> Non
         "commit": _first_line("git", "-C", str(RESULTS), "describe", "--always", "--dirty=+"),
         "processor": _first_line("sed", "-n", "s/^model name.*: //p", "/proc/cpuinfo"),
     }
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    # where code and data lay is nobody's business
+    settings = {k: "DIR" if isinstance(v, Path) else v for k, v in settings.items()}
     settings.pop("output", None)
-    if "data" in settings:  # where the data lay is nobody's business
+    settings.setdefault("seeds", 1)  # of what takes none: all is drawn with seed 0
+    if "data" in settings:
         settings["data"] = str(settings["data"]).partition("=")[0] + "=DIR"
     document = {"benchmark": name, "settings": settings, "versions": versions, "results": results}
     (output / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -22,7 +22,7 @@ class Network:
     penalty: Callable[[Tensor], Tensor]
 
 
-def mlp(batch: int = 64, features: int = 64, width: int = 128) -> Network:
+def mlp(batch: int = 64, features: int = 64, width: int = 128, n_background: int = 1000) -> Network:
     """Two hidden layers on a table."""
     return _network(
         lambda: nn.Sequential(
@@ -32,6 +32,7 @@ def mlp(batch: int = 64, features: int = 64, width: int = 128) -> Network:
         (features,),
         batch,
         l1,
+        n_background,
     )
 
 
@@ -86,9 +87,10 @@ def _network(
     shape: tuple[int, ...],
     batch: int,
     penalty: Callable[[Tensor], Tensor],
+    n_background: int = 1000,
 ) -> Network:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(batch, *shape, generator=generator)
     y = torch.randint(CLASSES, (batch,), generator=generator)
-    background = torch.rand(1000, *shape, generator=generator)
+    background = torch.rand(n_background, *shape, generator=generator)
     return Network(make, x, y, background, penalty)

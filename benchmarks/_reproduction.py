@@ -57,11 +57,11 @@ def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
     found = {}
     for key in runs[0]:
         values = [run[key] for run in runs]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        stdev = statistics.stdev(values) if len(values) > 1 else 0.0
         found[key] = {
             "mean": statistics.mean(values),
-            "spread": spread,
-            "error": spread / math.sqrt(len(values)),
+            "stdev": stdev,
+            "error": stdev / math.sqrt(len(values)),
             "values": values,
         }
     return found
@@ -85,9 +85,7 @@ def show_runs(title: str, runs: Mapping[str, Sequence[Run]], *, digits: int = 3)
     rows = []
     for name, each in runs.items():
         found = summary(each)
-        cells = (
-            f"{found[c]['mean']:.{digits}f} ± {found[c]['spread']:.{digits}f}" for c in columns
-        )
+        cells = (f"{found[c]['mean']:.{digits}f} ± {found[c]['stdev']:.{digits}f}" for c in columns)
         rows.append([name, len(each), *cells])
     show(title, ["", "runs", *columns], rows)
 

@@ -10,128 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # for who imports it as a part of a package
+
+from _speed import ROWS as SPEED_ROWS
+from _speed import Row, again
+
 RESULTS = Path(__file__).parent / "results"
-Row = tuple[str, str, str]
-"""What was measured, the figure, and what it was meant to be (empty: nothing was)."""
-
-
-def _training_step(results: Any) -> Iterator[Row]:
-    for name, by_setting in results.items():
-        for setting, found in by_setting.items():
-            k, n = setting.split(", ")
-            aim = 1.3 if (name, k) == ("MLP", "8") else 1.0
-            yield (
-                f"step with a prior, {name}, k = {k}, background of {int(n):,}: times faster than "
-                "the published loop",
-                f"{found['published over prior']:.2f}",
-                f"≥ {aim}" if k == "1" or name == "MLP" else "",
-            )
-    for name, by_setting in results.items():
-        lazy = by_setting["1, 1000"]["over plain"]
-        yield (
-            f"the same, {name}, k = 1: times the plain step at every step, and under `Lazy(4)`",
-            f"{lazy['prior']:.2f}, {lazy['prior, Lazy(4)']:.2f}",
-            "second ≤ 1.6",
-        )
-
-
-def _value_only(results: Any) -> Iterator[Row]:
-    aims = {"MLP": {"GradientShap": 1, "GradientExplainer": 5}}
-    for name, by_peer in results.items():
-        for peer, by_count in by_peer.items():
-            ratios = [found["ratio"] for found in by_count.values()]
-            counts = list(by_count)
-            aim = aims.get(name, {}).get(peer.partition(",")[0], 1)
-            yield (
-                f"values, {name}, {counts[0]} to {counts[-1]} samples: times faster than {peer}",
-                f"{min(ratios):.2f} to {max(ratios):.2f}",
-                f"≥ {aim}",
-            )
-
-
-def _estimator_efficiency(results: Any) -> Iterator[Row]:
-    for name, found in results.items():
-        for peer, median in found["median_ratio"].items():
-            by_count = found["ratios"][peer]
-            counts = [n for n in by_count if n in ("8", "32", "128")]
-            yield (
-                f"gradient evaluations of {peer} over ours at equal error, {name}: "
-                f"median; for its {', '.join(counts)} samples",
-                f"{median:.1f}; " + ", ".join(f"{by_count[n]['ratio']:.1f}" for n in counts),
-                "≥ 4",
-            )
-
-
-def _recompute_memory(results: Any) -> Iterator[Row]:
-    for name, found in results.items():
-        growth = found["growth_recompute"]
-        yield (
-            f"`recompute`, {name}: peak memory at 512 samples over that at 16",
-            f"{max(growth.values()):.2f}",
-            "≤ 1.3",
-        )
-        times = {n: ratios["recompute"] for n, ratios in found["relative_time"].items()}
-        yield (
-            f"`recompute`, {name}: time over double backpropagation, {', '.join(times)} samples",
-            ", ".join(f"{t:.2f}" for t in times.values()),
-            "≤ 1.6",
-        )
-
-
-def _cost_scaling(results: Any) -> Iterator[Row]:
-    exponents = {axis: found["exponents"]["double_backprop"] for axis, found in results.items()}
-    yield (
-        "exponent of the cost of a prior's gradient in " + ", ".join(exponents),
-        ", ".join(f"{e:.2f}" for e in exponents.values()),
-        "",
-    )
-
-
-def _adapter_overhead(results: Any) -> Iterator[Row]:
-    values = sorted(row["values"] for row in results.values())
-    backward = sorted(row["with backward"] for row in results.values())
-    yield (
-        f"Captum's {len(values)} classes through adapters, values: times the stock class, at most",
-        f"{values[-1]:.2f}",
-        "≤ 1.2",
-    )
-    yield (
-        "the same with graph and backward pass: median, at most",
-        f"{backward[len(backward) // 2]:.2f}, {backward[-1]:.2f}",
-        "",
-    )
-
-
-def _adapter_shap(results: Any) -> Iterator[Row]:
-    missed = {
-        name: row["with backward"]
-        for name, row in results.items()
-        if row["with backward"] > (4 if name == "ExactExplainer" else 2)
-    }
-    yield (
-        "SHAP's classes through adapters, values and backward: within 2 (Exact: 4) times stock",
-        f"{len(results) - len(missed)} of {len(results)}"
-        + "".join(f"; not `{name}` ({ratio:.1f})" for name, ratio in missed.items()),
-        "all",
-    )
-
-
-def _adapter_support(results: Any) -> Iterator[Row]:
-    yield (
-        "adapters' certificates of the parameter gradient: largest error",
-        f"{max(max(row['certificate'].values()) for row in results.values()):.0e}",
-        "≤ 1e-06",
-    )
-
-
-def _fused_attention(results: Any) -> Iterator[Row]:
-    by_penalty = results["errors"]["gelu"]
-    errors = [e for by_length in by_penalty.values() for each in by_length.values() for e in each]
-    yield (
-        "`finite_difference` on a fused-attention transformer with GELU: largest gradient error",
-        f"{max(errors):.1e}",
-        "≤ 1e-02",
-    )
 
 
 def _decoy_mnist(results: Any) -> Iterator[Row]:
@@ -139,14 +23,14 @@ def _decoy_mnist(results: Any) -> Iterator[Row]:
         test = results["found"][name]["test"]
         yield (
             f"right for the right reasons on decoy MNIST, {name}: test accuracy",
-            f"{test['mean']:.3f} ± {test['spread']:.3f}",
+            f"{test['mean']:.3f} ± {test['stdev']:.3f}",
             f"published {published}",
         )
 
 
 def _published_code(results: Any) -> Iterator[Row]:
     for name, row in results["found"].items():
-        shown = f"{row['test']['mean']:.3f} ± {row['test']['spread']:.3f}"
+        shown = f"{row['test']['mean']:.3f} ± {row['test']['stdev']:.3f}"
         gain = results["what is meant less what is written"].get(name)
         if gain is not None:
             shown += f"; {gain['mean']:+.3f} ± {gain['error']:.3f} (standard error)"
@@ -168,7 +52,7 @@ def _concepts_and_agreement(results: Any) -> Iterator[Row]:
     }
     for part, (title, keys) in parts.items():
         for name, row in results[part].items():
-            each = (f"{row[key]['mean']:.3f} ± {row[key]['spread']:.3f}" for key in keys)
+            each = (f"{row[key]['mean']:.3f} ± {row[key]['stdev']:.3f}" for key in keys)
             yield f"{title}, {name}: {'; '.join(keys)}", "; ".join(each), ""
 
 
@@ -206,7 +90,7 @@ def _rationales(results: Any) -> Iterator[Row]:
     gains = results["gain over no prior, paired"]
     for name, row in results["found"].items():
         keys = ("originals", "counterfactuals", "AUC, trained on", "AUC, left out")
-        each = (f"{row[key]['mean']:.3f} ± {row[key]['spread']:.3f}" for key in keys)
+        each = (f"{row[key]['mean']:.3f} ± {row[key]['stdev']:.3f}" for key in keys)
         gain = gains[name]["counterfactuals"]
         yield (
             f"rationales of reviews, {name}: accuracy on originals; on counterfactuals; agreement "
@@ -221,14 +105,14 @@ def _rationales(results: Any) -> Iterator[Row]:
 def _ranked_gradients(results: Any) -> Iterator[Row]:
     for name, row in results["found"].items():
         keys = ("accuracy", "top-8, attack")
-        each = (f"{row[key]['mean']:.3f} ± {row[key]['spread']:.3f}" for key in keys)
+        each = (f"{row[key]['mean']:.3f} ± {row[key]['stdev']:.3f}" for key in keys)
         yield f"digits, {name}: accuracy; top-8 intersection under attack", "; ".join(each), ""
 
 
 def _pixel_prior(results: Any) -> Iterator[Row]:
     for name, row in results.get("found", {}).items():
         shown = [
-            f"{row[key]['mean']:.3f} ± {row[key]['spread']:.3f}"
+            f"{row[key]['mean']:.3f} ± {row[key]['stdev']:.3f}"
             for key in ("clean", "gauss 1", "s&p 0.1")
         ]
         published = results["published"].get(name.partition(",")[0], {})
@@ -240,6 +124,13 @@ def _pixel_prior(results: Any) -> Iterator[Row]:
             else "",
         )
 
+    times = {k: v for k, v in results["relative_time"].items() if k not in ("plain", "A/A")}
+    yield (
+        f"MNIST, time of a step over the plain one: {', '.join(times)}",
+        ", ".join(f"{t:.1f}" for t in times.values()) + again(results["relative_time"]),
+        "",
+    )
+
 
 def _nhanes_sparsity(results: Any) -> Iterator[Row]:
     noise = results.get("columns of noise", 0)
@@ -248,7 +139,7 @@ def _nhanes_sparsity(results: Any) -> Iterator[Row]:
         auc, gini = row["ROC-AUC"], row["Gini"]
         yield (
             f"sparsity on NHANES I, {data}, {name}: ROC-AUC; Gini of attributions",
-            f"{auc['mean']:.3f} ± {auc['spread']:.3f}; {gini['mean']:.2f} ± {gini['spread']:.2f}",
+            f"{auc['mean']:.3f} ± {auc['stdev']:.3f}; {gini['mean']:.2f} ± {gini['stdev']:.2f}",
             "published {}; {}".format(*results["published"][name]),
         )
 
@@ -260,7 +151,7 @@ def _nhanes_references(results: Any) -> Iterator[Row]:
         auc, known = row["ROC-AUC"], theirs.get(name.rpartition(" = ")[2], published.get(name, ""))
         yield (
             f"the sparsity prior by references, {name}: ROC-AUC, {len(auc['values'])} splits",
-            f"{auc['mean']:.4f} ± {auc['spread']:.4f}",
+            f"{auc['mean']:.4f} ± {auc['stdev']:.4f}",
             f"published {known}" if known else "",
         )
     for name, row in results["paired"].items():
@@ -359,15 +250,7 @@ def _atex_explainers(results: Any) -> Iterator[Row]:
 
 
 ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
-    "training_step": _training_step,
-    "value_only": _value_only,
-    "estimator_efficiency": _estimator_efficiency,
-    "recompute_memory": _recompute_memory,
-    "cost_scaling": _cost_scaling,
-    "adapter_overhead": _adapter_overhead,
-    "adapter_shap": _adapter_shap,
-    "adapter_support": _adapter_support,
-    "fused_attention": _fused_attention,
+    **SPEED_ROWS,
     "pixel_prior": _pixel_prior,
     "decoy_mnist": _decoy_mnist,
     "published_code": _published_code,

@@ -181,7 +181,7 @@ def beside_loop(found: Found, jobs: list[Job], figure: str) -> Figures:
     """Paired difference of the default and the published loop."""
     differences = [{"": found[j]["batch"][figure] - found[j]["loop"][figure]} for j in jobs]
     found = summary(differences)[""]
-    return {name: round(found[name], 6) for name in ("mean", "spread", "error")}
+    return {name: round(found[name], 6) for name in ("mean", "stdev", "error")}
 
 
 def judge(found: Found, jobs: list[Job]) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def flat(runs: list[Figures]) -> Figures:
     for name, each in summary(runs).items():
         found[name] = round(each["mean"], 4)
         if len(runs) > 1:
-            found[f"{name}, spread"] = round(each["spread"], 4)
+            found[f"{name}, stdev"] = round(each["stdev"], 4)
     return found
 
 
@@ -304,7 +304,7 @@ def draw(found: dict[str, Any]) -> Figure:
                 axes.errorbar(
                     [*points],
                     [f[way][part] for f in points.values()],
-                    [f[way].get(f"{part}, spread", 0.0) for f in points.values()],
+                    [f[way].get(f"{part}, stdev", 0.0) for f in points.values()],
                     color=colour,
                     linestyle=line,
                     label=f"{way}, {part}",

@@ -346,7 +346,7 @@ def draw(results: dict[str, Any]) -> Figure:
         }
         weights = [w for w in found if w]
         axes.errorbar(
-            weights, [found[w]["mean"] for w in weights], [found[w]["spread"] for w in weights]
+            weights, [found[w]["mean"] for w in weights], [found[w]["stdev"] for w in weights]
         )
         axes.axhline(found[0.0]["mean"], linestyle=":", label="no prior")
         axes.axvline(row["proposed"]["early"], linestyle="--", label="proposed")

@@ -238,8 +238,8 @@ def draw(concepts: dict[str, Any], agreement: dict[str, Any]) -> Figure:
     left, right = figure.subplots(1, 2)
     for offset, part in ((-0.2, "clean"), (0.2, "all tagged")):
         places = [i + offset for i in range(len(concepts))]
-        means, spread = ([r[part][k] for r in concepts.values()] for k in ("mean", "spread"))
-        left.bar(places, means, 0.4, yerr=spread, label=part)
+        means, stdev = ([r[part][k] for r in concepts.values()] for k in ("mean", "stdev"))
+        left.bar(places, means, 0.4, yerr=stdev, label=part)
     left.set_xticks(range(len(concepts)), list(concepts), rotation=20)
     left.set_ylabel("test accuracy")
     left.legend(loc="lower right")

@@ -2,10 +2,12 @@
 
 With the batch, the features, the samples and the parameters, one at a time, on MLPs: the exponent
 of a power law fitted to the medians of the processor's time, for the plain step, the prior's
-gradient with each differentiation, and values alone. One is proportional; less means that a part of
-the cost is fixed. (Parameters: the width of the hidden layers grows, their number stays.)
+gradient with each differentiation, that of the published loop (``--authors-code``: its authors'
+own), and values alone; and the ratio to the plain step. One is proportional; less means that a part
+of the cost is fixed. (Parameters: the width of the hidden layers grows, their number stays.)
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _common import interleaved, parser, save, save_plot, show
+from _common import in_turns, parser, ratio, save, save_plot, show
 from _networks import mlp
+from _published import MakeLoop, add_option, loop_from
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from captum_priors import AttributionPrior, ExpectedGradients
 
@@ -31,9 +35,11 @@ GRID = {
 }
 
 
-def runs_of(*, batch: int, features: int, samples: int, width: int) -> tuple[Any, int]:
+def runs_of(
+    make_loop: MakeLoop, *, batch: int, features: int, samples: int, width: int
+) -> tuple[Any, int]:
     """Each kind of step, and the number of parameters."""
-    network = mlp(batch, features, width)
+    network = mlp(batch, features, width, n_background=max(1000, batch * samples))
     torch.manual_seed(0)
     model = network.make()
     parameters = list(model.parameters())
@@ -62,53 +68,79 @@ def runs_of(*, batch: int, features: int, samples: int, width: int) -> tuple[Any
     def values() -> object:
         return explainer.attribute(network.x, network.background, samples, target=network.y)
 
-    runs = {"plain step": plain, **{way: prior(way) for way in WAYS}, "values": values}
+    loop = make_loop(network.background, batch, samples)
+
+    def published() -> object:
+        value = network.penalty(loop.attribute(model, network.x, network.y)).mean()
+        return torch.autograd.grad(value, parameters, allow_unused=True)
+
+    ways = {way: prior(way) for way in WAYS}
+    runs = {"plain step": plain, "published loop": published, **ways, "values": values}
     return runs, sum(p.numel() for p in parameters)
-
-
-def exponents(sizes: list[int], seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Slope of log time over log size, for each kind of step."""
-    return {
-        name: float(np.polyfit(np.log(sizes), np.log(each), 1)[0]) for name, each in seconds.items()
-    }
 
 
 def main() -> None:
     """Run and report."""
-    options = parser(__doc__).parse_args()
+    arguments = parser(__doc__)
+    add_option(arguments)
+    options = arguments.parse_args()
+    make_loop = loop_from(options.authors_code)
     rounds = 3 if options.quick else 9
     results: dict[str, Any] = {}
     for axis, values in GRID.items():
         sizes: list[int] = []
-        seconds: dict[str, list[float]] = {}
+        measured: list[dict[str, Any]] = []
         for value in values[:2] if options.quick else values:
-            runs, n_parameters = runs_of(**{**BASE, axis: value})
+            runs, n_parameters = runs_of(make_loop, **{**BASE, axis: value})
             for run in runs.values():
                 run()
-            for name, each in interleaved(runs, rounds, time.process_time).items():
-                seconds.setdefault(name, []).append(each)
+            seconds, again = in_turns(runs, rounds, time.process_time, "plain step")
+            over = {name: ratio(each, seconds["plain step"]) for name, each in seconds.items()}
+            measured.append({"seconds of rounds": seconds, "over plain": over, "A/A": again})
             sizes.append(n_parameters if axis == "width" else value)
         name = "parameters" if axis == "width" else axis
+        times = {
+            kind: [statistics.median(each["seconds of rounds"][kind]) for each in measured]
+            for kind in measured[0]["over plain"]
+        }
         results[name] = {
             "sizes": sizes,
-            "seconds": seconds,
-            "exponents": exponents(sizes, seconds),
+            "seconds": times,
+            "exponents": {  # slopes of log time over log size
+                kind: float(np.polyfit(np.log(sizes), np.log(each), 1)[0])
+                for kind, each in times.items()
+            },
+            "measured": dict(zip(map(str, sizes), measured, strict=True)),
         }
     kinds = list(results["batch"]["exponents"])
     rows = [[name, *found["exponents"].values()] for name, found in results.items()]
     show("Fitted exponents of the time", ["", *kinds], rows)
+    rows = [
+        [f"{size} {name}", *each["over plain"].values(), each["A/A"]["plain step"]]
+        for name, found in results.items()
+        for size, each in found["measured"].items()
+    ]
+    show("Time over the plain step", ["", *kinds, "A/A"], rows)
     save(options.output, "cost_scaling", vars(options) | {"base": BASE}, results)
     plot(options.output, results)
 
 
 def plot(output: Path, results: dict[str, Any]) -> None:
-    """Times on logarithmic axes."""
-    figure = Figure(figsize=(14, 3.5))
-    for axes, (name, found) in zip(figure.subplots(1, 4), results.items(), strict=True):
-        for kind, each in found["seconds"].items():
-            axes.loglog(found["sizes"], each, "o-", label=kind)
-        axes.set(xlabel=name, ylabel="seconds")
-    axes.legend(fontsize=7)
+    """Times, with their quartiles, and medians of the ratios to the plain step."""
+    figure = Figure(figsize=(15, 7), layout="constrained")
+    for above, below, (name, found) in zip(*figure.subplots(2, 4), results.items(), strict=True):
+        measured = found["measured"].values()
+        for kind, medians in found["seconds"].items():
+            rounds = [each["seconds of rounds"][kind] for each in measured]
+            low, high = np.quantile(rounds, (0.25, 0.75), axis=1)
+            ends = (medians - low, high - medians)
+            above.errorbar(found["sizes"], medians, ends, fmt="o-", label=kind)
+            below.plot(found["sizes"], [each["over plain"][kind] for each in measured], "o-")
+        for axes, label in ((above, "seconds"), (below, "over the plain step")):
+            axes.set(xscale="log", yscale="log", xlabel=name, ylabel=label)
+            axes.set_xticks(found["sizes"], [f"{size:,}" for size in found["sizes"]])
+            axes.xaxis.set_minor_locator(NullLocator())
+    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     save_plot(output, "cost_scaling", figure)
 
 

@@ -99,8 +99,8 @@ def draw(results: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     for offset, part in ((-0.2, "train"), (0.2, "test")):
         places = [i + offset for i in range(len(results))]
-        means, spread = ([r[part][k] for r in results.values()] for k in ("mean", "spread"))
-        axes.bar(places, means, 0.4, yerr=spread, label=part)
+        means, stdev = ([r[part][k] for r in results.values()] for k in ("mean", "stdev"))
+        axes.bar(places, means, 0.4, yerr=stdev, label=part)
     for i, name in enumerate(results):
         if name in PUBLISHED:
             axes.plot([i, i + 0.4], [PUBLISHED[name]] * 2, "k--")

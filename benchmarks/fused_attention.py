@@ -198,9 +198,9 @@ def exactness(backend: str) -> dict[str, dict[str, dict[str, float]]]:
 WAYS = ("double_backprop", "recompute", "finite_difference")
 
 
-def step_times(backend: str, rounds: int) -> dict[str, dict[str, float]]:
+def step_times(backend: str, rounds: int) -> dict[str, dict[str, Any]]:
     """Time of a training step with a prior of one sample, over that of one without."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, (make, as_trained, batch) in forms(backend).items():
         torch.manual_seed(0)
         model = make()
@@ -228,9 +228,10 @@ def step_times(backend: str, rounds: int) -> dict[str, dict[str, float]]:
             runs[way] = lambda step=step, prior=prior: step(prior)  # type: ignore[misc]  # a default
         for each in (*runs.values(), *runs.values()):
             each()
-        seconds = in_turns(runs, rounds, time.perf_counter)
+        seconds, again = in_turns(runs, rounds, time.perf_counter, "plain")
         found[name] = {"plain, ms": 1000 * statistics.median(seconds["plain"])}
         found[name] |= {way: ratio(seconds[way], seconds["plain"]) for way in WAYS}
+        found[name]["A/A"] = again
     return found
 
 
@@ -267,8 +268,8 @@ def main() -> None:
     results["step"] = step_times(args.backend, 10 if args.quick else 40)
     show(
         f"A training step, one sample, {args.backend}: over the plain step",
-        ["model", "plain, ms", *WAYS],
-        [[name, *each.values()] for name, each in results["step"].items()],
+        ["model", "plain, ms", *WAYS, "A/A"],
+        [[name, *[*t.values()][:-1], t["A/A"]["plain"]] for name, t in results["step"].items()],
     )
 
     results["errors"] = {"gelu": errors_of(seeds, lengths)}
@@ -301,7 +302,7 @@ def main() -> None:
         axes.set(xlabel="step", title=f"test {measure}")
         axes.legend()
     settings = {"quick": args.quick, "weight": args.weight, "samples": N_SAMPLES, "batch": BATCH}
-    settings["backend"] = args.backend
+    settings |= {"backend": args.backend, "seeds": len(seeds)}
     save(args.output, "fused_attention", settings, results)
     save_plot(args.output, "fused_attention", figure)
 

@@ -3,9 +3,9 @@
 Both are built here from ``torch.nn``, with random weights, and trained in bfloat16 autocast.
 Measured against the plain step, against the same step once more (what noise does), and against the
 loops that people write by hand: expected gradients as published with the papers (Erion et al.
-2021), right for the right reasons (Ross et al. 2017), a Hessian penalty by Hutchinson's estimator
-(Dombrowski et al. 2022). Steps take turns; medians; peak memory of the device; the operators that
-take most of the time.
+2021; ``--authors-code``: its authors' own), right for the right reasons (Ross et al. 2017), a
+Hessian penalty by Hutchinson's estimator (Dombrowski et al. 2022). Steps take turns; medians; peak
+memory of the device; the operators that take most of the time.
 
 Without a GPU it says so and ends; ``--device cpu --quick`` runs everything in miniature there.
 ``benchmarks/gpu.sh`` runs it after the tests that need a GPU.
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _common import in_turns, parser, ratio, save, show
-from _published import PublishedLoop
+from _published import MakeLoop, add_option, loop_from
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -150,16 +150,10 @@ def input_gradient(outputs: Tensor, x: Tensor) -> Tensor:
     return gradient
 
 
-def loop_eg(model: nn.Module, batch: Batch) -> Tensor:
+def loop_eg(model: nn.Module, batch: Batch, *, make_loop: MakeLoop) -> Tensor:
     """The published loop, whose references come from a shuffled loader at every step."""
-    loop = PublishedLoop(batch.background, len(batch.x), 1)
-    (references,) = next(iter(loop.loader))
-    references = references.to(batch.x.device)
-    alpha = torch.rand(len(batch.x), 1, 1, 1, device=batch.x.device)
-    points = (alpha * batch.x + (1 - alpha) * references).requires_grad_()
-    chosen = model(points).gather(1, batch.y.unsqueeze(1))
-    attributions = (batch.x - references) * input_gradient(chosen, points)
-    return total_variation(attributions).mean()
+    loop = make_loop(batch.background, len(batch.x), 1)
+    return total_variation(loop.attribute(model, batch.x, batch.y)).mean()
 
 
 def loop_rrr(model: nn.Module, batch: Batch) -> Tensor:
@@ -186,7 +180,9 @@ def in_plain_products(loop: Callable[..., Tensor], model: nn.Module, batch: Batc
         return loop(model, batch)
 
 
-def penalties(model: nn.Module, batch: Batch) -> dict[str, Callable[[], Tensor | float]]:
+def penalties(
+    model: nn.Module, batch: Batch, make_loop: MakeLoop
+) -> dict[str, Callable[[], Tensor | float]]:
     """What is added to the loss, by name: loops written by hand next to priors."""
     references = batch.background.to(batch.x.device)
 
@@ -210,8 +206,7 @@ def penalties(model: nn.Module, batch: Batch) -> dict[str, Callable[[], Tensor |
 
     found: dict[str, Callable[[], Tensor | float]] = {
         PLAIN: lambda: 0.0,
-        "plain, again": lambda: 0.0,
-        "EG: loop": partial(in_plain_products, loop_eg, model, batch),
+        "EG: loop": partial(in_plain_products, partial(loop_eg, make_loop=make_loop), model, batch),
         **{f"EG: {way}": eg(way) for way in WAYS},
         "EG: recompute, 4 samples": eg("recompute", 4),
         f"EG: Lazy({EVERY})": eg(every=EVERY),
@@ -313,12 +308,17 @@ class Attempt:
 
 
 def measure(
-    model: nn.Module, batch: Batch, meter: Meter, rounds: int, until: float
+    model: nn.Module,
+    batch: Batch,
+    meter: Meter,
+    rounds: int,
+    until: float,
+    make_loop: MakeLoop,
 ) -> dict[str, Any]:
     """Time and memory of every step, as many rounds as fit: whole turns of ``Lazy``."""
     steps = {
         name: Attempt(step_of(model, batch, penalty))
-        for name, penalty in penalties(model, batch).items()
+        for name, penalty in penalties(model, batch, make_loop).items()
     }
     for step in steps.values():
         step()
@@ -326,7 +326,7 @@ def measure(
     one_round = sum(meter.seconds(step) for step in steps.values())
     fit = int((until - time.monotonic()) / one_round)
     rounds = max(EVERY, min(rounds, fit) // EVERY * EVERY)
-    seconds = in_turns(steps, rounds, meter.now)
+    seconds, again = in_turns(steps, rounds, meter.now, PLAIN)
     profiled = {n: meter.where_time_goes(steps[n]) for n in _PROFILED}
     found: dict[str, Any] = {}
     for name, each in seconds.items():
@@ -345,7 +345,7 @@ def measure(
         if loop != name and not steps[loop].error:
             found[name]["loop_over_this"] = ratio(seconds[loop], each)
     profiled = {name: each for name, each in profiled.items() if not steps[name].error}
-    return {"rounds": rounds, "steps": found, "profiles": profiled}
+    return {"rounds": rounds, "steps": found, "A/A": again, "profiles": profiled}
 
 
 _PROFILED = (PLAIN, "EG: loop", "EG: double_backprop", "EG: recompute", "RRR: double_backprop")
@@ -363,6 +363,7 @@ def report(name: str, n: int, found: dict[str, Any]) -> None:
     ]
     title = f"{name}, batch {n}, median of {found['rounds']}"
     show(title, ["step", "ms", "/ plain", "mean / plain", "loop / this", "peak GB", ""], rows)
+    show("A/A", [*found["A/A"]], [[*found["A/A"].values()]])
 
 
 def main() -> None:
@@ -371,7 +372,9 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=64)
     arguments.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     arguments.add_argument("--seconds", type=float, default=270.0, help="for all of it, about")
+    add_option(arguments)
     options = arguments.parse_args()
+    make_loop = loop_from(options.authors_code)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu_training_step: skipped, no CUDA device.")
         return
@@ -390,7 +393,8 @@ def main() -> None:
         torch.manual_seed(0)
         model, batch = make().to(device), Batch.of(n, size, device)
         left = end - time.monotonic()
-        found = measure(model, batch, meter, rounds, time.monotonic() + left / (len(networks) - i))
+        until = time.monotonic() + left / (len(networks) - i)
+        found = measure(model, batch, meter, rounds, until, make_loop)
         results[name] = found | {"parameters": sum(p.numel() for p in model.parameters())}
         keep()
         report(name, n, found)

@@ -117,8 +117,8 @@ def draw(results: dict[str, Any], seeds: int) -> Figure:
     """Test R² and roughness of each graph."""
     figure = Figure(figsize=(10, 4))
     for axes, key in zip(figure.subplots(1, 2), ("R2", "roughness on the true graph"), strict=True):
-        means, spread = ([r[key][part] for r in results.values()] for part in ("mean", "spread"))
-        axes.bar(range(len(results)), means, yerr=spread)
+        means, stdev = ([r[key][part] for r in results.values()] for part in ("mean", "stdev"))
+        axes.bar(range(len(results)), means, yerr=stdev)
         axes.set_xticks(range(len(results)), list(results), rotation=15)
         axes.set(title=f"{key}, {seeds} data sets")
     return figure

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import interleaved, mnist, save, save_plot, show
+from _common import in_turns, mnist, ratio, save, save_plot, show
 from _reproduction import (
     accuracy,
     arguments_of,
@@ -131,7 +131,7 @@ def evaluate(model: nn.Module, data: Data) -> dict[str, float]:
     return {**found, "TV": total_variation(attributions).mean().item()}
 
 
-def relative_times(data: Data, rounds: int) -> dict[str, float]:
+def relative_times(data: Data, rounds: int) -> dict[str, Any]:
     """Processor time of 16 steps over that of plain training."""
     x, y = data[0][:BATCH], data[1][:BATCH]
 
@@ -154,8 +154,9 @@ def relative_times(data: Data, rounds: int) -> dict[str, float]:
     }
     for run in runs.values():
         run()
-    seconds = interleaved(runs, rounds, time.process_time)
-    return {name: each / seconds["plain"] for name, each in seconds.items()}
+    seconds, again = in_turns(runs, rounds, time.process_time, "plain")
+    plain = seconds.pop("plain")
+    return {name: ratio(each, plain) for name, each in seconds.items()} | {"A/A": again}
 
 
 def run(job: tuple[Setting, int], source: str, epochs: int) -> dict[str, float]:
@@ -178,9 +179,9 @@ def plot(args: argparse.Namespace, results: dict[str, Any]) -> None:
     ):
         for name, found in results.items():
             each = [found["clean"], *(found[f"{kind} {level:g}"] for level in levels)]
-            means, spread = ([e[k] for e in each] for k in ("mean", "spread"))
+            means, stdev = ([e[k] for e in each] for k in ("mean", "stdev"))
             line = "--" if "Lazy" in name else ":" if "gradient" in name else "-"
-            axes.errorbar([0, *levels], means, spread, linestyle=line, label=name)
+            axes.errorbar([0, *levels], means, stdev, linestyle=line, label=name)
         axes.set(xlabel=f"{kind} noise", ylabel="accuracy")
     axes.legend(fontsize=7)
     save_plot(args.output, "pixel_prior", figure)
@@ -197,7 +198,7 @@ def main() -> None:
     weights = args.weights[:1] if args.quick else args.weights
     settings = [PLAIN, *((name, weight) for name in args.priors for weight in weights)]
     times = relative_times(load(args.data), rounds=3 if args.quick else 5)
-    show("Time of a step over plain", list(times), [list(times.values())])
+    show("Time of a step over plain", [*times], [[*[*times.values()][:-1], times["A/A"]["plain"]]])
     epochs = 1 if args.quick else args.epochs
     jobs = [(setting, seed) for seed in seeds for setting in settings]
     found = in_processes(functools.partial(run, source=args.data, epochs=epochs), jobs, args.jobs)

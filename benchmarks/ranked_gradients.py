@@ -132,8 +132,8 @@ def main() -> None:
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     for i, key in enumerate((f"top-{TOP}, noise", f"top-{TOP}, attack")):
-        means, spread = ([r[key][k] for r in results["found"].values()] for k in ("mean", "spread"))
-        axes.barh([j + 0.4 * i for j in range(len(runs))], means, 0.4, xerr=spread, label=key)
+        means, stdev = ([r[key][k] for r in results["found"].values()] for k in ("mean", "stdev"))
+        axes.barh([j + 0.4 * i for j in range(len(runs))], means, 0.4, xerr=stdev, label=key)
     axes.set_yticks(range(len(runs)), list(runs))
     axes.invert_yaxis()
     axes.legend()

@@ -235,8 +235,8 @@ def draw(results: dict[str, Any]) -> Figure:
     for axes, keys in zip(figure.subplots(1, 2), kinds, strict=True):
         for i, key in enumerate(keys):
             places = [row + 0.25 * (i - 0.5) for row in range(len(results))]
-            means, spread = ([r[key][k] for r in results.values()] for k in ("mean", "spread"))
-            axes.barh(places, means, 0.25, xerr=spread, label=key)
+            means, stdev = ([r[key][k] for r in results.values()] for k in ("mean", "stdev"))
+            axes.barh(places, means, 0.25, xerr=stdev, label=key)
         axes.set_yticks(range(len(results)), list(results))
         axes.set_xlim(0.4, 1)
         axes.invert_yaxis()

@@ -133,13 +133,13 @@ def memory(explainer: str, way: str, counts: list[int]) -> dict[int, dict[str, f
     return found
 
 
-def relative_times(explainer: str, n: int, rounds: int) -> dict[str, float]:
+def relative_times(explainer: str, n: int, rounds: int) -> dict[str, Any]:
     """Time of a step, over that with ``double_backprop``."""
     steps = {way: training_steps(explainer, way, n)[1] for way in WAYS}
     for step in steps.values():
         step()
-    seconds = in_turns(steps, rounds, time.perf_counter)
-    return {way: ratio(seconds[way], seconds["double_backprop"]) for way in WAYS[1:]}
+    seconds, again = in_turns(steps, rounds, time.perf_counter, WAYS[0])
+    return {w: ratio(seconds[w], seconds[WAYS[0]]) for w in WAYS[1:]} | {"A/A": again}
 
 
 def megabytes(peak: dict[str, float] | None) -> str:
@@ -192,8 +192,8 @@ def main() -> None:
         )
         show(
             f"{explainer}: time of a step over double_backprop",
-            ["n", *WAYS[1:]],
-            [[n, *ratios.values()] for n, ratios in times.items()],
+            ["n", *WAYS[1:], "A/A"],
+            [[n, *(t[w] for w in WAYS[1:]), t["A/A"][WAYS[0]]] for n, t in times.items()],
         )
     settings = {"batch": BATCH, "limit_mb": LIMIT_MB, "counts": counts, "quick": args.quick}
     save(args.output, "recompute_memory", settings, results)

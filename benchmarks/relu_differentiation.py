@@ -122,7 +122,7 @@ def draw(results: dict[str, dict[str, dict[str, Any]]]) -> Figure:
             axes.errorbar(
                 [p["TV"]["mean"] for p in points.values()],
                 [p["accuracy"]["mean"] for p in points.values()],
-                yerr=[p["accuracy"]["spread"] for p in points.values()],
+                yerr=[p["accuracy"]["stdev"] for p in points.values()],
                 marker="o",
                 label=method,
             )
@@ -154,7 +154,7 @@ def main() -> None:
             for method in METHODS
         }
         rows = [
-            [method, w, *(f"{p[c]['mean']:.4g} ± {p[c]['spread']:.2g}" for c in p)]
+            [method, w, *(f"{p[c]['mean']:.4g} ± {p[c]['stdev']:.2g}" for c in p)]
             for method, points in results[name].items()
             for w, p in points.items()
         ]

@@ -227,8 +227,8 @@ def draw(results: dict[str, Any]) -> Figure:
     """Worst-group accuracy of every setting."""
     figure = Figure(figsize=(11, 4))
     for axes, (task, rows) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
-        means, spread = ([row["worst"][k] for row in rows.values()] for k in ("mean", "spread"))
-        axes.barh(range(len(rows)), means, xerr=spread)
+        means, stdev = ([row["worst"][k] for row in rows.values()] for k in ("mean", "stdev"))
+        axes.barh(range(len(rows)), means, xerr=stdev)
         axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()
         axes.set_xlabel(f"worst-group accuracy, {task}")

@@ -108,17 +108,19 @@ def main() -> None:
                 for run in runs.values():
                     run()
                 rounds = min(200, max(5, int(budget / (time.process_time() - start))))
-                seconds = in_turns(runs, rounds, time.process_time)
+                seconds, again = in_turns(runs, rounds, time.process_time, "theirs")
                 results[name].setdefault(peer, {})[n] = {
                     "milliseconds": {k: 1e3 * float(np.median(s)) for k, s in seconds.items()},
                     "ratio": ratio(seconds["theirs"], seconds["ours"]),
+                    "A/A": again,
                 }
     rows = [
-        [f"{name}, {peer}", *(found["ratio"] for found in by_count.values())]
+        [f"{name}, {peer}", n, found["ratio"], found["A/A"]["theirs"]]
         for name, by_peer in results.items()
         for peer, by_count in by_peer.items()
+        for n, found in by_count.items()
     ]
-    show("Time of theirs over ours, by samples", ["", *map(str, counts)], rows)
+    show("Time of theirs over ours", ["", "samples", "theirs / ours", "A/A: theirs"], rows)
     settings = {**vars(options), "shap": shap.__version__, "examples beside SHAP": FEW}
     save(options.output, "value_only", settings, results)
     plot(options.output, results)
