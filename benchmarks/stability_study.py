@@ -231,7 +231,7 @@ def grids(study: Study, kept: Kept, chosen: dict[str, Found]) -> dict[str, list[
             setting = {n: each[n] for n in METHODS[name].axes}
             label = ", ".join(f"{n} {v:.3g}" for n, v in setting.items())
             run = functools.partial(trained_with, name, setting)
-            found[name].append(kept(f"grid, {name}, {label}", run))
+            found[name].append(kept(f"grid, {study.sizes.images} images, {name}, {label}", run))
     return found
 
 
@@ -326,10 +326,10 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--data", action="append", required=True, help="mnist=DIR")
     arguments.add_argument("--seeds", type=int, default=5)
-    arguments.add_argument("--images", type=int, default=60, help="attacked")
+    arguments.add_argument("--images", type=int, default=200, help="attacked")
     arguments.add_argument("--restarts", type=int, default=1, help="of each attack")
-    arguments.add_argument("--maps", type=int, default=10, help="images for IG and SmoothGrad")
-    arguments.add_argument("--fashion-images", type=int, default=300, help="of 900")
+    arguments.add_argument("--maps", type=int, default=100, help="images for IG and SmoothGrad")
+    arguments.add_argument("--fashion-images", type=int, default=900, help="of 900")
     arguments.add_argument("--parts", type=Path, default=None, help="folder for what is finished")
     options = arguments.parse_args()
     sources = {source.partition("=")[0]: source for source in options.data}
@@ -372,13 +372,13 @@ def main() -> None:
     if "atex_fashion" in sources:
         folder = Path(sources["atex_fashion"].partition("=")[2])
         run = functools.partial(fashion, folder, study.sizes, options.fashion_images)
-        authors["fashion"] = kept("fashion", run)
+        authors["fashion"] = kept(f"fashion, {options.fashion_images} images", run)
     grid = grids(study, kept, chosen)
     maps: dict[str, list[Found]] = {}
     mapped = [name for name in MAPPED if options.maps and name in METHODS]
     for seed, name in itertools.product(range(options.seeds), mapped):
         run = functools.partial(maps_of, study, networks[seed, name], options.maps)
-        maps.setdefault(name, []).append(kept(f"maps, {seed}, {name}", run))
+        maps.setdefault(name, []).append(kept(f"maps, {options.maps} images, {seed}, {name}", run))
     document = {**everything(chosen, found, grid, maps, study.sizes.radii), **authors}
     print_all(document, study.sizes.radii)
     settings = {k: v for k, v in vars(options).items() if k not in ("data", "parts")}
