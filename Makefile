@@ -6,8 +6,10 @@ CONSTRAINTS ?= .ci/constraints.txt
 DEMO ?= tag
 DATA ?= digits
 OUTPUT ?= demo-output
-# Folder with mnist/ and nhanes/ for the benchmarks that read them; the others run without.
+# Folder with mnist/, nhanes/, pneumonia/, imdb_counterfactual/ and atex_fashion/ for the benchmarks that
+# read them; the others run without. AUTHORS_CODE: suinleelab/attributionpriors, to run its own loop.
 DATA_DIR ?=
+AUTHORS_CODE ?=
 BENCH_OUTPUT ?= bench-output
 # Processes for tests and mutants; each keeps to one thread.
 JOBS ?= 2
@@ -61,10 +63,11 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/check_browser.py docs/_build/html
 
 # Every benchmark, at a size that fits into half an hour; FULL=1 for the size of the figures in
-# benchmarks/results, which BENCH_OUTPUT=benchmarks/results replaces.
+# benchmarks/results, which BENCH_OUTPUT=benchmarks/results replaces, and more for the stability study.
 bench: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_all.py --output $(BENCH_OUTPUT) \
-		$(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(if $(FULL),--full)
+		$(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(if $(FULL),--full) \
+		$(if $(AUTHORS_CODE),--authors-code $(AUTHORS_CODE))
 
 # The site's tables, from the registries and benchmarks/results.
 tables: $(INSTALLED)

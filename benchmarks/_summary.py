@@ -146,9 +146,9 @@ def _nhanes_sparsity(results: Any) -> Iterator[Row]:
 
 def _nhanes_references(results: Any) -> Iterator[Row]:
     published = results["published"]
-    theirs = {**published["expected gradients"], "X-Gradient": published["X-Gradient"]}
+    theirs = {**published["expected gradients"], **published}
     for name, row in results["found"].items():
-        auc, known = row["ROC-AUC"], theirs.get(name.rpartition(" = ")[2], published.get(name, ""))
+        auc, known = row["ROC-AUC"], theirs.get(name.removeprefix("monte_carlo, k = "), "")
         yield (
             f"the sparsity prior by references, {name}: ROC-AUC, {len(auc['values'])} splits",
             f"{auc['mean']:.4f} ± {auc['stdev']:.4f}",

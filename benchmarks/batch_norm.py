@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from _batch_norm import PRIORS, TEST, TRAIN, Data, Network, load
@@ -177,11 +178,11 @@ def is_within(found: Found, jobs: list[Job], way: Way) -> bool:
     )
 
 
-def beside_loop(found: Found, jobs: list[Job], figure: str) -> Figures:
+def beside_loop(found: Found, jobs: list[Job], figure: str) -> dict[str, Any]:
     """Paired difference of the default and the published loop."""
     differences = [{"": found[j]["batch"][figure] - found[j]["loop"][figure]} for j in jobs]
-    found = summary(differences)[""]
-    return {name: round(found[name], 6) for name in ("mean", "stdev", "error")}
+    each = summary(differences)[""]
+    return {name: np.round(figures, 6).tolist() for name, figures in each.items()}
 
 
 def judge(found: Found, jobs: list[Job]) -> dict[str, Any]:
@@ -252,13 +253,14 @@ def results_of(found: Found, n_jobs: int) -> dict[str, Any]:
     }
 
 
-def flat(runs: list[Figures]) -> Figures:
-    """Mean of each figure and, where there are several runs, its standard deviation."""
-    found = {}
+def flat(runs: list[Figures]) -> dict[str, Any]:
+    """Mean of each figure and, where there are several runs, its deviation and all values."""
+    found: dict[str, Any] = {}
     for name, each in summary(runs).items():
         found[name] = round(each["mean"], 4)
         if len(runs) > 1:
             found[f"{name}, stdev"] = round(each["stdev"], 4)
+            found[f"{name}, values"] = [round(value, 4) for value in each["values"]]
     return found
 
 

@@ -29,7 +29,6 @@ from _reproduction import (
     folder_of,
     in_processes,
     roc_auc,
-    seeds_of,
     summary,
 )
 from _stability import TOP
@@ -356,10 +355,14 @@ def draw(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def seeds_of(name: str, options: argparse.Namespace) -> range:
+    """Seeds of a task."""
+    return range(options.seeds or (1 if options.quick else TASKS[name][2]))
+
+
 def one_task(name: str, options: argparse.Namespace, sources: dict[str, str]) -> dict[str, Any]:
     """Sweep, propose, and train with the proposal."""
-    _, weights, n_seeds = TASKS[name]
-    seeds = seeds_of(options, full=n_seeds, quick=1)
+    weights, seeds = TASKS[name][1], seeds_of(name, options)
     scale = 0.2 if options.quick else 1.0
 
     def over(weights: list[float]) -> Runs:
@@ -399,6 +402,7 @@ def main() -> None:
         rows,
     )
     settings = vars(options) | {"data": "mnist=DIR, nhanes=DIR", "sizes": N, "radius": RADIUS}
+    settings["seeds"] = {name: len(seeds_of(name, options)) for name in TASKS}
     save(options.output, "choose_weight", settings, results)
     save_plot(options.output, "choose_weight", draw(results))
 

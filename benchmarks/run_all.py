@@ -3,11 +3,13 @@
     python benchmarks/run_all.py --data-dir DIR
 
 ``DIR`` has a folder for each data set that a script takes as ``--data NAME=...`` (``DIR/mnist``,
-``DIR/nhanes``). Scripts whose data are not there are skipped, unless their docstring has them in
-brackets, and the summary says so; a script that fails does not keep the others from running. Heavy
-scripts run at a reduced size unless ``--full`` is given. The table is ``summary.md`` in the output
-folder. Times are of the processor, and runs take turns within a script, so that a neighbour moves
-ratios little; ``--jobs 1`` for none.
+``nhanes``, ``pneumonia``, ``imdb_counterfactual``, ``atex_fashion``). Scripts whose data are not
+there are skipped, unless their docstring has them in brackets, and the summary says so; a script
+that fails does not keep the others from running. Heavy scripts run at a reduced size unless
+``--full`` is given, under which the stability study runs at more than its own. ``--authors-code``
+goes to the scripts that take it. The table is ``summary.md`` in the output folder. Times are of the
+processor, and runs take turns within a script, so that a neighbour moves ratios little; ``--jobs
+1`` for none.
 """
 
 import argparse
@@ -36,6 +38,13 @@ REDUCED = {
     "nhanes_sparsity": ["--seeds", "10"],
     "pixel_prior": ["--seeds", "3"],
 }
+# With --full: what is more than a script's own size.
+FULL = {
+    "stability_study": [
+        *("--images", "500", "--restarts", "3", "--maps", "500"),
+        *("--maps-radii", "0.01", "0.02", "0.05", "0.1", "0.2"),
+    ]
+}
 # Those that take longest go first, so that none of them is left to run alone.
 FIRST = (
     *("batch_norm", "pixel_prior", "nhanes_sparsity", "nhanes_references", "training_step"),
@@ -50,11 +59,16 @@ def data_sets(script: Path, *, optional: bool = False) -> list[str]:
     return re.findall(written, script.read_text(encoding="utf-8"))
 
 
-def command(script: Path, data_dir: Path | None, options: list[str]) -> list[str] | None:
+def command(
+    script: Path, data_dir: Path | None, options: list[str], authors_code: Path | None = None
+) -> list[str] | None:
     """Return the command that runs a script, or None where its data are missing."""
     found = [sys.executable, str(script), *options]
-    if re.search(r"(args|options)\.jobs", script.read_text(encoding="utf-8")):
+    text = script.read_text(encoding="utf-8")
+    if re.search(r"(args|options)\.jobs", text):
         found += ["--jobs", "1"]
+    if authors_code is not None and "options.authors_code" in text:
+        found += ["--authors-code", str(authors_code)]
     for optional in (False, True):
         for name in data_sets(script, optional=optional):
             if data_dir is not None and (data_dir / name).is_dir():
@@ -70,6 +84,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=Path, default=None)
+    parser.add_argument("--authors-code", type=Path, default=None)
     parser.add_argument("--output", type=Path, default=Path("bench-output"))
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="every script at its own size")
@@ -84,8 +99,9 @@ def main() -> int:
         scripts = [script for script in scripts if script.stem in options.only]
 
     def outcome(script: Path) -> str:
-        reduced = [] if options.full or options.quick else REDUCED.get(script.stem, [])
-        run = command(script, options.data_dir, [*passed_on, *reduced])
+        sizes: dict[str, list[str]] = {} if options.quick else FULL if options.full else REDUCED
+        given = [*passed_on, *sizes.get(script.stem, [])]
+        run = command(script, options.data_dir, given, options.authors_code)
         if run is None:
             return "skipped: needs " + ", ".join(f"DIR/{name}" for name in data_sets(script))
         start = time.perf_counter()

@@ -15,7 +15,7 @@ Intervals are Student's, over the seeds, of differences to the network that the 
 ``atex_fashion``: the two networks that the authors of ATEX saved (``params.pt`` and
 ``params_advintp.pt`` of DefIntpMan/ATEX) and ``sprite.png``, 30 x 30 images of Fashion-MNIST,
 which are evaluated and not trained. With ``--parts FOLDER`` what is finished is kept there, and not
-run again. IG and SmoothGrad maps of ``--maps`` images are attacked at two radii.
+run again. IG and SmoothGrad maps of ``--maps`` images are attacked at the ``--maps-radii``.
 """
 
 import dataclasses
@@ -280,9 +280,11 @@ def all_figures(study: Study, get: Callable[[], nn.Module]) -> dict[str, float]:
     return {**found, "PGD accuracy": robust(model, study.data["test"])}
 
 
-def maps_of(study: Study, get: Callable[[], nn.Module], images: int) -> dict[str, float]:
+def maps_of(
+    study: Study, get: Callable[[], nn.Module], images: int, radii: Sequence[float]
+) -> dict[str, float]:
     """Evaluate IG and SmoothGrad."""
-    return other_maps(get(), study, images, MAPS_RADII)
+    return other_maps(get(), study, images, radii)
 
 
 def everything(
@@ -329,6 +331,7 @@ def main() -> None:
     arguments.add_argument("--images", type=int, default=200, help="attacked")
     arguments.add_argument("--restarts", type=int, default=1, help="of each attack")
     arguments.add_argument("--maps", type=int, default=100, help="images for IG and SmoothGrad")
+    arguments.add_argument("--maps-radii", type=float, nargs="+", default=[*MAPS_RADII])
     arguments.add_argument("--fashion-images", type=int, default=900, help="of 900")
     arguments.add_argument("--parts", type=Path, default=None, help="folder for what is finished")
     options = arguments.parse_args()
@@ -377,8 +380,11 @@ def main() -> None:
     maps: dict[str, list[Found]] = {}
     mapped = [name for name in MAPPED if options.maps and name in METHODS]
     for seed, name in itertools.product(range(options.seeds), mapped):
-        run = functools.partial(maps_of, study, networks[seed, name], options.maps)
-        maps.setdefault(name, []).append(kept(f"maps, {options.maps} images, {seed}, {name}", run))
+        many, at = options.maps, options.maps_radii
+        run = functools.partial(maps_of, study, networks[seed, name], many, at)
+        where = "" if at == [*MAPS_RADII] else f" at {at}"
+        part = f"maps, {many} images{where}, {seed}, {name}"
+        maps.setdefault(name, []).append(kept(part, run))
     document = {**everything(chosen, found, grid, maps, study.sizes.radii), **authors}
     print_all(document, study.sizes.radii)
     settings = {k: v for k, v in vars(options).items() if k not in ("data", "parts")}

@@ -3,7 +3,6 @@
 import importlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,20 +17,6 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytest.importorskip("matplotlib")
 scipy_stats = pytest.importorskip("scipy.stats")
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
-
-
-@pytest.fixture(autouse=True)
-def _as_a_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Scripts find what they share beside themselves, and run in single precision."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    torch.set_default_dtype(torch.float32)
-    threads = torch.get_num_threads()
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
-            del sys.modules[name]
-    torch.set_num_threads(threads)
 
 
 def script(name: str) -> ModuleType:
