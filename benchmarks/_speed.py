@@ -1,5 +1,6 @@
 """Rows of the summary that are of time, memory and exactness."""
 
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,10 +78,12 @@ def _estimator_efficiency(results: Any) -> Iterator[Row]:
         for peer, median in found["median_ratio"].items():
             by_count = found["ratios"][peer]
             counts = [n for n in by_count if n in ("8", "32", "128")]
+            stdev = statistics.stdev(found["median_ratio of seeds"][peer])
             yield (
                 f"gradient evaluations of {peer} over ours at equal error, {name}: "
-                f"median; for its {', '.join(counts)} samples",
-                f"{median:.1f}; " + ", ".join(f"{by_count[n]['ratio']:.1f}" for n in counts),
+                f"median ± stdev over seeds; for its {', '.join(counts)} samples",
+                f"{median:.1f} ± {stdev:.1f}; "
+                + ", ".join(f"{by_count[n]['ratio']:.1f}" for n in counts),
                 "≥ 4",
             )
 

@@ -8,6 +8,8 @@ network and the network that is not trained.
 """
 
 import copy
+import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -181,6 +183,11 @@ def ratios(counts: list[int], theirs: list[float], ours: list[float]) -> dict[in
     return found
 
 
+def median_ratio(found: dict[int, dict[str, Any]]) -> float:
+    """Median over the counts; not a number where there are none."""
+    return statistics.median(each["ratio"] for each in found.values()) if found else math.nan
+
+
 def measure(case: Case, counts: list[int], repeats: int) -> dict[str, Any]:
     """Errors of every method, ratios at equal error to each peer, and the truth's own error."""
     torch.manual_seed(0)
@@ -202,6 +209,13 @@ def measure(case: Case, counts: list[int], repeats: int) -> dict[str, Any]:
     errors = {name: [statistics.median(each) for each in found] for name, found in values.items()}
     peers = [name for name in errors if name.startswith("Gradient")]
     found = {peer: ratios(counts, errors[peer], errors["control_variate"]) for peer in peers}
+    by_seed: dict[str, list[float]] = {}
+    for peer, seed in itertools.product(peers, range(repeats)):
+        theirs, ours = (
+            [each[min(seed, len(each) - 1)] for each in values[name]]  # of one, all the same
+            for name in (peer, "control_variate")
+        )
+        by_seed.setdefault(peer, []).append(median_ratio(ratios(counts, theirs, ours)))
     return {
         "samples": counts,
         "errors": errors,
@@ -213,10 +227,8 @@ def measure(case: Case, counts: list[int], repeats: int) -> dict[str, Any]:
             )
         },
         "ratios": found,
-        "median_ratio": {
-            peer: statistics.median(r["ratio"] for r in by_count.values())
-            for peer, by_count in found.items()
-        },
+        "median_ratio": {peer: median_ratio(by_count) for peer, by_count in found.items()},
+        "median_ratio of seeds": by_seed,
         "error_of_truth": float(error_of_truth),
         "accuracy": float((model(test).argmax(1) == target).double().mean()),
     }

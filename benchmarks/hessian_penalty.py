@@ -150,7 +150,7 @@ def main() -> None:
     if curvlinops is None:
         print("hessian_penalty: skipped, curvlinops is not installed.")
         return
-    draws, budget = (20, 1.0) if options.quick else (400, 8.0)
+    draws, budget = (20, 1.0) if options.quick else (100, 8.0)
     results: dict[str, Any] = {}
     for name, (make, prepared) in NETWORKS.items():
         torch.manual_seed(0)

@@ -4,9 +4,7 @@ import importlib
 import json
 import re
 import sys
-import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,11 +16,7 @@ pytest.importorskip("rich")
 SCRIPTS = [path for path in BENCHMARKS.glob("[a-z]*.py") if path.stem != "run_all"]
 
 
-def script(name: str) -> ModuleType:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of what curvlinops imports
-        return importlib.import_module(name)
-
+script = importlib.import_module
 
 THEIRS = '''
 """The interface of the authors' module, which knows what it was given."""
@@ -122,6 +116,7 @@ def test_every_script_has_rows_in_the_summary() -> None:
     assert script("_claims").CLAIMS.keys() <= script("_summary").ROWS.keys()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what curvlinops calls
 def test_hessian_penalty_beside_curvlinops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
