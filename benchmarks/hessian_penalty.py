@@ -7,8 +7,9 @@ convolutional network with Softplus, and a sum of functions of one feature each,
 diagonal: there both have no variance. Compared are values (means over many draws beside the exact
 one, from the operator's columns) and time at equal vectors, runs taking turns, of the processor.
 What training needs, the gradient with respect to the parameters, curvlinops does not have: its
-products are taken without a graph. Skipped where curvlinops is not installed
-(``pip install curvlinops-for-pytorch``).
+products are taken without a graph. Skipped where curvlinops is not installed (``pip install
+--no-deps curvlinops-for-pytorch backpack-for-pytorch einconv einops linear_operator opt_einsum``;
+with its dependencies comes a torchvision that may not suit the torch that is there).
 """
 
 import importlib.metadata
