@@ -228,7 +228,7 @@ def step_times(backend: str, rounds: int) -> dict[str, dict[str, Any]]:
             runs[way] = lambda step=step, prior=prior: step(prior)  # type: ignore[misc]  # a default
         for each in (*runs.values(), *runs.values()):
             each()
-        seconds, again = in_turns(runs, rounds, time.perf_counter, "plain")
+        seconds, again = in_turns(runs, rounds, time.process_time, "plain")
         found[name] = {"plain, ms": 1000 * statistics.median(seconds["plain"])}
         found[name] |= {way: ratio(seconds[way], seconds["plain"]) for way in WAYS}
         found[name]["A/A"] = again

@@ -162,7 +162,11 @@ def main() -> None:
             "values": values(model.double(), network.x.double(), network.y, draws),
         }
     rows = [
-        [name, v["exact"], *(f"{v[k]['mean']:.6g} ± {v[k]['error']:.2g}" for k in [*v][1:])]
+        [
+            name,
+            f"{v['exact']:.6g}",
+            *(f"{v[k]['mean']:.6g} ± {v[k]['error']:.2g}" for k in [*v][1:]),
+        ]
         for name, v in ((name, found["values"]) for name, found in results.items())
     ]
     show(f"Mean of {draws} draws ± its error", ["", "exact", "ours", "curvlinops"], rows)

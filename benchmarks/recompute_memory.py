@@ -138,7 +138,7 @@ def relative_times(explainer: str, n: int, rounds: int) -> dict[str, Any]:
     steps = {way: training_steps(explainer, way, n)[1] for way in WAYS}
     for step in steps.values():
         step()
-    seconds, again = in_turns(steps, rounds, time.perf_counter, WAYS[0])
+    seconds, again = in_turns(steps, rounds, time.process_time, WAYS[0])
     return {w: ratio(seconds[w], seconds[WAYS[0]]) for w in WAYS[1:]} | {"A/A": again}
 
 
