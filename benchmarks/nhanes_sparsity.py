@@ -2,8 +2,9 @@
 
 Erion et al. 2021: 10-year survival, 100 training rows, random splits, a ReLU network with layers
 of 512, 128 and 32, 100 epochs of Adam on the full batch; weight, of five for each method, and
-epoch are those of the best ROC-AUC on 100 validation rows. Their 118 one-hot features are not to be had: these are the 18
-features of SHAP's subset, alone and with 100 columns of Gaussian noise (``--noise-columns``).
+epoch are those of the best ROC-AUC on 100 validation rows. Their 118 one-hot features are not to be
+had: these are the 18 features of SHAP's subset, alone and with 100 columns of Gaussian noise
+(``--noise-columns``).
 
     python benchmarks/nhanes_sparsity.py --data nhanes=DIR
 """
