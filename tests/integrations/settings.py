@@ -180,7 +180,6 @@ SETTINGS = [
             f"{_KERNELS}test_ahead_of_time",
             f"{_KERNELS}test_inductor",
             f"{_KERNELS}test_training_stays_compiled",
-            *_gradients("torch.compile", "model.compile"),
         ),
     ),
     Setting(
@@ -191,7 +190,6 @@ SETTINGS = [
             f"{_KERNELS}test_fused_attention",
             f"{_KERNELS}test_every_prior",
             f"{_KERNELS}test_training_stays_fused",
-            *_gradients("fused_attention"),
         ),
     ),
     Setting(

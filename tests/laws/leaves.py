@@ -89,15 +89,28 @@ def net(out: int = CLASSES) -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, out))
 
 
-class Both(nn.Module):
+class Around(nn.Module):
+    """Something around a model, which is asked for the parts of the model as the model is."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.inner[i]
+
+
+class Both(Around):
     """A network that runs twice, once for each of two inputs, and weighs what it says of them."""
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.clone()) - 0.5 * self.net(x)
+        return self.inner(x.clone()) - 0.5 * self.inner(x)
 
 
 def conv() -> nn.Module:

@@ -5,7 +5,7 @@ from typing import Any
 import captum.attr as ca
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_priors import differentiable
 from captum_priors.attacks import TopKAttack
@@ -14,6 +14,7 @@ from tests.adapters.captum_table import set_up
 from tests.laws.leaves import (
     CAPTUM,
     REFUSALS,
+    Around,
     Leaf,
     every_gradient_row,
     leaves_and_ways_but,
@@ -24,24 +25,15 @@ from tests.laws.leaves import (
 REMEDY = 'reduction="none"'
 
 
-class Reduced(nn.Module):
+class Reduced(Around):
     """A model with a loss on top that averages over whatever rows it is given."""
 
     def __init__(self, inner: Any, shape: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.inner, self.shape = inner, shape
+        super().__init__(inner)
+        self.shape = shape
 
     def forward(self, *args: Any) -> Tensor:
         return self.inner(*args)[:, 0].mean().reshape(self.shape)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.inner, name)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.inner[i]
 
 
 shapes = pytest.mark.parametrize("shape", [(), (1,)], ids=["scalar", "one"])

@@ -25,6 +25,7 @@ from tests.asserts import gradients_of
 from tests.laws.leaves import (
     CLASSES,
     WAYS,
+    Around,
     Leaf,
     leaves_and_ways_but,
     way_options,
@@ -63,26 +64,17 @@ TARGETED = [name for name, row in ROWS.items() if row.target]
 every_targeted_row = pytest.mark.parametrize("name", TARGETED)
 
 
-class Summed(nn.Module):
+class Summed(Around):
     """The function around a model that a target takes the place of."""
 
     def __init__(self, inner: Any, weights: Tensor) -> None:
-        super().__init__()
-        self.inner, self.weights = inner, weights
+        super().__init__(inner)
+        self.weights = weights
 
     def forward(self, *args: Any) -> Tensor:
         outputs: Tensor = self.inner(*args)
         rows = len(outputs) // len(self.weights)  # of each example, one batch after another
         return (outputs * self.weights.repeat(rows, *[1] * (outputs.dim() - 1))).flatten(1).sum(1)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.inner, name)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.inner[i]
 
 
 def with_gradients(value: Tensor, model: nn.Module) -> list[Tensor]:

@@ -17,7 +17,7 @@ from captum_priors.attacks import TopKAttack
 from captum_priors.metrics import local_lipschitz
 from captum_priors.penalties import l2
 from tests.adapters.captum_table import set_up
-from tests.laws.leaves import CAPTUM, FEATURES, Leaf, background, every_leaf, net
+from tests.laws.leaves import CAPTUM, FEATURES, Around, Leaf, background, every_leaf, net
 
 HOOKS = (
     "_forward_hooks",
@@ -28,12 +28,12 @@ HOOKS = (
 )
 
 
-class SetsItselfUp(nn.Module):
+class SetsItselfUp(Around):
     """A model that doubles a layer's outputs by a hook, and notes that it ran, at its first run."""
 
     def __init__(self, inner: Any, layer: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.hooked = inner, [layer]
+        super().__init__(inner)
+        self.hooked = [layer]
 
     def forward(self, *args: Any, **named: Any) -> Any:
         layer = self.hooked[0]
@@ -41,15 +41,6 @@ class SetsItselfUp(nn.Module):
             layer.ran = torch.zeros(2)
             layer.register_forward_hook(lambda _, args, output: output * 2)
         return self.inner(*args, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.inner, name)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.inner[i]
 
 
 def kept(layer: Any) -> bool:
@@ -129,11 +120,7 @@ def in_between(work: Callable[[], Any], prior_of: Callable[[nn.Module], Any]) ->
     """Run some work in another thread while the model of a prior is being explained here."""
     result: list[Any] = []
 
-    class Waits(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = net()
-
+    class Waits(Around):
         def forward(self, x: Tensor) -> Tensor:
             if not result:
                 thread = threading.Thread(target=lambda: result.append(caught(work)))
@@ -142,7 +129,7 @@ def in_between(work: Callable[[], Any], prior_of: Callable[[nn.Module], Any]) ->
                 assert result, "the other thread waits for this one"
             return self.inner(x)
 
-    prior_of(Waits())(torch.randn(4, FEATURES), target=0).backward()
+    prior_of(Waits(net()))(torch.randn(4, FEATURES), target=0).backward()
     if isinstance(result[0], Exception):
         raise result[0]
     return result[0]
