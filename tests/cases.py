@@ -181,6 +181,19 @@ class Everything(nn.Module):
         return self.head(self.dropout(hidden))
 
 
+class Scaled(torch.autograd.Function):
+    """The identity, with a factor of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.factor * gradient, None
+
+
 MODELS = [linear, mlp, relu_mlp, cnn, relu_cnn, tuple_inputs, sequence]
 NONLINEAR = MODELS[1:]
 LAYER_MODELS = [tokens, hidden_layer, two_texts]

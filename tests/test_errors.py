@@ -529,6 +529,10 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: averaging(lambda a: a.detach().abs().sum(1))(x(), target=1),
         "detach()",
     ),
+    "distance that detaches": (
+        lambda: gradient_maps(lambda z: z + 1, lambda a, b: mse(a, b).detach())(x(), target=1),
+        "a graph to the attributions",
+    ),
     "prior added to a loss": (lambda: torch.ones(()) + averaging(), "Call the prior"),
     "loss added to a prior": (lambda: averaging() + torch.ones(()), "Call the prior"),
     "prior times a tensor": (lambda: averaging() * torch.ones(()), "0.1 * prior"),

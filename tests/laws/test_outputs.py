@@ -24,6 +24,7 @@ from tests.adapters.captum_table import ROWS, flat, seeded, set_up
 from tests.asserts import gradients_of
 from tests.laws.leaves import (
     CLASSES,
+    LEAVES,
     WAYS,
     Around,
     Leaf,
@@ -35,29 +36,11 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You are providing multiple inputs for Lime / Kernel SHAP",  # advice about speed
     "ignore:Objective did not converge",  # more is asked of the lasso than float64 holds
 )
-LABELLED = (
-    "InputGradient",
-    "CURE",
-    "IG-NORM",
-    "IG-SUM-NORM",
-    "ART",
-    "R4-random",
-    "R4-pgd",
-    "Comprehensiveness-probability",
-    "Comprehensiveness-log",
-    "Sufficiency-probability",
-    "Sufficiency-log",
-)
+LABELLED = [leaf.name for leaf in LEAVES if leaf.labels]
 FOREIGN = "Stability-FGSM"  # Captum's attack knows indices alone
 # These look at all outputs, or at predictions: with a function around the model they say other.
 OF_ALL = (
-    "ATEX",
-    "Sensitivity",
-    "Jacobian",
-    "Jacobian-exact",
-    "SSR",
-    "SGT",
-    "RRR",
+    *("ATEX", "Sensitivity", "Jacobian", "Jacobian-exact", "SSR", "SGT", "RRR"),
     "Concept-maps-random",
 )
 TARGETED = [name for name, row in ROWS.items() if row.target]

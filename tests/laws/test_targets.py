@@ -10,13 +10,8 @@ from captum_priors import Subsample
 from captum_priors._errors import TargetError
 from captum_priors.outputs import weighted
 from captum_priors.priors import RightForTheRightReasons
-from captum_priors.stability import (
-    ActivationSensitivity,
-    JacobianRegularization,
-    SmoothSurface,
-)
 from tests.asserts import leaves_no_trace
-from tests.laws.leaves import CLASSES, Leaf, every_leaf, leaves_but, net
+from tests.laws.leaves import CLASSES, LEAVES, Leaf, every_leaf, leaves_but, net
 
 WRONG: dict[str, Any] = {
     "one too many": torch.zeros(5, dtype=torch.long),
@@ -25,6 +20,9 @@ WRONG: dict[str, Any] = {
     "none of the classes": torch.full((4,), CLASSES),
     "none of the classes, as an int": CLASSES,
     "an index of another dimension": (0, 0),
+    "a label to ignore": torch.tensor([0, 1, 2, -100]),
+    "truth values": torch.tensor([True, False, True, False]),
+    "a list of numbers": [0.0, 1.0, 2.0, 0.0],
 }
 MULTI_HOT = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0]])
 ONE_EACH = torch.eye(CLASSES)[[0, 1, 2, 0]]  # of a batch in which each example happens to have one
@@ -39,6 +37,9 @@ def test_a_wrong_target_is_refused(leaf: Leaf) -> None:
             with pytest.raises((TypeError, ValueError)) as found:
                 prior(x, **{**call, "target": wrong})
             assert str(found.value).startswith("`target`: expected"), what
+            if hasattr(prior, "perturb"):
+                with pytest.raises((TypeError, ValueError), match="`target`"):
+                    prior.perturb(x, wrong)
 
 
 @every_leaf
@@ -68,25 +69,17 @@ def test_what_they_are_told_works(leaf: Leaf) -> None:
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("shape", [(-1, 1), (-1,)])
-@pytest.mark.parametrize(
-    "prior",
-    [ActivationSensitivity, JacobianRegularization, SmoothSurface],
-    ids=lambda p: p.__name__,
-)
-def test_both_labels_of_a_binary_classifier_are_classes(prior: Any, shape: tuple[int, ...]) -> None:
-    class Logit(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = net(1)
+BY_CLASS = ("Sensitivity", "Jacobian", "SSR")
+OF_CLASSES = [leaf for leaf in LEAVES if leaf.labels or leaf.name in BY_CLASS]
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.net(x).reshape(shape)
 
-    term, x = prior(Logit()), torch.randn(4, 5)
-    assert term(x, target=torch.tensor([0, 1, 1, 0])).isfinite()
-    with pytest.raises(TargetError):
-        term(x, target=torch.tensor([0, 1, 2, 0]))
+@pytest.mark.parametrize("flat", [[], [nn.Flatten(0)]], ids=["(n, 1)", "(n,)"])
+@pytest.mark.parametrize("leaf", OF_CLASSES, ids=lambda leaf: leaf.name)
+def test_both_labels_of_a_binary_classifier_are_classes(leaf: Leaf, flat: Any) -> None:
+    prior, x = leaf.make(nn.Sequential(*net(1), *flat)), leaf.batch()
+    assert prior(x, **{**leaf.call(x), "target": torch.tensor([0, 1, 1, 0])}).isfinite()
+    with pytest.raises(ValueError, match="`target`"):
+        prior(x, **{**leaf.call(x), "target": torch.tensor([0, 1, 2, 0])})
 
 
 def test_the_target_changes_nothing_where_all_classes_take_part() -> None:
