@@ -30,6 +30,7 @@ from captum_priors.priors import (
     RRRGradCAM,
     SparsityPrior,
 )
+from captum_priors.priors.combined import SumPrior, WeightedPrior
 from captum_priors.stability import smooth_activations
 from tests.laws.leaves import LEAVES, background, net, options_of
 
@@ -148,6 +149,8 @@ def test_combinations_can_be_read() -> None:
         "Guarded": Guarded,
         "Lazy": Lazy,
         "Subsample": Subsample,
+        "SumPrior": SumPrior,
+        "WeightedPrior": WeightedPrior,
         "l2": l2,
         "tensor": lambda *shape: background(shape[0]),
     }
@@ -157,6 +160,10 @@ def test_combinations_can_be_read() -> None:
         1e-7 * (base() + 0.1 * base(smooth=1 / 3)),
         Subsample(base(), 1 / 3),
         Lazy(Guarded(base(), "skip", max_value=10 / 3), 4),
+        Lazy(Guarded(Subsample(base(), 0.5, name="a"), name="b"), 2, name="c"),
+        3 * WeightedPrior(2, base(), name="a"),
+        2 * SumPrior([base()], name="a") + base(),
+        SumPrior([base(), SumPrior([base()], name="b")], name="a"),
     ):
         again = eval(repr(prior), names)
         assert repr(again) == repr(prior)
@@ -211,3 +218,9 @@ PAIRS: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
 def test_other_options_have_another_name(pair: tuple[Any, Any]) -> None:
     assert repr(pair[0]) != repr(pair[1])
+
+
+@pytest.mark.parametrize("name", ["", "  ", 3, b"few"])
+def test_names_are_words(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"`name`: expected a word, or None, found"):
+        base(name=name)
