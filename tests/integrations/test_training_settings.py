@@ -145,22 +145,6 @@ def test_gradients(name: str, way: Any) -> None:
 # Precision
 
 
-@pytest.mark.parametrize("way", DIFFERENTIATIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(way: Any, dtype: torch.dtype) -> None:
-    model, (x, y) = net().float(), batch()
-    x = x.float()
-    expected = of(F.cross_entropy(model(x), y) + prior_of(model)(x, target=y), model)
-    with torch.autocast("cpu", dtype=dtype):
-        loss = F.cross_entropy(model(x), y) + prior_of(model, way)(x, target=y)
-    found = of(loss, model)
-    assert all(g.dtype == torch.float32 for g in found)
-    flat_found, flat_expected = (torch.cat([g.flatten() for g in e]) for e in (found, expected))
-    # Eight or eleven bits through a few layers, and differences of them.
-    limit = 0.999 if way in EXACT else 0.98
-    assert F.cosine_similarity(flat_found, flat_expected, dim=0) > limit
-
-
 @pytest.mark.parametrize("way", ["double_backprop", "finite_difference"])
 def test_small_gradients_in_float16(way: Any) -> None:
     """They underflow under autocast, and do not where the prior is evaluated outside of it."""
@@ -179,40 +163,6 @@ def test_small_gradients_in_float16(way: Any) -> None:
     else:
         assert abs(lost / expected - 1) > 0.02
     assert kept == pytest.approx(expected, rel=1e-5)  # single precision
-
-
-@pytest.mark.parametrize("way", DIFFERENTIATIONS)
-def test_grad_scaler(way: Any) -> None:
-    """The scale is that of the loss: attributions and their penalty know nothing of it."""
-    start, (x, y) = net().float(), batch()
-    x, ends = x.float(), []
-    for enabled in (False, True):
-        model = copy.deepcopy(start)
-        prior = prior_of(model, way)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)
-        for _ in range(3):
-            optimizer.zero_grad()
-            scaler.scale(F.cross_entropy(model(x), y) + prior(x, target=y)).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-        ends.append(flat(model))
-    assert float((ends[0] - flat(start)).abs().max()) > 1e-3  # it trained
-    assert float((ends[0] - ends[1]).abs().max()) < 1e-6  # the scale is a power of two
-
-
-@pytest.mark.parametrize("way", DIFFERENTIATIONS)
-def test_grad_scaler_skips_a_step_that_overflows(way: Any) -> None:
-    model, (x, y) = net().float(), batch()
-    before, optimizer = flat(model), torch.optim.SGD(model.parameters(), 0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    scaler.scale(1e38 * prior_of(model, way)(x.float(), target=y)).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert torch.equal(flat(model), before)
-    assert scaler.get_scale() == 2.0**9
 
 
 # Optimisation and parameters
