@@ -713,15 +713,6 @@ def test_penalties_of_an_annotation(penalty: Any) -> None:
         fails(lambda wrong=wrong: penalty(x(), annotation=wrong))
 
 
-@pytest.mark.parametrize("penalty", [l1, l2, entropy, gini, total_variation])
-def test_what_is_not_a_number_stays_one(penalty: Any) -> None:
-    """A loss of NaN is seen; a penalty of zero would hide it."""
-    bad = x()
-    bad[2, 1] = torch.nan
-    assert penalty(bad).isnan().any()
-    assert penalty(torch.full((5, 3), torch.nan)).isnan().all()
-
-
 @pytest.mark.parametrize("explainer", [ExpectedGradients, DeepLift, FeatureAblation, Saliency])
 def test_what_the_model_raises_is_not_reworded(explainer: Any) -> None:
     """Only failures whose cause is known are; anything else passes as it is."""

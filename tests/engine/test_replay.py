@@ -6,7 +6,6 @@ from typing import Any
 import captum.attr as ca
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_priors import (
@@ -18,14 +17,12 @@ from captum_priors import (
 from captum_priors._errors import TargetError
 from captum_priors.penalties import l2
 from tests.asserts import (
-    assert_same_numbers,
-    draw_alike,
     gradients_of,
     leaves_no_trace,
     parameter_gradients,
     relative_error,
 )
-from tests.cases import DIFFERENTIATIONS, EXACT, attribute, mlp, relu_mlp
+from tests.cases import DIFFERENTIATIONS, EXACT, attribute, mlp
 from tests.laws.leaves import FEATURES, background
 
 REPLAYING = DIFFERENTIATIONS[1:]
@@ -78,22 +75,6 @@ def test_batch_norm_in_train_mode_is_refused(way: str) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
     with pytest.raises(NotDifferentiableError, match="BatchNorm1d in train mode"):
         attribute(model, torch.randn(6, 4), way)
-
-
-@every_replay
-def test_smoothing_of_the_forward_pass_is_used(way: Any) -> None:
-    case = relu_mlp()
-    softplus = (nn.Softplus(beta=5.0) if isinstance(m, nn.ReLU) else m for m in case.model)
-    given = {"baselines": case.baselines, "n_samples": 3}
-    explainer = ExpectedGradients(case.model, differentiation=way)
-    prior = AttributionPrior(explainer, l2, smooth=5.0, **given)
-    twin = AttributionPrior(ExpectedGradients(nn.Sequential(*softplus)), l2, **given)
-    draw_alike(prior, twin)
-    value, expected = prior(case.inputs, target=1), twin(case.inputs, target=1)
-    assert_same_numbers(value, expected, 1e-12)
-    found, exact = (parameter_gradients(v, [*case.model.parameters()]) for v in (value, expected))
-    assert relative_error(found, exact) < (ORDER if way == "recompute" else 5e-3)
-    assert torch.equal(case.model[1](-case.inputs), F.relu(-case.inputs))
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.SiLU])  # torch has two formulas for SiLU's
