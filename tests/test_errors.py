@@ -47,7 +47,6 @@ from captum_priors.metrics import (
     spearman,
     stability_report,
     top_k_intersection,
-    wrong_reason_rate,
 )
 from captum_priors.outputs import each, total, weighted
 from captum_priors.penalties import (
@@ -508,8 +507,6 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "prior added to a loss": (lambda: torch.ones(()) + averaging(), "Call the prior"),
     "loss added to a prior": (lambda: averaging() + torch.ones(()), "Call the prior"),
     "prior times a tensor": (lambda: averaging() * torch.ones(()), "0.1 * prior"),
-    "Lazy of an explainer": (lambda: Lazy(Saliency(net()), every=2), "Saliency"),
-    "Subsample beyond all": (lambda: Subsample(averaging(), fraction=2), "(0, 1]"),
     "model that is a class": (lambda: PixelPrior(nn.Linear), "class Linear"),
     "explainer as model": (lambda: PixelPrior(Saliency(net())), "Saliency"),
     "no model": (lambda: EnergyPrior(x()), "Tensor"),
@@ -596,7 +593,6 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         "fewer than the 3 features",
     ),
     "smooth a word": (lambda: smooth_activations("model", 10), "model"),
-    "smooth by zero": (lambda: smooth_activations(net(), 0), "0"),
     "NumPy path": (lambda: manipulability_bound(net(), x().numpy(), x(), target=1), "ndarray"),
     "decay of parameters": (lambda: weight_decay_groups(net().parameters(), 0.1), "generator"),
     # Explainers
@@ -625,7 +621,6 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: ExpectedGradients(net()).attribute(x(), x(), target=1, estimator="mc"),
         "monte_carlo",
     ),
-    "no samples": (lambda: ExpectedGradients(net()).attribute(x(), x(), 0, target=1), "0"),
     "certificate in float32": (
         lambda: check_differentiable(Saliency(net().float()), x().float(), target=1),
         "copy.deepcopy(model).double()",
@@ -675,7 +670,6 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "NumPy maps": (lambda: spearman(x().numpy(), x().numpy()), "ndarray"),
     "maps on two devices": (lambda: spearman(x(), x().to("meta")), "meta"),
     "top-k of more than all": (lambda: top_k_intersection(x(), x(), 9), "9"),
-    "annotation that is no mask": (lambda: wrong_reason_rate(x(), 2 * x()), "zeros and ones"),
     "report on one batch": (lambda: report(loader=x()), "[(inputs, labels)]"),
     "report on nothing": (lambda: report(loader=[]), "loader"),
     "report on an attack class": (

@@ -119,14 +119,6 @@ def of_explainer(name: str, target: Any, weights: Tensor | None = None) -> list[
 
 
 @every_targeted_row
-def test_one_weight_is_a_plain_target_in_captum(name: str) -> None:
-    examples = len(ROWS[name].subject(torch.zeros(3, 1)))
-    y = torch.tensor([0, 2, 1])[:examples]
-    found = of_explainer(name, weighted(torch.eye(CLASSES)[y]))
-    assert_same(found, of_explainer(name, y))
-
-
-@every_targeted_row
 def test_sums_are_functions_around_the_model_in_captum(name: str) -> None:
     weights = torch.tensor([[0.5, -2.0, 1.0]])
     expected = of_explainer(name, None, weights)
