@@ -56,18 +56,6 @@ def test_what_a_model_sets_up_stays_after_a_prior(leaf: Leaf) -> None:
     assert kept(inner[0])
 
 
-@pytest.mark.filterwarnings("ignore:You are providing multiple inputs for Lime")
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@pytest.mark.parametrize("name", CAPTUM)
-def test_what_a_model_sets_up_stays_after_an_adapter(name: str) -> None:
-    row, inner, x = set_up(name, CAPTUM[name].model)
-    stock = getattr(inner, "head" if name == "LLMGradientAttribution" else "second", inner.head)
-    model = SetsItselfUp(inner, stock)
-    explainer = differentiable(row.make(model))
-    row.tensors(explainer.attribute(row.subject(x), **row.call(inner)))
-    assert kept(stock)
-
-
 @pytest.mark.parametrize("name", ["GradientExplainer", "DeepExplainer"])
 def test_what_a_model_sets_up_stays_after_an_adapter_of_shap(name: str) -> None:
     inner = net()
@@ -99,19 +87,24 @@ def hooks_of(model: nn.Module) -> list[Any]:
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
 @pytest.mark.parametrize("name", CAPTUM)
-def test_hooks_of_users_stay(name: str) -> None:
-    row, model, x = set_up(name, CAPTUM[name].model)
+def test_hooks_stay_after_an_adapter(name: str) -> None:
+    """Those of users, and those that the model sets up at its first run."""
+    row, inner, x = set_up(name, CAPTUM[name].model)
     seen: list[str] = []
-    for module in model.modules():
+    for module in inner.modules():
         if not isinstance(module, nn.Embedding):
             module.register_forward_pre_hook(lambda *_: seen.append("before"))
             module.register_forward_hook(lambda *_: seen.append("after"))
-    model.register_forward_hook(lambda *_: seen.append("always"), always_call=True)
-    before = hooks_of(model)
-    row.tensors(differentiable(row.make(model)).attribute(row.subject(x), **row.call(model)))
-    assert hooks_of(model) == before
+    inner.register_forward_hook(lambda *_: seen.append("always"), always_call=True)
+    before = hooks_of(inner)
+    stock = getattr(inner, "head" if name == "LLMGradientAttribution" else "second", inner.head)
+    model = SetsItselfUp(inner, stock)
+    row.tensors(differentiable(row.make(model)).attribute(row.subject(x), **row.call(inner)))
+    assert hasattr(stock, "ran")
+    stock._forward_hooks.popitem()  # the last one is the model's own
+    assert hooks_of(inner) == before
     seen.clear()
-    model(torch.zeros(1, *model.shape, dtype=torch.long) if "LLM" in name else x)
+    inner(torch.zeros(1, *inner.shape, dtype=torch.long) if "LLM" in name else x)
     assert seen.count("always") == 1
     assert seen.count("before") == seen.count("after") >= 3
 
