@@ -137,6 +137,14 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def assert_same_parameters(
+    a: nn.Module, b: nn.Module, rtol: float = 0.0, atol: float = 0.0
+) -> None:
+    """Bit-identical, unless something is said."""
+    for left, right in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=rtol, atol=atol)
+
+
 @contextmanager
 def leaves_no_trace(*models: nn.Module, tensors: Sequence[Tensor] = ()) -> Iterator[None]:
     """The block changes nothing of the training state, whether it succeeds or raises."""

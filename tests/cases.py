@@ -181,6 +181,19 @@ class Everything(nn.Module):
         return self.head(self.dropout(hidden))
 
 
+class Scaled(torch.autograd.Function):
+    """The identity, with a factor of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.factor * gradient, None
+
+
 MODELS = [linear, mlp, relu_mlp, cnn, relu_cnn, tuple_inputs, sequence]
 NONLINEAR = MODELS[1:]
 LAYER_MODELS = [tokens, hidden_layer, two_texts]
@@ -263,6 +276,12 @@ def rows(table: list[Any]) -> list[Any]:
         pytest.param(row, id=getattr(row, "name", None) or getattr(row, "__name__", str(row)))
         for row in table
     ]
+
+
+def attribute(model: Any, x: Tensor, way: Any = "double_backprop", **call: Any) -> Any:
+    """Expected gradients of three draws, the same at every call, on the inputs themselves."""
+    explainer, draws = ExpectedGradients(model, differentiation=way), torch.Generator()
+    return explainer.attribute(x, x.detach(), 3, generator=draws.manual_seed(0), **call)
 
 
 class Recorder(nn.Module):

@@ -1,45 +1,21 @@
 """Every exported name exists, is documented, and has an example that runs as a doctest."""
 
+import importlib
 import inspect
+import pkgutil
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 
 import captum_priors
-from captum_priors import (
-    attacks,
-    attr,
-    concepts,
-    distances,
-    integrations,
-    metrics,
-    outputs,
-    penalties,
-    priors,
-    stability,
-    testing,
-    tuning,
-)
-from captum_priors.integrations import accelerate, huggingface, lightning
 
-MODULES = [
-    captum_priors,
-    attacks,
-    attr,
-    concepts,
-    distances,
-    integrations,
-    accelerate,
-    huggingface,
-    lightning,
-    metrics,
-    outputs,
-    penalties,
-    priors,
-    stability,
-    testing,
-    tuning,
-]
+INSIDE = ("engine", "adapters")  # what users do not call by name
+NAMES = [m.name for m in pkgutil.iter_modules(captum_priors.__path__) if m.name not in INSIDE]
+FRAMEWORKS = [f"integrations.{name}" for name in ("accelerate", "huggingface", "lightning")]
+PUBLIC = [n for n in [*NAMES, *FRAMEWORKS] if not n.startswith("_")]
+LOADED = [captum_priors, *(importlib.import_module(f"captum_priors.{n}") for n in PUBLIC)]
+MODULES = [module for module in LOADED if hasattr(module, "__all__")]
 EXPORTS = [
     pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
     for module in MODULES
@@ -68,6 +44,4 @@ def test_documented_with_an_example(thing: Any) -> None:
 
 
 def test_version_is_the_distribution_s() -> None:
-    from importlib.metadata import version
-
     assert captum_priors.__version__ == version("captum_priors")

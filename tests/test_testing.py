@@ -1,4 +1,4 @@
-"""The certificate itself: what it measures, what it leaves alone, what it refuses."""
+"""``check_differentiable`` itself: what it measures, what it leaves alone, what it refuses."""
 
 from typing import Any
 
@@ -7,30 +7,37 @@ import torch
 from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 
-from captum_priors import ExpectedGradients, NotDifferentiableError, differentiable
-from captum_priors.testing import check_differentiable
+from captum_priors import NotDifferentiableError, differentiable
+from captum_priors.testing import Certificate, check_differentiable
 from tests.asserts import leaves_no_trace
-from tests.cases import mlp, tuple_inputs
+from tests.cases import Scaled, tuple_inputs
 
 
 class Gradient:
-    """The input gradient of a two-layer network, written out by hand."""
+    """The input gradient of a two-layer network by hand, with other factors of some slopes."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, *parts: nn.Module, **slopes: float) -> None:
+        self.parts = parts or (nn.Linear(3, 4), nn.Linear(4, 1))
+        self.slopes = slopes
+        self.named = dict(nn.Sequential(*self.parts).named_parameters())
+        self.model = nn.Sequential(*self.parts) if not parts else None
 
     def attribute(self, inputs: Tensor) -> Tensor:
-        hidden = torch.tanh(self.model[0](inputs))
-        return (self.model[1].weight * (1 - hidden.square())) @ self.model[0].weight
+        first, bias, last = (
+            Scaled.apply(self.named[name], self.slopes.get(name, 1.0))
+            for name in ("0.weight", "0.bias", "1.weight")
+        )
+        hidden = torch.tanh(inputs @ first.T + bias)
+        return (last * (1 - hidden.square())) @ first
 
 
-def two_layers() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+def checked(explainer: Any, **options: Any) -> Certificate:
+    options = {"parameters": [*explainer.named.items()], **options}
+    return check_differentiable(explainer, torch.randn(2, 3), raise_exception=False, **options)
 
 
 def test_error_is_zero_for_a_right_gradient_and_names_every_parameter() -> None:
-    model = two_layers()
-    found = check_differentiable(Gradient(model), torch.randn(2, 3))
+    found = checked(Gradient())
     assert found.passed
     assert found.error < 1e-8
     # The last bias has no influence: its derivative is zero on both sides.
@@ -38,48 +45,30 @@ def test_error_is_zero_for_a_right_gradient_and_names_every_parameter() -> None:
     assert found.errors["1.bias"] == 0
 
 
-@pytest.mark.parametrize("missing", ["0.weight", "0.bias", "1.weight"])
-def test_every_missing_parameter_is_noticed(missing: str) -> None:
-    """Detach one parameter at a time: a graph remains, and it is wrong."""
-    model = two_layers()
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.weight"])
+@pytest.mark.parametrize("slope", [0.0, float("nan"), float("inf"), -float("inf")])
+def test_every_wrong_parameter_is_named_wherever_it_is(name: str, slope: float) -> None:
+    """A graph is there, and it is wrong for one of them."""
+    explainer = Gradient(**{name: slope})
+    named = [*explainer.named.items()]
+    for parameters in (named, named[::-1]):
+        found = checked(explainer, parameters=parameters)
+        assert not found.passed
+        assert not found.errors[name] <= found.tolerance
+        with pytest.raises(NotDifferentiableError, match=f"'{name}'"):
+            check_differentiable(explainer, torch.randn(2, 3), parameters=parameters)
 
-    class Partial(Gradient):
-        def attribute(self, inputs: Tensor) -> Tensor:
-            tensors = {
-                name: p.detach() if name == missing else p
-                for name, p in self.model.named_parameters()
-            }
-            hidden = torch.tanh(inputs @ tensors["0.weight"].T + tensors["0.bias"])
-            return (tensors["1.weight"] * (1 - hidden.square())) @ tensors["0.weight"]
 
-    x = torch.randn(2, 3)
-    assert Partial(model).attribute(x).requires_grad
-    found = check_differentiable(Partial(model), x, raise_exception=False)
-    assert not found.passed
-    assert max(found.errors, key=lambda name: found.errors[name]) == missing
-    with pytest.raises(NotDifferentiableError, match=f"the largest at '{missing}'"):
-        check_differentiable(Partial(model), x)
+@pytest.mark.parametrize("values", [[float("nan"), 0.0], [0.0, float("nan")]])
+def test_certificates_of_nan_values_fail(values: list[float]) -> None:
+    errors = dict(zip("ab", values, strict=True))
+    assert not Certificate(error=float("nan"), errors=errors, tolerance=1.0).passed
 
 
 def test_small_errors_are_seen_and_tolerance_decides() -> None:
-    model = two_layers()
-
-    class Off(Gradient):
-        def attribute(self, inputs: Tensor) -> Tensor:
-            right = super().attribute(inputs)
-            return right + 1e-3 * (right - right.detach())  # same value, slope 0.1 % too steep
-
-    x = torch.randn(2, 3)
-    found = check_differentiable(Off(model), x, raise_exception=False)
-    assert 2e-4 < found.error < 2e-3
-    assert check_differentiable(Off(model), x, tolerance=1e-2).passed
-
-
-def test_random_explainers_get_the_same_numbers() -> None:
-    case = mlp()
-    explainer = ExpectedGradients(case.model)
-    options: dict[str, Any] = {"baselines": case.baselines, "target": 1, "n_samples": 2}
-    assert check_differentiable(explainer, case.inputs, **options).passed
+    off = dict.fromkeys(("0.weight", "0.bias", "1.weight"), 1.001)
+    assert 2e-4 < checked(Gradient(**off)).error < 2e-3
+    assert checked(Gradient(**off), tolerance=1e-2).passed
 
 
 def test_leaves_no_trace() -> None:
@@ -91,8 +80,7 @@ def test_leaves_no_trace() -> None:
         check_differentiable(explainer, case.inputs, n_steps=3, **case.call)
 
     class Broken:
-        def __init__(self) -> None:
-            self.model = case.model
+        model = case.model
 
         def attribute(self, inputs: Any) -> Any:
             torch.randn(3)
@@ -102,55 +90,30 @@ def test_leaves_no_trace() -> None:
         check_differentiable(Broken(), case.inputs)
 
 
-def test_bad_input() -> None:
-    model, x = two_layers(), torch.randn(2, 3)
-    with pytest.raises(TypeError, match=r"copy\.deepcopy\(model\)\.double\(\)"):
-        check_differentiable(Gradient(two_layers().float()), x.float())
+def test_what_certifies_nothing_is_refused() -> None:
+    frozen = Gradient()
+    frozen.model.requires_grad_(False)
     with pytest.raises(ValueError, match=r"parameters=model\.named_parameters\(\)"):
-        check_differentiable(Gradient(model.requires_grad_(False)), x)
+        check_differentiable(frozen, torch.randn(2, 3))
     constant = type("Constant", (), {"attribute": lambda self, inputs: inputs})()
-    constant.model = two_layers()
+    constant.model = nn.Linear(3, 4)
     with pytest.raises(ValueError, match="all zero, which certifies nothing"):
-        check_differentiable(constant, x)
-
-
-def test_parameters_can_be_chosen() -> None:
-    model = two_layers()
-    found = check_differentiable(
-        Gradient(model), torch.randn(2, 3), parameters=model[0].named_parameters()
-    )
-    assert set(found.errors) == {"weight", "bias"}
-
-
-def test_parameters_of_one_name_in_two_modules() -> None:
-    """The first of them is missing from the graph; the last of them is right."""
-    first, second = nn.Linear(3, 3), nn.Linear(3, 1)
-
-    class Forgetful:
-        def __init__(self) -> None:
-            self.first, self.second = first, second
-
-        def attribute(self, inputs: Tensor) -> Tensor:
-            hidden = torch.tanh(inputs @ first.weight.detach().T + first.bias)
-            return (second.weight * (1 - hidden.square())) @ first.weight.detach()
-
-    found = check_differentiable(Forgetful(), torch.randn(2, 3), raise_exception=False)
-    assert not found.passed
-    assert max(found.errors, key=lambda name: found.errors[name]) == "0:Linear.weight"
-    assert len(found.errors) == 4
+        check_differentiable(constant, torch.randn(2, 3))
 
 
 def test_parameters_of_one_name_are_all_checked() -> None:
-    """The first of two is missing from the graph, the last is right."""
-    model = two_layers()
+    """The first of them is missing from the graph; the last of them is right."""
 
-    class Forgetful(Gradient):
-        def attribute(self, inputs: Tensor) -> Tensor:
-            hidden = torch.tanh(inputs @ model[0].weight.detach().T + model[0].bias)
-            return (model[1].weight * (1 - hidden.square())) @ model[0].weight.detach()
+    class Holder(Gradient):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(3, 3), nn.Linear(3, 1), **{"0.weight": 0.0})
+            self.first, self.second = self.parts
 
-    both = [("weight", model[0].weight), ("weight", model[1].weight)]
-    found = check_differentiable(
-        Forgetful(model), torch.randn(2, 3), parameters=both, raise_exception=False
-    )
+    explainer = Holder()
+    found = check_differentiable(explainer, torch.randn(2, 3), raise_exception=False)
     assert not found.passed
+    assert max(found.errors, key=lambda name: found.errors[name]) == "0:Linear.weight"
+    assert len(found.errors) == 4
+    both = [("weight", part.weight) for part in explainer.parts]
+    assert not checked(explainer, parameters=both).passed
+    assert set(checked(explainer, parameters=both[1:]).errors) == {"weight"}

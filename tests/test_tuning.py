@@ -18,7 +18,7 @@ from captum_priors.priors import Prior
 from captum_priors.stability import HessianPenalty, JacobianRegularization
 from captum_priors.tuning import PriorLog, choose_weight
 from tests.asserts import leaves_no_trace
-from tests.cases import DIFFERENTIATIONS, Everything, tuple_inputs
+from tests.cases import DIFFERENTIATIONS, Everything
 from tests.integrations.launch import restarted
 
 N_BATCHES, ROWS = 3, 6
@@ -66,36 +66,6 @@ def _frozen() -> Task:
     return task
 
 
-def _everything_given() -> Task:
-    """Tuple inputs, arguments, baselines and annotations, each with the batch."""
-    case = tuple_inputs()
-    prior = AttributionPrior(ExpectedGradients(case.model), _outside_both)
-
-    def batch(n: int) -> dict[str, Any]:
-        a, b = torch.randn(n, 2, 2), torch.randn(n, 3)
-        scale, y = torch.rand(n) + 0.5, torch.randint(2, (n,))
-        background = (torch.randn(4, 2, 2), torch.randn(4, 3))
-        return {"x": (a, b), "args": (scale, 2.0), "y": y, "bg": background, "may": torch.ones(n)}
-
-    return Task(
-        case.model,
-        prior,
-        [batch(n) for n in (6, 6, 2)],
-        lambda b: F.cross_entropy(case.model(*b["x"], *b["args"]), b["y"]),
-        lambda b: {
-            "inputs": b["x"],
-            "target": b["y"],
-            "baselines": b["bg"],
-            "additional_forward_args": b["args"],
-            "annotation": b["may"],
-        },
-    )
-
-
-def _outside_both(attributions: Any, *, annotation: Tensor) -> Tensor:
-    return sum(a.flatten(1).square().sum(1) for a in attributions) * annotation
-
-
 TASKS = {
     **{way: lambda way=way: _task(lambda m: _eg(m, way)) for way in DIFFERENTIATIONS},
     "weighted": lambda: _task(lambda m: 3 * _eg(m)),
@@ -103,7 +73,6 @@ TASKS = {
     "wrapped": lambda: _task(lambda m: Lazy(0.2 * Subsample(_eg(m), 0.5), 3)),
     "batch_norm": _batch_norm,
     "frozen": _frozen,
-    "everything_given": _everything_given,
 }
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,7 +23,7 @@ from captum_priors import (
 )
 from captum_priors.integrations.huggingface import LogitsOf
 from captum_priors.penalties import l1, l2, outside
-from tests.asserts import draw_alike, relative_error
+from tests.asserts import draw_alike, gradients_of, relative_error
 
 STEPS = (0, 10, 20, 40, 80)
 WORDS, LENGTH = 60, 17
@@ -83,9 +84,7 @@ def gradient(model: Any, way: Any, context: Any = None) -> list[Tensor]:
     prior = AttributionPrior(explainer, on_tag, n_samples=1)
     with context or nullcontext():
         value = prior(ids, baselines=ids.roll(1, 0), target=labels, annotation=allowed)
-    parameters = list(model.parameters())
-    found = torch.autograd.grad(value, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return gradients_of(value, list(model.parameters()))
 
 
 def in_bfloat16() -> Any:
@@ -101,23 +100,14 @@ def error(model: Any, context: Any = None, prepared: Any = None) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
-def test_error_in_float32(step: int, course: dict[int, Any]) -> None:
-    assert error(course[step]) <= 1e-2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("step", STEPS)
-def test_error_under_autocast(step: int, course: dict[int, Any]) -> None:
-    assert error(course[step], in_bfloat16()) <= 3e-2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("step", STEPS)
-def test_error_under_autocast_that_the_model_enters(step: int, course: dict[int, Any]) -> None:
-    """As every model does that Accelerate or Hugging Face's trainer has prepared."""
-    prepared = copy.deepcopy(course[step])
-    prepared.forward = torch.autocast("cpu", torch.bfloat16)(prepared.forward)
-    assert error(course[step], prepared=prepared) <= 3e-2
+@pytest.mark.parametrize("how", ["float32", "autocast", "autocast that the model enters"])
+def test_error(how: str, step: int, course: dict[int, Any]) -> None:
+    """The last is what Accelerate or Hugging Face's trainer make of every model."""
+    model, prepared = course[step], copy.deepcopy(course[step])
+    if how == "autocast that the model enters":
+        prepared.forward = in_bfloat16()(prepared.forward)
+    found = error(model, in_bfloat16() if how == "autocast" else None, prepared)
+    assert found <= (1e-2 if how == "float32" else 3e-2)
 
 
 def test_smooth_network_in_float32() -> None:
@@ -159,18 +149,24 @@ class Other(nn.Module):
         return self.main(x) + torch.where(takes, self.branch(self.side, x), 0)
 
 
-def detached(side: nn.Module, x: Tensor) -> Tensor:
-    return 0.5 * side(x.detach())
-
-
 def centred(side: nn.Module, x: Tensor) -> Tensor:
     return side(x - x.mean(0))
 
 
+draws = torch.Generator().manual_seed(0)
+BRANCHES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "detached": lambda side, x: 0.5 * side(x.detach()),
+    "coupled": centred,
+    "functional norm": lambda side, x: side(F.batch_norm(x, None, None, training=True)),
+    "straight-through": lambda side, x: side(x + (x.round() - x).detach()),
+    "detached factor": lambda side, x: side(x).square() * side(x).detach(),
+    "private generator": lambda side, x: side(x + torch.randn(x.shape, generator=draws).to(x)),
+}
+
+
 @pytest.mark.parametrize("precision", ["float64", "float32", "autocast"])
-@pytest.mark.parametrize(
-    ("branch", "share"), [(each, share) for each in (detached, centred) for share in (1, 0.5, 0.25)]
-)
+@pytest.mark.parametrize("share", [1, 0.5, 0.25])
+@pytest.mark.parametrize("branch", BRANCHES.values(), ids=BRANCHES.keys())
 def test_examples_that_another_gradient_moves(branch: Any, share: float, precision: str) -> None:
     """Whether all examples take it or few: what counts is each of them, and not their sum."""
     x, y = torch.randn(16, 6), torch.arange(16) % 3

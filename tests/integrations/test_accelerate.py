@@ -10,16 +10,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import set_seed
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from captum_priors import AttributionPrior, ExpectedGradients, Lazy
 from captum_priors.integrations.accelerate import AcceleratedPrior
-from captum_priors.penalties import l1, l2
-from captum_priors.priors import Prior
-from tests.integrations.launch import restarted
+from captum_priors.penalties import l1
+from tests.asserts import assert_same_parameters
+from tests.integrations.launch import batches, by_hand, net, prior_of
 
-L1, L2 = "AttributionPrior", "AttributionPrior_2"
+L1, L2 = "AttributionPrior", "small"
+N = 18  # five batches, the last one of two
 
 
 @pytest.fixture(autouse=True)
@@ -34,47 +32,29 @@ class Listener(GeneralTracker):
 
     name = "listener"
     requires_logging_directory = False
+    tracker = None
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[Any, dict[str, float]]] = []
 
-    tracker = None
-
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         self.seen.append((step, values))
-
-
-def make() -> tuple[nn.Module, Prior]:
-    torch.manual_seed(3)
-    net = nn.Sequential(nn.Linear(4, 6), nn.Softplus(), nn.Linear(6, 3))
-    background = torch.randn(7, 4)
-    sparse = AttributionPrior(ExpectedGradients(net), l1, baselines=background)
-    small = AttributionPrior(ExpectedGradients(net), l2, baselines=background)
-    return net, restarted(0.5 * (sparse + Lazy(small, every=2)))
-
-
-def data() -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(18, 4, generator=generator)
-    y = torch.randint(3, (18,), generator=generator)
-    return DataLoader(TensorDataset(x, y), batch_size=4)  # five batches, the last one of two
 
 
 class Run:
     """A training run with everything in the accelerator's hands."""
 
-    def __init__(self, steps: int) -> None:
-        self.listener = Listener()
+    def __init__(self, steps: int = 1, **options: Any) -> None:
+        self.listener, self.net = Listener(), net()
         self.accelerator = Accelerator(
-            cpu=True, gradient_accumulation_steps=steps, log_with=self.listener
+            cpu=True, gradient_accumulation_steps=steps, log_with=self.listener, **options
         )
         self.accelerator.init_trackers("run")
-        self.net, prior = make()
-        self.prior = AcceleratedPrior(prior, self.accelerator)
+        self.prior = AcceleratedPrior(prior_of(self.net), self.accelerator)
         optimizer = torch.optim.Adam(self.net.parameters(), lr=0.1)
         self.model, self.optimizer, self.loader = self.accelerator.prepare(
-            self.net, optimizer, data()
+            self.net, optimizer, batches(N)
         )
 
     def epoch(self) -> None:
@@ -88,34 +68,19 @@ class Run:
                 self.prior.log(step=1)
 
 
-def by_hand(steps: int) -> tuple[nn.Module, list[list[float]]]:
-    net, prior = make()
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
-    added: list[list[float]] = [[]]
-    batches = list(data())
-    for i, (x, y) in enumerate(batches):
-        loss = F.cross_entropy(net(x), y)
-        value = prior(x, target=y)
-        ((loss + value) / steps).backward()
-        added[-1].append(value.item())
-        if (i + 1) % steps == 0 or i + 1 == len(batches):
-            optimizer.step()
-            optimizer.zero_grad()
-            added.append([])
-    return net, added[:-1]
-
-
 @pytest.mark.parametrize("steps", [1, 2])
 def test_loop_is_the_one_written_by_hand(steps: int) -> None:
-    run = Run(steps)
+    run, model = Run(steps), net()
     run.epoch()
-    expected, added = by_hand(steps)
-    for a, b in zip(run.net.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(a, b)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    calls = [{"inputs": x, "target": y} for x, y in batches(N)]
+    logits = lambda call: model(call["inputs"])  # noqa: E731  # of what the prior is called with
+    added, _ = by_hand(prior_of(model), optimizer, logits, calls, micro=steps, fixed=True)
+    assert_same_parameters(run.net, model)
     # One entry for each optimizer step, the mean over its micro-batches.
     assert [step for step, _ in run.listener.seen] == [1] * len(added)
     found = [values["prior"] for _, values in run.listener.seen]
-    assert found == pytest.approx([sum(v) / len(v) for v in added], rel=1e-12)
+    assert found == pytest.approx(added, rel=1e-12)
     assert all(values[f"prior/{L1}"] > 0 for _, values in run.listener.seen)
     # Lazy evaluates batches 1, 3 and 5.
     due = [f"prior/{L2}" in values for _, values in run.listener.seen]
@@ -124,8 +89,7 @@ def test_loop_is_the_one_written_by_hand(steps: int) -> None:
 
 @pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
 def test_values_that_are_looked_at_are_not_logged(block: Any) -> None:
-    run = Run(1)
-    x, y = next(iter(data()))
+    run, (x, y) = Run(), next(iter(batches(N)))
     sparse, lazy = run.prior.prior.prior.terms
     with block():
         values = [prior(x, target=y).item() for prior in (run.prior, sparse, lazy)]
@@ -135,8 +99,7 @@ def test_values_that_are_looked_at_are_not_logged(block: Any) -> None:
 
 
 def test_values_that_are_not_finite_stay_out_of_the_logged_mean() -> None:
-    run = Run(1)
-    x, y = next(iter(data()))
+    run, (x, y) = Run(), next(iter(batches(N)))
     assert run.prior(x * float("nan"), target=y).isnan()
     value = run.prior(x, target=y).item()
     assert run.prior.log()["prior"] == pytest.approx(value)
@@ -149,31 +112,25 @@ def test_checkpoint_continues_draws_and_counters(tmp_path: Path) -> None:
     whole.epoch()
     resumed = Run(2)
     set_seed(99)
-    resumed.prior(*next(iter(data()))[:1], target=0)  # a step ahead
+    resumed.prior(*next(iter(batches(N)))[:1], target=0)  # a step ahead
     resumed.accelerator.load_state(str(tmp_path))
     resumed.epoch()
-    for a, b in zip(whole.net.parameters(), resumed.net.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert_same_parameters(whole.net, resumed.net)
     assert int(resumed.prior.prior.prior.terms[1].counter) == 10
 
 
 def test_mixed_precision_reaches_the_prior() -> None:
     """``prepare`` changes the module's own forward pass, which the prior runs."""
     torch.set_default_dtype(torch.float32)
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    net, plain = make()
-    prior = AcceleratedPrior(plain, accelerator)
-    model = accelerator.prepare(net)
+    run, alone, x = Run(mixed_precision="bf16"), net(), torch.randn(5, 4)
     dtypes: list[torch.dtype] = []
-    net[0].register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
-    x = torch.randn(5, 4)
-    accelerator.backward(model(x).square().mean() + prior(x, target=1))
+    run.net[0].register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
+    run.accelerator.backward(run.model(x).square().mean() + run.prior(x, target=1))
     assert set(dtypes) == {torch.bfloat16}
-    single, alone = make()
-    (single(x).square().mean() + alone(x, target=1)).backward()
+    (alone(x).square().mean() + prior_of(alone)(x, target=1)).backward()
     found, expected = (
         torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None])
-        for each in (net, single)
+        for each in (run.net, alone)
     )
     assert F.cosine_similarity(found, expected, dim=0) > 0.999  # eight bits through two layers
 

@@ -9,21 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-from captum_priors import AttributionPrior, LayerExpectedGradients, Lazy
+from captum_priors import AttributionPrior, LayerExpectedGradients
 from captum_priors.integrations.huggingface import (
     LogitsOf,
     PriorTrainerMixin,
     classification_arguments,
 )
-from captum_priors.penalties import l1, l2, outside
+from captum_priors.penalties import l1, outside
 from captum_priors.priors import Prior
 from captum_priors.tuning import PriorLog
-from tests.integrations.launch import restarted
+from tests.asserts import assert_same_parameters, assert_same_state
+from tests.integrations.launch import by_hand, restarted, two_terms
 
-L1, L2 = "AttributionPrior", "AttributionPrior_2"
+L1, L2 = "AttributionPrior", "small"
 LENGTH = 6
 
 
@@ -31,21 +33,13 @@ class PriorTrainer(PriorTrainerMixin, Trainer):
     pass
 
 
-def bert(dropout: float = 0.0) -> BertForSequenceClassification:
+def bert(dropout: float = 0.0, **options: Any) -> BertForSequenceClassification:
     """Without dropout, attention is fused in training, too."""
     torch.manual_seed(3)
-    config = BertConfig(
-        vocab_size=20,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=12,
-        max_position_embeddings=LENGTH,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        num_labels=3,
-        attn_implementation="sdpa",
-    )
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+    more = {"vocab_size": 20, "intermediate_size": 12, "max_position_embeddings": LENGTH}
+    drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config = BertConfig(attn_implementation="sdpa", **{**sizes, **more, **drops, **options})
     return BertForSequenceClassification(config)
 
 
@@ -60,16 +54,24 @@ class Plain(nn.Module):
         return self.inside(input_ids, attention_mask=attention_mask, labels=labels)
 
 
+def words(model: Any, of: Any = LogitsOf, **way: Any) -> LayerExpectedGradients:
+    """Of the words of BERT, which may be inside of something."""
+    model = getattr(model, "inside", model)
+    return LayerExpectedGradients(of(model), model.bert.embeddings.word_embeddings, **way)
+
+
+PADDING = torch.zeros(1, LENGTH, dtype=torch.long)
+
+
 def make_prior(model: Any) -> Prior:
     """Reference rows with padding, so that the mask matters; attention is fused."""
-    inside = getattr(model, "inside", model)
-    words = inside.bert.embeddings.word_embeddings
-    explainer = LayerExpectedGradients(LogitsOf(inside), words)
-    padding = torch.zeros(1, LENGTH, dtype=torch.long)
-    sparse, small = (
-        AttributionPrior(explainer, penalty, baselines=padding, n_samples=2) for penalty in (l1, l2)
-    )
-    return restarted(0.5 * (sparse + Lazy(small, every=2)))
+    return two_terms(words(model), baselines=PADDING, n_samples=2)
+
+
+def logits_of(model: Any) -> Callable[[dict[str, Any]], Tensor]:
+    """What a model says of what its prior is called with."""
+    logits = LogitsOf(getattr(model, "inside", model))
+    return lambda call: logits(call["inputs"], call["additional_forward_args"])
 
 
 def data(n: int = 20) -> list[dict[str, Any]]:
@@ -101,8 +103,13 @@ class Recorder:
         return self.calls[-1]
 
 
+def trainer(folder: Path, model: Any = None, how: Any = None, **options: Any) -> PriorTrainer:
+    given = {"train_dataset": data(), "prior": make_prior, **(how or {})}
+    return PriorTrainer(model or bert(), arguments(folder, **options), **given)
+
+
 def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
 @pytest.mark.parametrize(
@@ -126,50 +133,22 @@ def test_training_is_the_loop_written_by_hand(
     The trainer divides the loss of some models by the steps and not that of others, which is said
     once; the prior is the mean over the micro-batches for all.
     """
-    seen, model = Recorder(), make()
-    trainer = PriorTrainer(
-        model,
-        arguments(tmp_path, gradient_accumulation_steps=4, num_train_epochs=1),
-        train_dataset=data(),
-        compute_loss_func=loss,
-        prior=make_prior,
-        prior_arguments=seen,
-    )
-    trainer.train()
-    assert trainer.state.global_step == 3
+    seen, model, twin = Recorder(), make(), make()
+    how = {"compute_loss_func": loss, "prior_arguments": seen}
+    run = trainer(tmp_path, model, how, gradient_accumulation_steps=4, num_train_epochs=1)
+    run.train()
+    assert run.state.global_step == 3
     assert len(seen.calls) == 10
     assert caplog.text.count("adds up the losses of 4 micro-batches") == (not divided)
 
-    twin = make()
-    prior = make_prior(twin)
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.5)
-    added, own = [], []
-    for step in range(3):
-        batches = seen.calls[4 * step : 4 * step + 4]
-        for call in batches:
-            logits = LogitsOf(getattr(twin, "inside", twin))(
-                call["inputs"], call["additional_forward_args"]
-            )
-            task = nn.functional.cross_entropy(logits, call["target"])
-            first, lazy = (term(**call) for term in prior.prior.terms)
-            task = task / len(batches) if divided else task
-            (task + 0.5 * (first + lazy) / len(batches)).backward()
-            added.append(0.5 * (first + lazy).item())
-            own.append(first.item())
-        optimizer.step()
-        optimizer.zero_grad()
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        # The same operations in another order.
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    steps = [slice(0, 4), slice(4, 8), slice(8, 10)]
-
-    def means(values: list[float]) -> list[float]:
-        return [sum(values[s]) / len(values[s]) for s in steps]
-
-    assert [entry["prior"] for entry in logs] == pytest.approx(means(added), rel=1e-9)
-    assert [entry[f"prior/{L1}"] for entry in logs] == pytest.approx(means(own), rel=1e-9)
+    added, own = by_hand(
+        make_prior(twin), optimizer, logits_of(twin), seen.calls, micro=4, divided=divided
+    )
+    assert_same_parameters(model, twin, 1e-9, 1e-11)  # the same operations in another order
+    logs = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [entry["prior"] for entry in logs] == pytest.approx(added, rel=1e-9)
+    assert [entry[f"prior/{L1}"] for entry in logs] == pytest.approx(own, rel=1e-9)
     assert min(added) > 0
 
 
@@ -177,176 +156,120 @@ def test_training_is_the_loop_written_by_hand(
 def test_ratio_of_gradients_is_logged_and_moves_nothing(
     make: Callable[[], Any], divided: int, tmp_path: Path
 ) -> None:
-    ends, seen = [], Recorder()
+    seen, ends = Recorder(), []
     for every in (0, 3):
-        trainer = PriorTrainer(
-            make(),
-            arguments(tmp_path, gradient_accumulation_steps=2, max_steps=3),
-            train_dataset=data(),
-            prior=make_prior,
-            prior_arguments=seen,
-            log_gradients_every=every,
-        )
-        trainer.train()
-        ends.append(trainer.model)
-    for a, b in zip(*(end.parameters() for end in ends), strict=True):
-        assert torch.equal(a, b)
-    logged = [entry.get("prior_gradient_ratio") for entry in trainer.state.log_history[:3]]
+        how = {"prior_arguments": seen, "log_gradients_every": every}
+        run = trainer(tmp_path, make(), how, gradient_accumulation_steps=2, max_steps=3)
+        run.train()
+        ends.append(run.model)
+    assert_same_parameters(*ends)
+    logged = [entry.get("prior_gradient_ratio") for entry in run.state.log_history[:3]]
     twin, call = make(), seen.calls[0]
-    logits = LogitsOf(getattr(twin, "inside", twin))(
-        call["inputs"], call["additional_forward_args"]
-    )
-    loss = nn.functional.cross_entropy(logits, call["target"]) / divided
+    loss = F.cross_entropy(logits_of(twin)(call), call["target"]) / divided
     first = PriorLog(twin)(loss, make_prior(twin)(**call) / 2)
     # Micro-batches 0 and 3 of two in each step; single precision.
-    assert logged == [pytest.approx(first, rel=1e-4), trainer._ratios.ratios[3], None]
+    assert logged == [pytest.approx(first, rel=1e-4), run._ratios.ratios[3], None]
 
 
 def test_evaluation_reports_the_prior_and_leaves_the_loss(tmp_path: Path) -> None:
     model, held_out = bert(dropout=0.1), data(8)
     options = arguments(tmp_path, per_device_eval_batch_size=4)
-    trainer = PriorTrainer(model, options, eval_dataset=held_out, prior=make_prior)
-    found = trainer.evaluate()
+    run = PriorTrainer(model, options, eval_dataset=held_out, prior=make_prior)
+    found = run.evaluate()
     expected = Trainer(model, options, eval_dataset=held_out).evaluate()
     assert found["eval_loss"] == expected["eval_loss"]
-    batches = [classification_arguments(trainer.data_collator(held_out[i : i + 4])) for i in (0, 4)]
+    batches = [classification_arguments(run.data_collator(held_out[i : i + 4])) for i in (0, 4)]
     with torch.no_grad():
-        values = [trainer.prior(**batch).item() for batch in batches]
+        values = [run.prior(**batch).item() for batch in batches]
     assert found["eval_prior"] == pytest.approx(sum(values) / 2)
     assert found[f"eval_prior/{L2}"] > 0  # Lazy does not skip what is looked at
-    assert trainer.predict(held_out).metrics["test_prior"] == pytest.approx(sum(values) / 2)
-
-    silent = PriorTrainer(
-        model, options, eval_dataset=held_out, prior=make_prior, evaluate_prior=False
-    )
-    assert not [name for name in silent.evaluate() if "prior" in name]
+    assert run.predict(held_out).metrics["test_prior"] == pytest.approx(sum(values) / 2)
+    run.evaluate_prior = False
+    assert not [name for name in run.evaluate() if "prior" in name]
 
 
 def test_evaluation_in_between_does_not_change_training(tmp_path: Path) -> None:
     ends = []
     for strategy in ("no", "steps"):
-        model = bert()
-        options = arguments(tmp_path, max_steps=3, eval_strategy=strategy, eval_steps=1)
-        PriorTrainer(
-            model, options, train_dataset=data(), eval_dataset=data(4), prior=make_prior
-        ).train()
-        ends.append(model)
-    for a, b in zip(ends[0].parameters(), ends[1].parameters(), strict=True):
-        assert torch.equal(a, b)
+        evaluation = {"eval_strategy": strategy, "eval_steps": 1}
+        run = trainer(tmp_path, how={"eval_dataset": data(4)}, max_steps=3, **evaluation)
+        run.train()
+        ends.append(run.model)
+    assert_same_parameters(*ends)
 
 
 @pytest.mark.parametrize("resume", ["path", True])
 def test_checkpoint_continues_draws_and_counters(resume: Any, tmp_path: Path) -> None:
     """Bit-identically, dropout and a shuffled epoch included."""
-
-    def trainer(**options: Any) -> PriorTrainer:
-        return PriorTrainer(
-            bert(dropout=0.1),
-            arguments(tmp_path, save_strategy="steps", save_steps=3, **options),
-            train_dataset=data(),
-            prior=make_prior,
-        )
-
-    whole = trainer(max_steps=5)
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5}
+    whole = trainer(tmp_path, bert(dropout=0.1), **saving)
     whole.train()
-    resumed = trainer(max_steps=5)
+    resumed = trainer(tmp_path, bert(dropout=0.1), **saving)
     resumed.prior(**classification_arguments(resumed.data_collator(data(2))))  # a step ahead
     for newer in tmp_path.glob("checkpoint-[45]"):
         newer.rename(newer.with_name("newer"))
-    resumed.train(
-        resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resume == "path" else True
-    )
-    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    for name, value in whole.prior.state_dict().items():
-        assert torch.equal(value, resumed.prior.state_dict()[name])
+    saved = str(tmp_path / "checkpoint-3")
+    resumed.train(resume_from_checkpoint=saved if resume == "path" else True)
+    assert_same_parameters(whole.model, resumed.model)
+    assert_same_state(whole.prior.state_dict(), resumed.prior.state_dict())
 
 
 def test_checkpoint_without_a_prior_starts_it_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def options(steps: int) -> TrainingArguments:
-        return arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=steps)
-
-    Trainer(bert(), options(1), train_dataset=data()).train()
-    trainer = PriorTrainer(bert(), options(2), train_dataset=data(), prior=make_prior)
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    options = arguments(tmp_path, **saving, max_steps=1)
+    Trainer(bert(), options, train_dataset=data()).train()
+    run = trainer(tmp_path, **saving, max_steps=2)
     with caplog.at_level("WARNING", "captum_priors"):
-        trainer.train(resume_from_checkpoint=True)
+        run.train(resume_from_checkpoint=True)
     assert re.search(r"There is no .*prior_state_0\.pt: the prior starts anew", caplog.text)
-    assert int(trainer.prior.prior.terms[1].counter) == 1
+    assert int(run.prior.prior.terms[1].counter) == 1
 
 
 def test_prior_on_another_model_is_refused(tmp_path: Path) -> None:
     text = r"expected an explainer of the model that is trained, found one of .* prior=lambda model"
     with pytest.raises(ValueError, match=text):
-        PriorTrainer(bert(), arguments(tmp_path), prior=make_prior(bert()))
+        trainer(tmp_path, how={"prior": make_prior(bert())})
 
 
 def test_model_init_makes_the_prior_anew(tmp_path: Path) -> None:
-    trainer = PriorTrainer(
-        model_init=lambda: bert(),
-        args=arguments(tmp_path, max_steps=1),
-        train_dataset=data(),
-        prior=make_prior,
-    )
-    first = trainer.prior
-    trainer.train()
-    assert trainer.prior is not first
-    assert int(trainer.prior.prior.terms[1].counter) == 1
+    options = arguments(tmp_path, max_steps=1)
+    how: dict[str, Any] = {"train_dataset": data(), "prior": make_prior}
+    run = PriorTrainer(model_init=lambda: bert(), args=options, **how)
+    first = run.prior
+    run.train()
+    assert run.prior is not first
+    assert int(run.prior.prior.terms[1].counter) == 1
 
 
-def test_annotations_are_popped_from_the_batch(tmp_path: Path) -> None:
-    """A column that the model does not take reaches the penalty."""
-    seen: list[Tensor] = []
+@pytest.mark.parametrize("of", [LogitsOf, lambda model: model])
+def test_pairs_of_sentences_with_an_annotation(of: Any, tmp_path: Path) -> None:
+    """Token types travel with the mask, and a column that the model does not take is popped."""
+    types, seen, rationales = torch.arange(LENGTH) // 3, Recorder(), list[Tensor]()
+    rows = [{**row, "token_type_ids": types, "rationale": [1.0] * LENGTH} for row in data(4)]
 
-    def with_annotation(attributions: Tensor, *, rationale: Tensor) -> Tensor:
-        seen.append(rationale)
+    def marked(attributions: Tensor, *, rationale: Tensor) -> Tensor:
+        rationales.append(rationale)
         return (attributions.sum(2) * rationale).square().sum(1)
 
     def prior(model: Any) -> Prior:
-        words = model.bert.embeddings.word_embeddings
-        explainer = LayerExpectedGradients(LogitsOf(model), words)
-        padding = torch.zeros(1, LENGTH, dtype=torch.long)
-        return 1.0 * AttributionPrior(explainer, with_annotation, baselines=padding)
+        return restarted(1.0 * AttributionPrior(words(model, of), marked, baselines=PADDING))
 
-    rows = [{**row, "rationale": [1.0] * LENGTH} for row in data(4)]
-    PriorTrainer(
-        bert(),
-        arguments(tmp_path, max_steps=1, remove_unused_columns=False),
-        train_dataset=rows,
-        prior=prior,
-        prior_arguments=lambda batch: {
-            "rationale": batch.pop("rationale"),
-            **classification_arguments(batch),
-        },
-    ).train()
-    assert seen[0].shape == (2, LENGTH)
+    def popped(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"rationale": batch.pop("rationale"), **seen(batch)}
 
-
-def test_pairs_of_sentences(tmp_path: Path) -> None:
-    """Token types travel with the mask, into the model as it is and by name."""
-    rows = [{**row, "token_type_ids": torch.arange(LENGTH) // 3} for row in data(4)]
-    values = []
-    for of in (LogitsOf, lambda model: model):
-
-        def prior(model: Any, of: Any = of) -> Prior:
-            explainer = LayerExpectedGradients(of(model), model.bert.embeddings.word_embeddings)
-            padding = torch.zeros(1, LENGTH, dtype=torch.long)
-            return restarted(1.0 * AttributionPrior(explainer, l1, baselines=padding))
-
-        seen, model = Recorder(), bert()
-        options = arguments(tmp_path, max_steps=1)
-        trainer = PriorTrainer(
-            model, options, train_dataset=rows, prior=prior, prior_arguments=seen
-        )
-        twin = prior(copy.deepcopy(model))
-        trainer.train()
-        (call,) = seen.calls
-        _, types = call["additional_forward_args"]
-        assert torch.equal(types, (torch.arange(LENGTH) // 3).expand(2, -1))
-        values.append(trainer.state.log_history[0]["prior"])
-        assert values[-1] == pytest.approx(twin(**call).item(), rel=1e-9)
-    assert values[0] == pytest.approx(values[1], rel=1e-9)
+    how = {"train_dataset": rows, "prior": prior, "prior_arguments": popped}
+    run = trainer(tmp_path, how=how, max_steps=1, remove_unused_columns=False)
+    twin = prior(copy.deepcopy(run.model))
+    run.train()
+    call = {**seen.calls[-1], "rationale": rationales[0]}
+    assert torch.equal(call["additional_forward_args"][1], types.expand(2, -1))
+    assert rationales[0].shape == (2, LENGTH)
+    expected = twin(**call).item()
+    assert run.state.log_history[0]["prior"] == pytest.approx(expected, rel=1e-9)
+    plain = {**call, "additional_forward_args": call["additional_forward_args"][:1]}
+    assert restarted(twin)(**plain).item() != pytest.approx(expected, rel=1e-3)
 
 
 class Pair(nn.Module):
@@ -362,7 +285,7 @@ class Pair(nn.Module):
         logits = self.head(torch.cat(encoded, 1))
         if labels is None:
             return logits
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
 def test_two_texts_through_one_encoder(tmp_path: Path) -> None:
@@ -373,37 +296,27 @@ def test_two_texts_through_one_encoder(tmp_path: Path) -> None:
         return l1(maps)
 
     def prior(model: Any) -> Prior:
-        words = model.encoder.embeddings.word_embeddings
+        explainer = LayerExpectedGradients(model, model.encoder.embeddings.word_embeddings)
         padding = (torch.zeros(1, 5).long(), torch.zeros(1, 3).long())
-        return 1.0 * AttributionPrior(
-            LayerExpectedGradients(model, words), of_both, baselines=padding
-        )
+        return 1.0 * AttributionPrior(explainer, of_both, baselines=padding)
+
+    def of(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"inputs": (batch["a"], batch["b"]), "target": batch["labels"]}
 
     rows = [{"a": torch.arange(5) + k, "b": torch.arange(3) + 2 * k, "labels": k} for k in (1, 2)]
-    trainer = PriorTrainer(
-        Pair(),
-        arguments(tmp_path, max_steps=1),
-        train_dataset=rows,
-        prior=prior,
-        prior_arguments=lambda batch: {
-            "inputs": (batch["a"], batch["b"]),
-            "target": batch["labels"],
-        },
-    )
-    trainer.train()
+    how = {"train_dataset": rows, "prior": prior, "prior_arguments": of}
+    run = trainer(tmp_path, Pair(), how, max_steps=1)
+    run.train()
     assert seen == [((2, 5, 8), (2, 3, 8))]
-    assert trainer.state.log_history[0]["prior"] > 0
+    assert run.state.log_history[0]["prior"] > 0
 
 
 def test_a_missing_annotation_names_prior_arguments(tmp_path: Path) -> None:
     def prior(model: Any) -> Prior:
-        words = model.bert.embeddings.word_embeddings
-        explainer = LayerExpectedGradients(LogitsOf(model), words)
-        return AttributionPrior(explainer, on_tags, baselines=torch.zeros(1, LENGTH).long())
+        return AttributionPrior(words(model), on_tags, baselines=PADDING)
 
-    trainer = PriorTrainer(bert(), arguments(tmp_path), train_dataset=data(), prior=prior)
     with pytest.raises(TypeError, match=r"PriorTrainer calls the prior with what `prior_arguments"):
-        trainer.train()
+        trainer(tmp_path, how={"prior": prior}).train()
 
 
 def test_a_batch_of_another_kind_names_prior_arguments() -> None:
@@ -448,32 +361,25 @@ def single_precision() -> Iterator[None]:
 
 
 @single_precision()
-def broken_shortcut(folder: Path, way: Any, weight: float, bf16: bool, seed: int = 3) -> float:
+def broken_shortcut(folder: Path, way: Any, weight: float, bf16: bool) -> float:
     """Accuracy where the tag is wrong, after 200 steps of two micro-batches on which it is right.
 
     Attention is fused and there is no dropout.
     """
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = BertConfig(
-        vocab_size=WORDS,
-        intermediate_size=64,
-        max_position_embeddings=REVIEW,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.1,
-        attn_implementation="sdpa",
-        **sizes,
-    )
 
     def no_tags(model: Any) -> Prior:
-        words = model.bert.embeddings.word_embeddings
-        explainer = LayerExpectedGradients(LogitsOf(model), words, differentiation=way)
+        explainer = words(model, differentiation=way)
         return weight * AttributionPrior(explainer, on_tags, n_samples=1)
 
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_labels": 2}
+    more = {"vocab_size": WORDS, "intermediate_size": 64, "max_position_embeddings": REVIEW}
+    model = bert(initializer_range=0.1, **sizes, **more)
     ids, labels = reviews(2000, 1.0, seed=0)
-    options = arguments(
+    rows = [{"input_ids": i, "labels": int(k)} for i, k in zip(ids, labels, strict=True)]
+    run = trainer(
         folder,
+        model,
+        {"train_dataset": rows, "prior": no_tags, "prior_arguments": words_but_tags},
         max_steps=200,
         gradient_accumulation_steps=2,
         per_device_train_batch_size=16,
@@ -484,18 +390,8 @@ def broken_shortcut(folder: Path, way: Any, weight: float, bf16: bool, seed: int
         logging_steps=100,
         bf16=bf16,
     )
-    model = BertForSequenceClassification(config)
-    trainer = PriorTrainer(
-        model,
-        options,
-        train_dataset=[
-            {"input_ids": i, "labels": int(k)} for i, k in zip(ids, labels, strict=True)
-        ],
-        prior=no_tags,
-        prior_arguments=words_but_tags,
-    )
-    trainer.train()
-    assert trainer.state.global_step == 200
+    run.train()
+    assert run.state.global_step == 200
     ids, labels = reviews(1000, 0.0, seed=1)
     with torch.no_grad():
         return (model.eval()(ids).logits.argmax(1) == labels).float().mean().item()

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer as HFTrainer
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from captum_priors.integrations import StepGuard
 from tests.asserts import assert_same_state
+from tests.integrations.test_huggingface import arguments
+from tests.integrations.test_lightning import Classifier, trainer
 
 
 def net() -> nn.Module:
@@ -130,13 +131,10 @@ def test_scaler_keeps_the_steps_that_it_skips() -> None:
     assert scaler.get_scale() == 2.0
 
 
-class Guarding(LightningModule):
+class Guarding(Classifier):
     def __init__(self) -> None:
         super().__init__()
         self.net = net()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.net.parameters(), lr=0.1)
@@ -144,13 +142,13 @@ class Guarding(LightningModule):
         return optimizer
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 def test_lightning_whose_closure_computes_the_gradients() -> None:
     ends = []
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     for data in (batches(), [*batches()[:2], bad(), *batches()[2:]]):
         module = Guarding()
         loader: DataLoader[Any] = DataLoader(data, batch_size=None)
-        Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **quiet).fit(module, loader)
+        trainer(max_epochs=1, accumulate_grad_batches=1).fit(module, loader)
         ends.append(module.net.state_dict())
     assert module.guard.skipped == 1
     assert_same_state(*ends)
@@ -171,8 +169,7 @@ def test_hugging_face_by_a_callback(tmp_path: Path) -> None:
 
     data = [{"x": a, "labels": int(b)} for a, b in zip(*bad(), strict=True)]
     model, callback = Model(), Guard()
-    quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    options = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=4, **quiet)
+    options = arguments(tmp_path, max_steps=2, per_device_train_batch_size=4)
     HFTrainer(model, options, train_dataset=data, callbacks=[callback]).train()
     assert callback.guard.skipped == 1
     assert all(t.isfinite().all() for t in model.state_dict().values())

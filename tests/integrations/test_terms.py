@@ -6,11 +6,11 @@ import pytest
 import torch
 from captum.attr import InputXGradient, Saliency
 
-from captum_priors import AttributionPrior, Guarded, Lazy, Subsample
+from captum_priors import AttributionPrior, Lazy
 from captum_priors.integrations._terms import evaluate, terms_of
 from captum_priors.penalties import l1
 from captum_priors.priors import AgreementPrior, EnergyPrior, Prior
-from captum_priors.priors.combined import SumPrior, WeightedPrior
+from captum_priors.priors.combined import SumPrior
 from tests.laws.leaves import net
 
 
@@ -45,38 +45,6 @@ def test_keys_are_short(make: Any, keys: str | None) -> None:
     _, values = evaluate(prior, call)
     assert [*terms_of(prior)] == [f"prior/{key}" for key in expected]
     assert values.keys() == {"prior", *terms_of(prior)}
-
-
-@pytest.mark.parametrize(
-    ("make", "formula"),
-    [
-        (lambda: Lazy(sparse(), 2, name="a"), "Lazy({}, every=2, name='a')"),
-        (lambda: Subsample(sparse(), 0.5, name="a"), "Subsample({}, fraction=0.5, name='a')"),
-        (lambda: Guarded(sparse(), name="a"), "Guarded({}, name='a')"),
-        (lambda: SumPrior([sparse()], name="a"), "SumPrior([{}], name='a')"),
-        (lambda: WeightedPrior(2, sparse(), name="a"), "WeightedPrior(2, {}, name='a')"),
-        (lambda: 3 * WeightedPrior(2, sparse(), name="a"), "3 * WeightedPrior(2, {}, name='a')"),
-        (lambda: SumPrior([sparse()], name="a") + sparse(), "SumPrior([{}], name='a') + {}"),
-        (lambda: 2 * SumPrior([sparse()], name="a"), "2 * SumPrior([{}], name='a')"),
-    ],
-)
-def test_combinations_keep_and_show_their_name(make: Any, formula: str) -> None:
-    text = formula.replace("{}", "AttributionPrior(Saliency, l1)")
-    assert repr(make()) == text
-    names = {
-        "prior": sparse(),
-        "AttributionPrior": lambda *_: sparse(),
-        "Saliency": None,
-        "l1": None,
-        **{cls.__name__: cls for cls in (Guarded, Lazy, Subsample, SumPrior, WeightedPrior)},
-    }
-    assert repr(eval(text, {}, names)) == text
-
-
-@pytest.mark.parametrize("name", ["", "  ", 3, b"few"])
-def test_names_are_words(name: Any) -> None:
-    with pytest.raises(ValueError, match=r"`name`: expected a word, or None, found"):
-        sparse(name)
 
 
 def test_a_name_set_later_counts() -> None:

@@ -89,15 +89,28 @@ def net(out: int = CLASSES) -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, out))
 
 
-class Both(nn.Module):
+class Around(nn.Module):
+    """Something around a model, which is asked for the parts of the model as the model is."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.inner[i]
+
+
+class Both(Around):
     """A network that runs twice, once for each of two inputs, and weighs what it says of them."""
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.clone()) - 0.5 * self.net(x)
+        return self.inner(x.clone()) - 0.5 * self.inner(x)
 
 
 def conv() -> nn.Module:
@@ -137,7 +150,10 @@ class Leaf:
 
 
 _ASCENT = {"step_num": 2, "attack_n_steps": 2, "radius": 0.2, "step_size": 0.15}
+_PATH = {**_ASCENT, "n_steps": 4}
 _TWO = ("double_backprop", "finite_difference")
+_OF_CLASS: dict[str, Any] = {"labels": True, "ways": _TWO}
+_OF_LOSS: dict[str, Any] = {"draws": False, **_OF_CLASS}
 _RANKING: dict[str, Any] = {"needs": (("top_k", 2),), "draws": False, "ways": _TWO}
 
 
@@ -178,23 +194,32 @@ def noise(x: Tensor) -> Tensor:
     return x + 0.1 * torch.randn_like(x)
 
 
-def _stability(model: Any, differentiation: str = "double_backprop", **options: Any) -> Any:
-    explainer = differentiable(ca.Saliency(model), differentiation=differentiation)
-    return StabilityPrior(explainer, mse, noise, abs=False, **options)
+def stable(name: str, cls: Any, perturbing: Callable[[Any], Any], **flags: Any) -> Leaf:
+    """A stability prior on an explainer of the model."""
+    call = flags.pop("call", {})
+
+    def prior(model: Any, differentiation: Any = "double_backprop", **options: Any) -> Any:
+        explainer = differentiable(cls(model), differentiation=differentiation)
+        return StabilityPrior(explainer, mse, perturbing(model), **call, **options)
+
+    return Leaf(name, prior, StabilityPrior, stacks=False, ways=WAYS, **flags)
 
 
-def _attacked(model: Any, differentiation: str = "double_backprop", **options: Any) -> Any:
-    explainer = differentiable(ca.InputXGradient(model), differentiation=differentiation)
-
-    def climb(x: Tensor, target: Any = None) -> Any:
-        return FGSM(model).perturb(x, 0.1, target)
-
-    return StabilityPrior(explainer, mse, climb, **options)
+def climb(model: Any) -> Any:
+    return lambda x, target=None: FGSM(model).perturb(x, 0.1, target)
 
 
 def _concept(model: Any, layer: int, **options: Any) -> Any:
     direction = torch.tensor([0.6, -0.8, *[0.0] * 5])
     return ConceptPrior(model, model[layer], direction[: 2 if layer == 0 else 7], **options)
+
+
+def _random_concept(model: Any, **options: Any) -> Any:
+    return _concept(model, 0, **{"target": "random", "form": "square", **options})
+
+
+def _pixel(model: Any, **options: Any) -> Any:
+    return PixelPrior(model, **{"baselines": background(), **options})
 
 
 def _agreement(model: Any, differentiation: str = "double_backprop", **options: Any) -> Any:
@@ -214,36 +239,17 @@ REGULARIZERS = [
     regularizer("Sensitivity", ActivationSensitivity, {"n_samples": 2}),
     regularizer("Jacobian", JacobianRegularization, {"n_samples": 2}, ways=_TWO),
     regularizer("Jacobian-exact", JacobianRegularization, {"n_samples": None}, draws=False),
-    regularizer(
-        "InputGradient",
-        InputGradientRegularization,
-        {},
-        labels=True,
-        draws=False,
-        stacks=False,
-        ways=_TWO,
-    ),
-    regularizer(
-        "CURE",
-        CurvatureRegularization,
-        {"step_size": 0.5},
-        labels=True,
-        draws=False,
-        ways=_TWO,
-    ),
+    regularizer("InputGradient", InputGradientRegularization, {}, stacks=False, **_OF_LOSS),
+    regularizer("CURE", CurvatureRegularization, {"step_size": 0.5}, **_OF_LOSS),
     regularizer("R2ET", R2ET, {"step_size": 0.5}, **_RANKING),
     regularizer("R2ET-gap", R2ET, {"curvature": 0.0}, stacks=False, **_RANKING),
     regularizer("SSR", SmoothSurface, {}, draws=False, ways=_TWO),
     regularizer("SGT", SaliencyGuided, {}),
-    regularizer("IG-NORM", RobustAttribution, {**_ASCENT, "n_steps": 4}, labels=True, ways=_TWO),
+    regularizer("IG-NORM", RobustAttribution, _PATH, **_OF_CLASS),
     regularizer(
-        "IG-SUM-NORM",
-        RobustAttribution,
-        {**_ASCENT, "n_steps": 4, "objective": "ig_sum_norm"},
-        labels=True,
-        ways=_TWO,
+        "IG-SUM-NORM", RobustAttribution, {**_PATH, "objective": "ig_sum_norm"}, **_OF_CLASS
     ),
-    regularizer("ART", AttributionAlignment, {**_ASCENT, "top_k": 3}, labels=True, ways=_TWO),
+    regularizer("ART", AttributionAlignment, {**_ASCENT, "top_k": 3}, **_OF_CLASS),
 ]
 EXPLAINED = [
     explained(
@@ -283,17 +289,17 @@ EXPLAINED = [
 ]
 
 
-def _confined(model: Any, differentiation: str = "double_backprop", **options: Any) -> Any:
-    explainer = differentiable(ca.InputXGradient(model), differentiation=differentiation)
-    attack = RandomAttack(radius=0.2, keep_prediction=False)
-    return StabilityPrior(explainer, mse, attack, **options)
-
-
 STABLE = [
-    Leaf("Stability-confined", _confined, StabilityPrior, stacks=False, annotated=True, ways=WAYS),
-    Leaf("Stability", _stability, StabilityPrior, stacks=False, ways=WAYS),
-    Leaf("Stability-FGSM", _attacked, StabilityPrior, stacks=False, draws=False, ways=WAYS),
+    stable(
+        "Stability-confined",
+        ca.InputXGradient,
+        lambda m: RandomAttack(radius=0.2, keep_prediction=False),
+        annotated=True,
+    ),
+    stable("Stability", ca.Saliency, lambda m: noise, call={"abs": False}),
+    stable("Stability-FGSM", ca.InputXGradient, climb, draws=False),
 ]
+_WHOLE: dict[str, Any] = {"stacks": False, "ways": WAYS}
 _MASKED: dict[str, Any] = {"annotated": True, "draws": False, "stacks": False}
 
 
@@ -324,29 +330,9 @@ NAMED = [
     named("Energy", EnergyPrior, **_MASKED),
     named("HINT", HINT, layer=0, images=True, ways=WAYS[:2], **_MASKED),
     named("RRR-CAM", RRRGradCAM, layer=0, images=True, ways=WAYS[:2], **_MASKED),
-    Leaf(
-        "Pixel",
-        lambda m, **options: PixelPrior(m, **{"baselines": background(), **options}),
-        PixelPrior,
-        stacks=False,
-        ways=WAYS,
-    ),
-    Leaf(
-        "Concept",
-        lambda m, **options: _concept(m, 1, **options),
-        ConceptPrior,
-        stacks=False,
-        draws=False,
-        ways=WAYS,
-    ),
-    Leaf(
-        "Concept-maps-random",
-        lambda m, **options: _concept(m, 0, **{"target": "random", "form": "square", **options}),
-        ConceptPrior,
-        stacks=False,
-        images=True,
-        ways=WAYS,
-    ),
+    Leaf("Pixel", _pixel, PixelPrior, stacks=False, ways=WAYS),
+    Leaf("Concept", partial(_concept, layer=1), ConceptPrior, draws=False, **_WHOLE),
+    Leaf("Concept-maps-random", _random_concept, ConceptPrior, images=True, **_WHOLE),
     Leaf("Agreement", _agreement, AgreementPrior, draws=False, ways=WAYS),
 ]
 LEAVES = [*REGULARIZERS, *EXPLAINED, *STABLE, *NAMED]

@@ -1,35 +1,185 @@
-"""Annotations for some examples: the others say nothing, and the annotated are as if alone."""
+"""Annotations: one entry for each example, or ``shared``; who has none is as if not there."""
 
 from collections.abc import Callable
 from typing import Any
 
+import captum.attr as ca
 import pytest
 import torch
 from captum.attr import InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor, nn
 
-from captum_priors import AttributionPrior, StabilityPrior, Subsample, shared
+from captum_priors import (
+    AttributionPrior,
+    ExpectedGradients,
+    Lazy,
+    StabilityPrior,
+    Subsample,
+    shared,
+)
 from captum_priors.attacks import DistanceAttack
 from captum_priors.distances import mse
-from captum_priors.penalties import alignment, energy_outside, group_sparsity, outside, rationale
+from captum_priors.penalties import (
+    alignment,
+    background,
+    energy_outside,
+    group_sparsity,
+    outside,
+    rationale,
+)
 from captum_priors.priors import (
     EnergyPrior,
     PixelPrior,
+    Prior,
     RightForTheRightReasons,
     RobustRightReasons,
 )
 from captum_priors.priors.batch_norm import part_of
-from tests.asserts import gradients_of
+from tests.asserts import assert_unbiased, gradients_of
 from tests.cases import tuple_inputs
-from tests.laws.leaves import LEAVES_AND_WAYS, Leaf, background, conv, net, way_options
+from tests.laws.leaves import (
+    FEATURES,
+    LEAVES_AND_WAYS,
+    REFUSALS,
+    Leaf,
+    conv,
+    net,
+    those,
+    way_options,
+)
+from tests.laws.leaves import background as reference_rows
 
 KNOWN = torch.tensor([True, False, False, True])
 PENALTIES = {
     "outside": outside,
     "energy_outside": energy_outside,
+    "background": background,
     "rationale": rationale,
     "alignment": alignment,
 }
+every_penalty = pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES.keys())
+
+# ---- For whom -------------------------------------------------------------------------------
+
+
+class Seen:
+    """A penalty, and a distance, that keeps the weights that reach it."""
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+
+    def penalty(self, a: Tensor, *, weights: Tensor) -> Tensor:
+        self.weights.append(weights.detach().clone())
+        return (a * weights).abs().flatten(1).sum(1)
+
+    def distance(self, a: Tensor, b: Tensor, *, weights: Tensor) -> Tensor:
+        return self.penalty(a - b, weights=weights)
+
+
+def attribution(seen: Seen) -> Prior:
+    return AttributionPrior(ExpectedGradients(net()), seen.penalty, baselines=reference_rows())
+
+
+def stability(seen: Seen) -> Prior:
+    return StabilityPrior(ca.Saliency(net()), seen.distance, lambda x: x + 0.1)
+
+
+PRIORS: dict[str, Callable[[Seen], Prior]] = {
+    "attribution": attribution,
+    "stability": stability,
+    "sum": lambda seen: attribution(seen) + 0.5 * stability(Seen()),
+    "subsample": lambda seen: Subsample(attribution(seen), 0.5),
+    "nested": lambda seen: Subsample(0.5 * Subsample(stability(seen), 0.5), 0.5),
+    "lazy": lambda seen: Lazy(Subsample(attribution(seen), 0.5), 1),
+}
+
+
+every_prior = pytest.mark.parametrize("make", PRIORS.values(), ids=PRIORS.keys())
+
+
+every_batch = pytest.mark.parametrize("batch", [1, 2, 5, 8])
+
+
+@every_prior
+@every_batch
+def test_shared_ones_arrive_whole(make: Any, batch: int) -> None:
+    """Whatever they have in common with the batch: the number of features, of rows, or nothing."""
+    for weights in (torch.rand(5), torch.rand(1, 5), torch.rand(())):
+        seen = Seen()
+        make(seen)(torch.randn(batch, 5), target=0, weights=shared(weights))
+        assert all(torch.equal(found, weights) for found in seen.weights)
+        assert seen.weights
+
+
+@every_prior
+@pytest.mark.parametrize("weights", [torch.ones(5), torch.ones(1, 5), torch.ones(4, 5)])
+def test_one_entry_for_each_example_is_asked_for(make: Any, weights: Tensor) -> None:
+    seen = Seen()
+    with pytest.raises((TypeError, ValueError), match=r"captum_priors\.shared"):
+        make(seen)(torch.randn(8, 5), target=0, weights=weights.to(torch.get_default_dtype()))
+    assert not seen.weights
+
+
+@every_batch
+def test_others_go_with_their_examples(batch: int) -> None:
+    """An annotation that is the attribution of its example stays beside it."""
+    lin, seen = torch.nn.Linear(5, 1, bias=False), Seen()
+    x = torch.randn(batch, 5)
+
+    def penalty(a: Tensor, *, weights: Tensor) -> Tensor:
+        seen.weights.append(weights)
+        return (a - weights).abs().sum(1)
+
+    alone = AttributionPrior(ca.InputXGradient(lin), penalty)
+    prior = Lazy(Subsample(0.5 * Subsample(alone, 0.5) + alone, 0.6), 1)
+    assert prior(x, weights=(x * lin.weight).detach()).item() < 1e-12
+    assert len(seen.weights[0]) == max(1, round(0.5 * max(1, round(0.6 * batch))))
+
+
+@every_penalty
+@pytest.mark.parametrize("wrap", [lambda p: p, lambda p: Subsample(p, 0.5)], ids=["", "subsample"])
+def test_masks_as_large_as_the_batch(penalty: Any, wrap: Any) -> None:
+    """A mask of features says where and not for whom, also where there are as many as examples."""
+    model, mask = nn.Linear(4, 1), torch.tensor([1.0, 1.0, 0.0, 1.0])
+    prior = wrap(AttributionPrior(ca.InputXGradient(model), penalty))
+    with pytest.raises((TypeError, ValueError), match="`annotation`"):
+        prior(torch.rand(4, 4), annotation=mask)
+
+
+BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+
+
+@BAD
+@pytest.mark.parametrize("name", [*PENALTIES, "group_sparsity"])
+def test_annotations_of_penalties(name: str, bad: float) -> None:
+    mask, a = torch.ones(4, FEATURES), torch.randn(4, FEATURES)
+
+    def value(a: Any, *masks: Tensor) -> Tensor:
+        if name == "group_sparsity":
+            masks = tuple(m[0] for m in masks)
+            return group_sparsity(a, groups=masks if isinstance(a, tuple) else masks[0])
+        return PENALTIES[name](a, annotation=masks if isinstance(a, tuple) else masks[0])
+
+    value(a, mask)
+    for where in ((0, 0), (0, 4)):
+        broken = mask.clone()
+        broken[where] = bad
+        for wrong in ((a, broken), ((a, a), mask, broken)):
+            with pytest.raises(REFUSALS, match=r"`(annotation|groups)`"):
+                value(*wrong)
+
+
+@BAD
+@those(annotated=True)
+def test_annotations_of_priors(leaf: Leaf, bad: float) -> None:
+    prior, x = leaf.make(leaf.model()), leaf.batch()
+    call = leaf.call(x)
+    call["annotation"].flatten()[3] = bad
+    with pytest.raises(REFUSALS, match="`annotation`"):
+        prior(x, **call)
+
+
+# ---- Annotations for some examples ----------------------------------------------------------
 
 
 def explained(penalty: Any) -> Callable[..., Any]:
@@ -52,6 +202,8 @@ CASES = [
         for name, penalty in PENALTIES.items()
     ),
 ]
+
+
 every_annotated = pytest.mark.parametrize(("leaf", "way"), CASES)
 
 
@@ -128,18 +280,19 @@ def test_what_belongs_to_the_examples_goes_with_them() -> None:
     alone = prior(some[0], some[1], y[KNOWN], (scale[KNOWN], power), annotation=some[2])
     torch.testing.assert_close(found, alone)
     x, model = torch.rand(4, 5), net()
-    energy, pixel = EnergyPrior(model), PixelPrior(model, baselines=background()).eval()
+    energy, pixel = EnergyPrior(model), PixelPrior(model, baselines=reference_rows()).eval()
     m = torch.rand(4, 5).round()
     total = (energy + pixel)(x, target=y, annotation=m, annotated=KNOWN)
     parts = energy(x, target=y, annotation=m, annotated=KNOWN), pixel(x, target=y)
     torch.testing.assert_close(total, torch.stack(parts).sum())
     draws = Subsample(energy, 0.5)
-    values = torch.stack([draws(x, target=y, annotation=m, annotated=KNOWN) for _ in range(200)])
-    error = values.detach().std() / 200**0.5
-    assert float((values.detach().mean() - parts[0]).detach().abs()) <= 4 * float(error)
+    assert_unbiased(
+        lambda: draws(x, target=y, annotation=m, annotated=KNOWN), parts[0].detach(), 200
+    )
 
 
-# ---- One rule for channels and tuples ------------------------------------------------------
+# ---- One rule for channels and tuples -------------------------------------------------------
+
 
 MASKED: dict[str, Callable[[nn.Module], Any]] = {
     **{
@@ -200,15 +353,6 @@ def test_none_says_nothing_of_an_input(name: str) -> None:
         found = prior(case.inputs, **given, annotation=(None, same))
         torch.testing.assert_close(found, expected)
     assert prior(case.inputs, **given, annotation=(None, None)) == 0
-    one = torch.tensor([True, False, False, False])
-    alone = tuple(x[:1] for x in case.inputs)
-    given["annotated"] = one
-    found = prior(case.inputs, **given, annotation=(None, mask))
-    if "random" not in name and "pgd" not in name:  # draws are of as many as there are
-        del given["annotated"]
-        given = {"target": torch.tensor([0]), "additional_forward_args": (torch.ones(1), 1.0)}
-        expected = prior(alone, **given, annotation=(None, mask[:1]))
-        torch.testing.assert_close(found, expected / 4)
 
 
 def test_none_in_penalties() -> None:
@@ -223,7 +367,7 @@ def test_none_in_penalties() -> None:
     torch.testing.assert_close(found, group_sparsity(a, groups=groups))
 
 
-# ---- Perturbations are confined ------------------------------------------------------------
+# ---- Perturbations are confined -------------------------------------------------------------
 
 
 def test_perturbations_are_given_what_they_declare() -> None:

@@ -3,24 +3,21 @@
 import torch
 from torch import Tensor, nn
 
-from tests.laws.leaves import CLASSES, Leaf, every_leaf
+from tests.laws.leaves import CLASSES, Around, Leaf, every_leaf
 
 
-class Drops(nn.Module):
+class Drops(Around):
     """A model with dropout behind it, as a module and inside a recurrent one."""
 
     def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.dropout = inner, nn.Dropout(0.5)
+        super().__init__(inner)
+        self.dropout = nn.Dropout(0.5)
         self.lstm = nn.LSTM(CLASSES, CLASSES, num_layers=2, dropout=0.5, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.inner(x)
         states: Tensor = self.lstm(self.dropout(logits).unsqueeze(1))[0]
         return logits + states.squeeze(1)
-
-    def __getitem__(self, i: int) -> nn.Module:
-        return self.inner[i]
 
 
 @every_leaf

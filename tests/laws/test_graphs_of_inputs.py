@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.laws.leaves import LEAVES, Leaf
+from tests.laws.leaves import LEAVES, Around, Leaf
 
 # Their values depend on the network around the inputs alone, and not on the inputs' own numbers.
 _OF_NETWORK = (
@@ -15,12 +15,12 @@ _OF_NETWORK = (
 )
 
 
-class Shifted(nn.Module):
+class Shifted(Around):
     """A network whose inputs are shifted first."""
 
     def __init__(self, inner: nn.Module, shift: Tensor) -> None:
-        super().__init__()
-        self.inner, self.shift = inner, shift
+        super().__init__(inner)
+        self.shift = shift
 
     def forward(self, x: Tensor) -> Any:
         return self.inner(x + self.shift)

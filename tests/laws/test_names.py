@@ -30,8 +30,9 @@ from captum_priors.priors import (
     RRRGradCAM,
     SparsityPrior,
 )
+from captum_priors.priors.combined import SumPrior, WeightedPrior
 from captum_priors.stability import smooth_activations
-from tests.laws.leaves import LEAVES, Leaf, background, every_leaf, net, options_of
+from tests.laws.leaves import LEAVES, background, net, options_of
 
 # Other values of options whose default does not say what else there is.
 OTHER: dict[str, Any] = {
@@ -101,23 +102,6 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("cls", "name", "default"), ROWS)
-def test_options_show(cls: Any, name: str, default: Any) -> None:
-    model = CLASSES[cls].model() if cls in CLASSES else net()
-    value = another(cls, name, default)
-    text, plain = repr(build(cls, model, **{name: value})), repr(build(cls, model))
-    assert text != plain
-    assert re.search(rf"\b{name}={re.escape(repr(value))}", text), text
-
-
-@every_leaf
-def test_every_prior_takes_a_name(leaf: Leaf) -> None:
-    prior = leaf.make(leaf.model(), name="plain")
-    assert prior.name == "plain"
-    assert "name='plain'" in repr(prior)
-    assert leaf.make(leaf.model()).name is None
-
-
 class Named(str):
     """Something that a prior is made of besides a model and options: it stands for itself."""
 
@@ -142,10 +126,12 @@ def read(text: str, model: Any) -> Any:
 
 
 @pytest.mark.parametrize(("cls", "name", "default"), ROWS)
-def test_formulas_can_be_read(cls: Any, name: str, default: Any) -> None:
+def test_options_show_and_can_be_read(cls: Any, name: str, default: Any) -> None:
     model = CLASSES[cls].model() if cls in CLASSES else net()
     value = another(cls, name, default)
     prior = build(cls, model, **{name: value})
+    assert repr(prior) != repr(build(cls, model))
+    assert re.search(rf"\b{name}={re.escape(repr(value))}", repr(prior)), repr(prior)
     again = read(repr(prior), model)
     assert repr(again) == repr(prior)
     for each in (again, prior):
@@ -163,15 +149,21 @@ def test_combinations_can_be_read() -> None:
         "Guarded": Guarded,
         "Lazy": Lazy,
         "Subsample": Subsample,
+        "SumPrior": SumPrior,
+        "WeightedPrior": WeightedPrior,
         "l2": l2,
         "tensor": lambda *shape: background(shape[0]),
     }
     for prior in (
         base(n_samples=3, stdevs=(0.1,), estimator="monte_carlo", internal_batch_size=7),
-        1 / 3 * base(),
+        1 / 3 * base(name="plain"),
         1e-7 * (base() + 0.1 * base(smooth=1 / 3)),
         Subsample(base(), 1 / 3),
         Lazy(Guarded(base(), "skip", max_value=10 / 3), 4),
+        Lazy(Guarded(Subsample(base(), 0.5, name="a"), name="b"), 2, name="c"),
+        3 * WeightedPrior(2, base(), name="a"),
+        2 * SumPrior([base()], name="a") + base(),
+        SumPrior([base(), SumPrior([base()], name="b")], name="a"),
     ):
         again = eval(repr(prior), names)
         assert repr(again) == repr(prior)
@@ -198,10 +190,6 @@ def attack(**options: Any) -> Any:
 
 
 PAIRS: dict[str, tuple[Any, Any]] = {
-    "weights": (0.1234567 * base(), 0.1234568 * base()),
-    "fractions": (Subsample(base(), 0.1234567), Subsample(base(), 0.1234568)),
-    "limits": (Guarded(base(), max_value=0.1234567), Guarded(base(), max_value=0.1234568)),
-    "stdevs": (base(stdevs=(0.1,)), base(stdevs=(0.2,))),
     "EG-multiply": (eg(), eg(multiply_by_inputs=False)),
     "EG-way": (eg(), eg(differentiation="recompute")),
     "IG-multiply": (ig(), ig(multiply_by_inputs=False)),
@@ -230,3 +218,9 @@ PAIRS: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
 def test_other_options_have_another_name(pair: tuple[Any, Any]) -> None:
     assert repr(pair[0]) != repr(pair[1])
+
+
+@pytest.mark.parametrize("name", ["", "  ", 3, b"few"])
+def test_names_are_words(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"`name`: expected a word, or None, found"):
+        base(name=name)

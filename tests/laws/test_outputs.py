@@ -24,7 +24,9 @@ from tests.adapters.captum_table import ROWS, flat, seeded, set_up
 from tests.asserts import gradients_of
 from tests.laws.leaves import (
     CLASSES,
+    LEAVES,
     WAYS,
+    Around,
     Leaf,
     leaves_and_ways_but,
     way_options,
@@ -34,55 +36,28 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You are providing multiple inputs for Lime / Kernel SHAP",  # advice about speed
     "ignore:Objective did not converge",  # more is asked of the lasso than float64 holds
 )
-LABELLED = (
-    "InputGradient",
-    "CURE",
-    "IG-NORM",
-    "IG-SUM-NORM",
-    "ART",
-    "R4-random",
-    "R4-pgd",
-    "Comprehensiveness-probability",
-    "Comprehensiveness-log",
-    "Sufficiency-probability",
-    "Sufficiency-log",
-)
+LABELLED = [leaf.name for leaf in LEAVES if leaf.labels]
 FOREIGN = "Stability-FGSM"  # Captum's attack knows indices alone
 # These look at all outputs, or at predictions: with a function around the model they say other.
 OF_ALL = (
-    "ATEX",
-    "Sensitivity",
-    "Jacobian",
-    "Jacobian-exact",
-    "SSR",
-    "SGT",
-    "RRR",
+    *("ATEX", "Sensitivity", "Jacobian", "Jacobian-exact", "SSR", "SGT", "RRR"),
     "Concept-maps-random",
 )
 TARGETED = [name for name, row in ROWS.items() if row.target]
 every_targeted_row = pytest.mark.parametrize("name", TARGETED)
 
 
-class Summed(nn.Module):
+class Summed(Around):
     """The function around a model that a target takes the place of."""
 
     def __init__(self, inner: Any, weights: Tensor) -> None:
-        super().__init__()
-        self.inner, self.weights = inner, weights
+        super().__init__(inner)
+        self.weights = weights
 
     def forward(self, *args: Any) -> Tensor:
         outputs: Tensor = self.inner(*args)
         rows = len(outputs) // len(self.weights)  # of each example, one batch after another
         return (outputs * self.weights.repeat(rows, *[1] * (outputs.dim() - 1))).flatten(1).sum(1)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.inner, name)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.inner[i]
 
 
 def with_gradients(value: Tensor, model: nn.Module) -> list[Tensor]:
@@ -144,14 +119,6 @@ def of_explainer(name: str, target: Any, weights: Tensor | None = None) -> list[
 
 
 @every_targeted_row
-def test_one_weight_is_a_plain_target_in_captum(name: str) -> None:
-    examples = len(ROWS[name].subject(torch.zeros(3, 1)))
-    y = torch.tensor([0, 2, 1])[:examples]
-    found = of_explainer(name, weighted(torch.eye(CLASSES)[y]))
-    assert_same(found, of_explainer(name, y))
-
-
-@every_targeted_row
 def test_sums_are_functions_around_the_model_in_captum(name: str) -> None:
     weights = torch.tensor([[0.5, -2.0, 1.0]])
     expected = of_explainer(name, None, weights)
@@ -189,37 +156,26 @@ class Dense(nn.Module):
         return self.last(torch.tanh(self.first(images))) * scale.reshape(-1, 1, 1, 1)
 
 
-def eg(model: Dense, way: Any) -> Callable[..., Any]:
-    explainer = ExpectedGradients(model, differentiation=way)
-
-    def attribute(x: Any, **call: Any) -> Any:
-        return explainer.attribute(x, torch.zeros(5, 1, 4, 4) + x[:1] / 2, n_samples=3, **call)
-
-    return attribute
-
-
-def layer_eg(model: Dense, way: Any) -> Callable[..., Any]:
-    explainer = LayerExpectedGradients(model, model.first, differentiation=way)
-
-    def attribute(x: Any, **call: Any) -> Any:
-        return explainer.attribute(x, x.flip(0), n_samples=2, **call)
-
-    return attribute
-
-
-def integrated(model: Dense, way: Any) -> Callable[..., Any]:
-    explainer = differentiable(ca.IntegratedGradients(model), differentiation=way)
-
-    def attribute(x: Any, generator: Any = None, **call: Any) -> Any:
-        return explainer.attribute(x, baselines=x / 2, n_steps=5, **call)
-
-    return attribute
+DENSE: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
+    "EG": lambda m, way, x: (
+        ExpectedGradients(m, differentiation=way),
+        {"baselines": torch.zeros(5, 1, 4, 4) + x[:1] / 2, "n_samples": 3},
+    ),
+    "LayerEG": lambda m, way, x: (
+        LayerExpectedGradients(m, m.first, differentiation=way),
+        {"baselines": x.flip(0), "n_samples": 2},
+    ),
+    "IG": lambda m, way, x: (
+        differentiable(ca.IntegratedGradients(m), differentiation=way),
+        {"baselines": x / 2, "n_steps": 5},
+    ),
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("chunk", [None, 4, 7])
-@pytest.mark.parametrize("make", [eg, layer_eg, integrated])
-def test_dense_outputs(make: Any, chunk: int | None, way: str) -> None:
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_outputs(name: str, chunk: int | None, way: str) -> None:
     """Masks of each example go along with chunks, with additional arguments, and with each."""
     model, x, scale = Dense(), torch.randn(4, 1, 4, 4), torch.rand(4) + 1
     mask = torch.rand(4, 2, 4, 4) > 0.5
@@ -231,13 +187,10 @@ def test_dense_outputs(make: Any, chunk: int | None, way: str) -> None:
     around.first = model.first  # type: ignore[attr-defined]  # where the layer is looked for
 
     def explained(function: Any, target: Any, *args: Tensor) -> Tensor:
-        return make(function, way)(
-            x,
-            target=target,
-            additional_forward_args=(scale, *args),
-            internal_batch_size=chunk,
-            generator=torch.Generator().manual_seed(2),
-        )
+        explainer, options = DENSE[name](function, way, x)
+        call = {"target": target, "additional_forward_args": (scale, *args), **options}
+        torch.manual_seed(2)
+        return explainer.attribute(x, internal_batch_size=chunk, **call)
 
     def numbers(maps: Tensor) -> list[Tensor]:
         return [maps.detach(), *with_gradients(maps.square().sum(), model)]
@@ -259,22 +212,16 @@ def test_inputs_in_a_tuple(way: Any) -> None:
         return torch.tanh(left(a)) * right(b)
 
     x = torch.randn(5, 3), torch.randn(5, 4)
-    made: list[tuple[Any, dict[str, Any]]] = [
-        (ExpectedGradients(model, differentiation=way), {"baselines": x, "n_samples": 2}),
-        (differentiable(ca.IntegratedGradients(model), differentiation=way), {"n_steps": 3}),
-    ]
-    for explainer, options in made:
+    both = nn.ModuleList([left, right])
+    eg = ExpectedGradients(model, differentiation=way)
+    ig = differentiable(ca.IntegratedGradients(model), differentiation=way)
+    for explainer, options in ((eg, {"baselines": x, "n_samples": 2}), (ig, {"n_steps": 3})):
 
-        def numbers(
-            target: Any, explainer: Any = explainer, options: Any = options
-        ) -> list[Tensor]:
+        def numbers(target: Any, explainer: Any = explainer, given: Any = options) -> list[Tensor]:
             torch.manual_seed(2)
-            maps = explainer.attribute(x, target=target, **options)
-            value = sum(m.square().sum() for m in maps)
-            return [
-                *(m.detach() for m in maps),
-                *with_gradients(value, nn.ModuleList([left, right])),
-            ]
+            maps = explainer.attribute(x, target=target, **given)
+            gradients = with_gradients(sum(m.square().sum() for m in maps), both)
+            return [*(m.detach() for m in maps), *gradients]
 
         of_a, of_b, *others = zip(numbers(0), numbers(1), strict=True)
         stacked = [torch.stack(maps, 1) for maps in (of_a, of_b)]
@@ -294,11 +241,9 @@ def test_all_outputs_of_a_dense_model_are_in_their_order() -> None:
 
 def test_deltas_of_each_are_complete() -> None:
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
-    made: list[tuple[Any, dict[str, Any]]] = [
-        (
-            ExpectedGradients(model),
-            {"baselines": x, "n_samples": 3, "estimator": "monte_carlo"},  # complete in each
-        ),
+    of_draws = {"baselines": x, "n_samples": 3, "estimator": "monte_carlo"}  # complete in each
+    made: list[tuple[Any, Any]] = [
+        (ExpectedGradients(model), of_draws),
         (differentiable(ca.IntegratedGradients(model)), {"n_steps": 3}),
     ]
     for explainer, options in made:

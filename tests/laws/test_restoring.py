@@ -17,7 +17,7 @@ from captum_priors.attacks import TopKAttack
 from captum_priors.metrics import local_lipschitz
 from captum_priors.penalties import l2
 from tests.adapters.captum_table import set_up
-from tests.laws.leaves import CAPTUM, FEATURES, Leaf, background, every_leaf, net
+from tests.laws.leaves import CAPTUM, FEATURES, Around, Leaf, background, every_leaf, net
 
 HOOKS = (
     "_forward_hooks",
@@ -28,12 +28,12 @@ HOOKS = (
 )
 
 
-class SetsItselfUp(nn.Module):
+class SetsItselfUp(Around):
     """A model that doubles a layer's outputs by a hook, and notes that it ran, at its first run."""
 
     def __init__(self, inner: Any, layer: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.hooked = inner, [layer]
+        super().__init__(inner)
+        self.hooked = [layer]
 
     def forward(self, *args: Any, **named: Any) -> Any:
         layer = self.hooked[0]
@@ -41,15 +41,6 @@ class SetsItselfUp(nn.Module):
             layer.ran = torch.zeros(2)
             layer.register_forward_hook(lambda _, args, output: output * 2)
         return self.inner(*args, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.inner, name)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.inner[i]
 
 
 def kept(layer: Any) -> bool:
@@ -63,18 +54,6 @@ def test_what_a_model_sets_up_stays_after_a_prior(leaf: Leaf) -> None:
     prior = leaf.make(SetsItselfUp(inner, inner[0]))
     prior(x, **leaf.call(x)).backward()
     assert kept(inner[0])
-
-
-@pytest.mark.filterwarnings("ignore:You are providing multiple inputs for Lime")
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@pytest.mark.parametrize("name", CAPTUM)
-def test_what_a_model_sets_up_stays_after_an_adapter(name: str) -> None:
-    row, inner, x = set_up(name, CAPTUM[name].model)
-    stock = getattr(inner, "head" if name == "LLMGradientAttribution" else "second", inner.head)
-    model = SetsItselfUp(inner, stock)
-    explainer = differentiable(row.make(model))
-    row.tensors(explainer.attribute(row.subject(x), **row.call(inner)))
-    assert kept(stock)
 
 
 @pytest.mark.parametrize("name", ["GradientExplainer", "DeepExplainer"])
@@ -108,19 +87,24 @@ def hooks_of(model: nn.Module) -> list[Any]:
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
 @pytest.mark.parametrize("name", CAPTUM)
-def test_hooks_of_users_stay(name: str) -> None:
-    row, model, x = set_up(name, CAPTUM[name].model)
+def test_hooks_stay_after_an_adapter(name: str) -> None:
+    """Those of users, and those that the model sets up at its first run."""
+    row, inner, x = set_up(name, CAPTUM[name].model)
     seen: list[str] = []
-    for module in model.modules():
+    for module in inner.modules():
         if not isinstance(module, nn.Embedding):
             module.register_forward_pre_hook(lambda *_: seen.append("before"))
             module.register_forward_hook(lambda *_: seen.append("after"))
-    model.register_forward_hook(lambda *_: seen.append("always"), always_call=True)
-    before = hooks_of(model)
-    row.tensors(differentiable(row.make(model)).attribute(row.subject(x), **row.call(model)))
-    assert hooks_of(model) == before
+    inner.register_forward_hook(lambda *_: seen.append("always"), always_call=True)
+    before = hooks_of(inner)
+    stock = getattr(inner, "head" if name == "LLMGradientAttribution" else "second", inner.head)
+    model = SetsItselfUp(inner, stock)
+    row.tensors(differentiable(row.make(model)).attribute(row.subject(x), **row.call(inner)))
+    assert hasattr(stock, "ran")
+    stock._forward_hooks.popitem()  # the last one is the model's own
+    assert hooks_of(inner) == before
     seen.clear()
-    model(torch.zeros(1, *model.shape, dtype=torch.long) if "LLM" in name else x)
+    inner(torch.zeros(1, *inner.shape, dtype=torch.long) if "LLM" in name else x)
     assert seen.count("always") == 1
     assert seen.count("before") == seen.count("after") >= 3
 
@@ -129,11 +113,7 @@ def in_between(work: Callable[[], Any], prior_of: Callable[[nn.Module], Any]) ->
     """Run some work in another thread while the model of a prior is being explained here."""
     result: list[Any] = []
 
-    class Waits(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = net()
-
+    class Waits(Around):
         def forward(self, x: Tensor) -> Tensor:
             if not result:
                 thread = threading.Thread(target=lambda: result.append(caught(work)))
@@ -142,7 +122,7 @@ def in_between(work: Callable[[], Any], prior_of: Callable[[nn.Module], Any]) ->
                 assert result, "the other thread waits for this one"
             return self.inner(x)
 
-    prior_of(Waits())(torch.randn(4, FEATURES), target=0).backward()
+    prior_of(Waits(net()))(torch.randn(4, FEATURES), target=0).backward()
     if isinstance(result[0], Exception):
         raise result[0]
     return result[0]

@@ -15,8 +15,10 @@ from captum_priors import (
     differentiable,
 )
 from captum_priors.penalties import l2
+from tests.asserts import gradients_of
 from tests.laws.leaves import (
     LEAVES_AND_WAYS,
+    Around,
     Leaf,
     background,
     every_leaf_and_way,
@@ -28,12 +30,9 @@ from tests.laws.leaves import (
 
 def total(leaf: Leaf, prior: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
     """The value with its gradient by the parameters."""
-    value, parameters = prior(x, **leaf.call(x)), list(model.parameters())
-    found = torch.autograd.grad(value, parameters, allow_unused=True)
-    zeros = [
-        torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)
-    ]
-    return [value.detach(), torch.cat([g.flatten() for g in zeros])]
+    value = prior(x, **leaf.call(x))
+    gradients = gradients_of(value, [*model.parameters()])
+    return [value.detach(), torch.cat([g.flatten() for g in gradients])]
 
 
 @every_leaf_and_way
@@ -64,30 +63,23 @@ def test_scores_of_a_batch_are_those_of_its_examples(leaf: Leaf) -> None:
 def test_expected_score_is_that_of_the_examples(leaf: Leaf) -> None:
     prior, x = leaf.make(leaf.model()), leaf.batch(2)
     together = torch.stack([prior(x, **leaf.call(x)).detach() for _ in range(30)])
-    alone = torch.stack(
-        [
-            torch.stack([prior(x[i : i + 1], **leaf.call(x, slice(i, i + 1))) for i in (0, 1)])
-            for _ in range(30)
-        ]
-    ).detach()
-    alone = alone.mean(1)
+    rows = (slice(0, 1), slice(1, 2))
+    each = [[prior(x[row], **leaf.call(x, row)).item() for row in rows] for _ in range(30)]
+    alone = torch.tensor(each).mean(1)
     error = ((together.var() + alone.var()) / 30).sqrt()
     assert float((together.mean() - alone.mean()).abs()) <= 4 * float(error)
 
 
-class Coupled(nn.Module):
+class Coupled(Around):
     """Outputs of an example that depend on the others, also where all stand one after another."""
 
     def __init__(self, inner: nn.Module, couple: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.inner, self.couple, self.block = inner, couple, 0
+        super().__init__(inner)
+        self.couple, self.block = couple, 0
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.inner(x)  # in blocks, the batch is by itself however often it is repeated
         return torch.cat([self.couple(part) for part in h.split(self.block or len(h))])
-
-    def __getitem__(self, i: int) -> Any:
-        return self.inner[i]
 
 
 def centred(h: Tensor) -> Tensor:

@@ -29,8 +29,10 @@ from captum_priors.penalties import l2
 from captum_priors.stability import manipulability_bound
 from captum_priors.testing import check_differentiable
 from tests.adapters.captum_table import set_up
+from tests.asserts import gradients_of
 from tests.laws.leaves import (
     CAPTUM,
+    Around,
     Leaf,
     background,
     leaves_and_ways_but,
@@ -40,25 +42,16 @@ from tests.laws.leaves import (
 )
 
 
-class Normalises(nn.Module):
+class Normalises(Around):
     """A model that first normalises what it is given, in place or not."""
 
     def __init__(self, inner: Any, *, in_place: bool) -> None:
-        super().__init__()
-        self.inner, self.in_place = inner, in_place
+        super().__init__(inner)
+        self.in_place = in_place
 
     def forward(self, x: Tensor, *args: Any, **named: Any) -> Any:
         x = x.sub_(0.5) if self.in_place else x - 0.5
         return self.inner(x, *args, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.inner, name)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.inner[i]
 
 
 def unchanged(*tensors: Tensor) -> Callable[[], None]:
@@ -74,9 +67,7 @@ def unchanged(*tensors: Tensor) -> Callable[[], None]:
 
 def value_and_slope(prior: Any, model: nn.Module, x: Tensor, call: dict[str, Any]) -> list[Tensor]:
     value = prior(x, **call)
-    parameters = list(model.parameters())
-    found = torch.autograd.grad(value, parameters, allow_unused=True)
-    return [value.detach(), *(g for g in found if g is not None)]
+    return [value.detach(), *gradients_of(value, [*model.parameters()])]
 
 
 @leaves_and_ways_but("Stability-FGSM")  # Captum's FGSM runs the model itself
