@@ -81,53 +81,6 @@ def test_certificate_of_a_smoothed_network(leaf: Leaf) -> None:
     assert_slope(lambda: prior(case.inputs, **labelled(case)), list(model.parameters()))
 
 
-def in_single_precision(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same numbers whatever the precision that is asked for."""
-
-    def drawn(*args: Any, dtype: Any = None, **options: Any) -> Tensor:
-        like = args[0] if isinstance(args[0], Tensor) else torch.empty(0, dtype=dtype)
-        given = (args[0].float(), *args[1:]) if isinstance(args[0], Tensor) else args
-        return draw(*given, dtype=torch.float32, **options).to(like.dtype)
-
-    return drawn
-
-
-@every_regularizer
-def test_single_precision(leaf: Leaf, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("rand", "rand_like", "randn", "randn_like", "randint_like"):
-        monkeypatch.setattr(torch, name, in_single_precision(getattr(torch, name)))
-    case = mlp()
-    x, call = case.inputs.float(), labelled(case)
-    prior = made(leaf, case)
-    exact = prior(x.double(), **call).item()
-    state = prior.state_dict()
-    case.model.float()
-    prior = made(leaf, case)
-    prior.load_state_dict(state)
-    value = prior(x, **call)
-    assert value.dtype == torch.float32
-    # Differences of gradients in single precision.
-    assert abs(value.item() - exact) < 1e-4 * exact
-
-
-@every_regularizer
-def test_autocast(leaf: Leaf) -> None:
-    case = mlp()
-    model = case.model.float()
-    x, call = case.inputs.float(), labelled(case)
-    prior = made(leaf, case)
-    exact = prior(x, **call)
-    with torch.autocast("cpu", torch.bfloat16):
-        value = prior(x, **call)
-    value.backward()
-    assert value.dtype == torch.float32
-    # A few roundings to eight bits, doubled by squares; differences lose two bits more.
-    differences = ("CURE", "Hessian-difference", "Hessian-twice", "Sensitivity")
-    tolerance = 2.0 ** (-3 if leaf.name in differences else -5)
-    assert abs(value.item() - exact.item()) < tolerance * exact.item()
-    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
-
-
 @every_regularizer
 @pytest.mark.parametrize("block", [nullcontext, torch.no_grad, torch.inference_mode])
 def test_values_are_the_same_without_gradients_and_leave_no_trace(leaf: Leaf, block: Any) -> None:
