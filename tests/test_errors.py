@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import (
+    Attribution,
     DeepLift,
     FeatureAblation,
     InputXGradient,
@@ -604,6 +605,25 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
             )
         )(Net()),
         "(5, 1, 4, 4)",
+    ),
+    "abstract explainer": (lambda: AttributionPrior(Attribution(net()), l1), "an abstract"),
+    "target at construction": (lambda: averaging(target=3), "at construction. Move it"),
+    "annotation of a builtin penalty": (
+        lambda: averaging(torch.sum)(x(), target=1, annotation=x()),
+        "keywords that a term of it takes, found 'annotation'",
+    ),
+    "adjacency that is not square": (lambda: GraphPrior(net(), torch.ones(2, 3)), "(2, 3)"),
+    "layer that does not run": (
+        lambda: HINT(Net(), nn.ReLU())(images(), target=0, annotation=everywhere()),
+        "found one that does not",
+    ),
+    "Grad-CAM of a flat layer": (
+        lambda: (lambda m: HINT(m, m.head)(images(), target=0, annotation=everywhere()))(Net()),
+        "maps of shape (5, 1). Pass a convolutional layer",
+    ),
+    "Grad-CAM by differences": (
+        lambda: RRRGradCAM(Net(), nn.ReLU(), differentiation="finite_difference"),
+        "recompute",
     ),
     # Stability
     "class as perturbation": (lambda: gradient_maps(RandomAttack), "class RandomAttack"),
