@@ -9,7 +9,7 @@ from torch import nn
 from captum_priors import AttributionPrior, ExpectedGradients, Lazy, StabilityPrior, Subsample
 from captum_priors.distances import SoftTopK, cosine
 from captum_priors.penalties import GraphLaplacian, l1
-from captum_priors.priors import Prior, RightForTheRightReasons
+from captum_priors.priors import PixelPrior, Prior
 
 
 def shake(x: torch.Tensor) -> torch.Tensor:
@@ -25,13 +25,14 @@ def priors(model: nn.Module, x: torch.Tensor) -> list[Prior]:
         Subsample(StabilityPrior(explainer, SoftTopK(2), shake, baselines=x), fraction=0.5),
         0.5 * StabilityPrior(explainer, cosine, shake, baselines=x)
         + AttributionPrior(explainer, l1, baselines=x),
+        PixelPrior(model, baselines=x),
     ]
 
 
 def test_copies_and_pickles_give_the_same_values() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     x = torch.randn(6, 4)
-    for i in range(4):
+    for i in range(5):
         prior = priors(model, x)[i]
         prior(x, target=1)
         twins = [copy.deepcopy(prior), pickle.loads(pickle.dumps(prior))]
@@ -39,10 +40,3 @@ def test_copies_and_pickles_give_the_same_values() -> None:
         for twin in twins:
             assert repr(twin) == repr(prior)
             assert [twin(x, target=1).item() for _ in range(2)] == expected
-
-
-def test_named_prior_pickles() -> None:
-    prior = RightForTheRightReasons(nn.Linear(4, 3))
-    x, nothing = torch.randn(6, 4), torch.zeros(6, 4)
-    twin = pickle.loads(pickle.dumps(prior))
-    assert twin(x, annotation=nothing).item() == prior(x, annotation=nothing).item() > 0
