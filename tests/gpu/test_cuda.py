@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from captum.attr import IntegratedGradients, Saliency
+from captum.attr import Saliency
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -40,10 +40,11 @@ from tests.cases import (
     rows,
     tokens,
 )
-from tests.gpu.device import DEVICE, needs_cuda, needs_device, on_device
+from tests.gpu.device import DEVICE, eg_prior, needs_cuda, needs_device, on_device
 from tests.laws.leaves import Leaf, background, every_leaf_and_way, leaves_and_ways_but, net
 from tests.laws.leaves import way_options as options_of_way
 from tests.laws.test_batch_norm import CLOSE, DIFFERENCE, assert_same, pair
+from tests.priors.test_mixed_precision import prior_of
 
 pytestmark = needs_device
 
@@ -163,16 +164,11 @@ def test_certificate_in_training_mode(leaf: Leaf, way: str) -> None:
 # Kernels without a second derivative
 
 
-def ig_prior(model: Any, way: Any) -> AttributionPrior:
-    explainer = differentiable(IntegratedGradients(model), differentiation=way)
-    return AttributionPrior(explainer, l2, n_steps=4)
-
-
 def explained(model: Any, way: Any, x: Tensor, how: str) -> Tensor:
     """The value of a prior on the module, on a function that hides it, or of the explainer."""
     if how == "hidden":
-        return ig_prior(lambda z: model(1 * z), way)(x, target=1)
-    prior = ig_prior(model, way)
+        return prior_of(lambda z: model(1 * z), way)(x, target=1)
+    prior = prior_of(model, way)
     if how == "prior":
         return prior(x, target=1)
     attributions = prior.explainer.attribute(x, target=1, n_steps=4)
@@ -193,7 +189,7 @@ def test_cudnn_recurrent_modules(cell: Any, way: str, how: str) -> None:
     assert torch.backends.cudnn.enabled == enabled
     torch.backends.cudnn.enabled = False
     try:
-        value = ig_prior(model, "double_backprop")(x, target=1)
+        value = prior_of(model, "double_backprop")(x, target=1)
         expected = torch.autograd.grad(value, parameters, allow_unused=True)
     finally:
         torch.backends.cudnn.enabled = enabled
@@ -221,7 +217,7 @@ def test_precision_of_convolutions_is_left_alone() -> None:
     convolutions = torch.backends.cudnn.conv
     before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
     try:
-        ig_prior(model, "double_backprop")(x, target=1).backward()
+        prior_of(model, "double_backprop")(x, target=1).backward()
         assert convolutions.fp32_precision == "ieee"
     finally:
         convolutions.fp32_precision = before
@@ -246,11 +242,6 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encoder(x).mean(1))
-
-
-def eg_prior(model: Any, way: Any, x: Tensor) -> AttributionPrior:
-    explainer = ExpectedGradients(model, differentiation=way)
-    return AttributionPrior(explainer, l2, baselines=x, n_samples=2)
 
 
 def by_way(model: Any, x: Tensor, way: str) -> tuple[list[Tensor], list[Tensor]]:
