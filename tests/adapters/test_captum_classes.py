@@ -11,7 +11,6 @@ from typing import Any
 import captum.attr as ca
 import pytest
 import torch
-import torch.nn.functional as F
 from captum._utils.models.linear_model import SkLearnRidge
 from captum.attr._utils.lrp_rules import EpsilonRule, GammaRule
 from torch import Tensor, nn
@@ -38,6 +37,7 @@ from tests.adapters.captum_table import (
     set_up,
     ways,
 )
+from tests.adapters.relevance_networks import Attention
 from tests.asserts import (
     assert_same_numbers,
     assert_same_state,
@@ -295,21 +295,13 @@ def test_layer_permutation_selects_its_target_once() -> None:
 
 
 def test_fused_attention_is_differentiated_by_every_kind_of_method() -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix, self.head = nn.Linear(8, 24), nn.Linear(8, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            q, k, v = self.mix(x).unsqueeze(1).chunk(3, -1)
-            return self.head(F.scaled_dot_product_attention(q, k, v).squeeze(1).mean(1))
-
-    model, x = Attention(), torch.randn(2, 3, 8)
+    mixing = Attention(8, 1, fused=True)
+    model, x = nn.Sequential(mixing, nn.Flatten(), nn.Linear(24, 2)), torch.randn(2, 3, 8)
     explainer = differentiable(ca.FeatureAblation(model))
     mask = torch.arange(3).reshape(1, 3, 1).expand(1, 3, 8)
     check_differentiable(explainer, x, target=0, feature_mask=mask)
     # Gradient methods do, and get it from another kernel of the same function.
-    check_differentiable(differentiable(ca.LayerGradCam(model, model.mix)), x, target=0)
+    check_differentiable(differentiable(ca.LayerGradCam(model, mixing.qkv)), x, target=0)
 
 
 def test_a_model_s_own_detach_and_no_grad_keep_their_meaning() -> None:
