@@ -609,55 +609,51 @@ def test_graph_travels_in_the_state_dict_and_to_another_dtype() -> None:
 
 
 TWO = torch.ones(2, 3)
-Bad = Callable[[], Any]
-VALUES: dict[str, Bad] = {
-    r"one batch size, found shapes \[\(2, 3\), \(1, 3\)\]": lambda: l2((TWO, TWO[:1])),
-    **{
-        rf"`dim`: expected which of the {n - 1} .*, found None .* Pass dim=\(1, 2\)": lambda n=n: (
-            total_variation(torch.ones([2] * n))
-        )
-        for n in (3, 6)
-    },
-    **{
-        rf"`dim`: expected different axes among 1 to 1 .*, found {re.escape(repr(dim))}\. ": (
-            lambda dim=dim: total_variation(TWO, dim=dim)
+REFUSED: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
+    (r"one batch size, found shapes \[\(2, 3\), \(1, 3\)\]", l2, ((TWO, TWO[:1]),), {}),
+    *(
+        (rf"`dim`: expected which of the {n - 1} .* Pass dim", total_variation, (each,), {})
+        for n, each in ((3, TWO[None]), (6, TWO[None, None, None, None]))
+    ),
+    *(
+        (
+            f"`dim`: .* 1 to 1 .*, found {re.escape(repr(dim))}",
+            total_variation,
+            (TWO,),
+            {"dim": dim},
         )
         for dim in (0, 2, -2, (1, 1), (), "1", 1.0, True)
-    },
-    r"`groups`: expected a label for each of the 3 features, found 2 labels, 0 of them": lambda: (
-        group_sparsity(TWO, groups=torch.tensor([0, 1]))
     ),
-    **{
-        rf"`groups`: expected .* below 3, found the group {re.escape(str(group))}\. List": (
-            lambda group=group: group_sparsity(TWO, groups=[[0], group])
-        )
-        for group in ([0, 3], [-1], [], [0.5], 0)
-    },
-    r"`groups`: expected .*, found 3 labels, 3 of them not finite": lambda: group_sparsity(
-        TWO, groups=TWO[0] / 0
+    *(
+        (f"`groups`: expected .*, found {found}", group_sparsity, (TWO,), {"groups": groups})
+        for found, groups in {
+            "2 labels, 0 of them": torch.tensor([0, 1]),
+            "3 labels, 3 of them not finite": TWO[0] / 0,
+            "no group": [],
+            r"the group \[0, 3\]\. List": [[0], [0, 3]],
+            r"the group \[-1\]\. List": [[0], [-1]],
+            r"the group \[\]\. List": [[0], []],
+            r"the group \[0.5\]\. List": [[0], [0.5]],
+            r"the group 0\. List": [[0], 0],
+        }.items()
     ),
-    r"`groups`: expected .*, found no group\.": lambda: group_sparsity(TWO, groups=[]),
-    r"`annotation`: expected one value, or a tuple of 2 .*, found a tuple of 1": lambda: outside(
-        (TWO, TWO), annotation=(TWO,)
-    ),
-    r"`annotation`: expected finite .*, found annotation\[0, 0\] = inf\.": lambda: alignment(
-        TWO, annotation=TWO / 0
-    ),
-    **{
-        rf"`adjacency`: expected a symmetric matrix .*, found {found}\. .*\(W \+": (
-            lambda weights=weights: GraphLaplacian(torch.tensor(weights))
-        )
+    ("or a tuple of 2 .*, found a tuple of 1", outside, ((TWO, TWO),), {"annotation": (TWO,)}),
+    (r"found annotation\[0, 0\] = inf", alignment, (TWO,), {"annotation": TWO / 0}),
+    *(
+        (rf"symmetric .*, found {found}\. .*\(W \+", GraphLaplacian, (torch.tensor(weights),), {})
         for found, weights in {
             r"W\[0, 1\] = 1 and W\[1, 0\] = 0": [[0.0, 1.0], [0.0, 0.0]],
             r"W\[0, 1\] = 1 and W\[1, 0\] = 2": [[0.0, 1.0], [2.0, 0.0]],
             r"W\[1, 1\] = -1 and W\[1, 1\] = -1": [[0.0, 0.0], [0.0, -1.0]],
             r"W\[0, 1\] = nan and W\[1, 0\] = nan": [[0.0, math.nan], [math.nan, 0.0]],
         }.items()
-    },
-}
+    ),
+]
 
 
-@pytest.mark.parametrize("text", VALUES)
-def test_bad_input_gives_one_clear_error(text: str) -> None:
+@pytest.mark.parametrize(("text", "function", "args", "options"), REFUSED)
+def test_bad_input_gives_one_clear_error(
+    text: str, function: Any, args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
     with pytest.raises(ValueError, match=text):
-        VALUES[text]()
+        function(*args, **options)
