@@ -67,6 +67,28 @@ def gradients_of(value: Tensor, parameters: Sequence[Any]) -> list[Tensor]:
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
 
+def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, target: int) -> Tensor:
+    """Gradient of one output of each example, by torch alone."""
+    leaf = x.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf)[:, target].sum(), leaf, create_graph=True)
+    return gradient
+
+
+def assert_is(
+    value: Tensor,
+    expected: Tensor,
+    model: nn.Module,
+    tolerance: float,
+    of_gradients: float | None = None,
+) -> None:
+    """A number and its gradients by the parameters; ``expected`` says of what value."""
+    assert value.shape == ()
+    assert_same_numbers(value, expected, tolerance)
+    parameters = [*model.parameters()]
+    error = relative_error(gradients_of(value, parameters), gradients_of(expected, parameters))
+    assert error < (of_gradients or tolerance)
+
+
 def assert_slope(
     value: Callable[[], Tensor],
     parameters: Sequence[Tensor],

@@ -216,6 +216,10 @@ class TanhNet:
     def __init__(self, w1: Array, b1: Array, w2: Array, b2: Array) -> None:
         self.w1, self.b1, self.w2, self.b2 = w1, b1, w2, b2
 
+    @classmethod
+    def of(cls, model: Any) -> "TanhNet":
+        return cls(*(p.detach().numpy() for p in model.parameters()))
+
     def hidden(self, x: Array) -> Array:
         return np.tanh(self.w1 @ x + self.b1)
 

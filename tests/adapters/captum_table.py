@@ -3,6 +3,7 @@
 The tests and the support table run over these rows.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -284,6 +285,17 @@ def language(wrapper: str, method: Callable[[Any], Any], **call: Any) -> Row:
     )
 
 
+def lime(surrogate: Any, **options: Any) -> Row:
+    return Row(
+        lambda m: ca.Lime(m, interpretable_model=copy.copy(surrogate)),
+        {"n_samples": 12},
+        single_precision=True,
+        mask=True,
+        input_gradients=False,
+        **options,
+    )
+
+
 _RELEVANCE = ("tanh-mlp", "relu-mlp", "tanh-cnn", "relu-cnn")
 
 
@@ -377,28 +389,9 @@ ROWS: dict[str, Row] = {
     "KernelShap": plain(
         "KernelShap", options={"n_samples": 12}, single_precision=True, mask=True, models=_ALL
     ),
-    "Lime": Row(
-        lambda m: ca.Lime(m, interpretable_model=SkLearnLasso(alpha=1e-3, **CONVERGED)),
-        {"n_samples": 12},
-        single_precision=True,
-        mask=True,
-        input_gradients=False,
-    ),
-    "Lime-ridge": Row(
-        lambda m: ca.Lime(m, interpretable_model=SkLearnRidge(alpha=0.5)),
-        {"n_samples": 12},
-        single_precision=True,
-        mask=True,
-        input_gradients=False,
-    ),
-    "Lime-regression": Row(
-        lambda m: ca.Lime(m, interpretable_model=SkLearnLinearRegression(fit_intercept=False)),
-        {"n_samples": 12},
-        single_precision=True,
-        mask=True,
-        models=("mlp",),
-        input_gradients=False,
-    ),
+    "Lime": lime(SkLearnLasso(alpha=1e-3, **CONVERGED)),
+    "Lime-ridge": lime(SkLearnRidge(alpha=0.5)),
+    "Lime-regression": lime(SkLearnLinearRegression(fit_intercept=False), models=("mlp",)),
     "LimeBase": Row(
         lambda m: ca.LimeBase(m, SkLearnRidge(alpha=0.1), similarity, drop, True, masked, None),
         {"n_samples": 12},

@@ -166,26 +166,6 @@ def test_stability_uses_the_same_draws_on_both_sides(name: str) -> None:
 
 
 @every_row
-def test_targets(name: str) -> None:
-    if name == "AdditiveExplainer":
-        pytest.skip("models with one output alone")
-    _, _, adapter, x = set_up(name, 3)
-    x = torch.as_tensor(x)
-    each = [seeded(lambda t=t: adapter.attribute(x, target=t)) for t in range(3)]
-    assert each[0].shape == x.shape
-    assert each[0].dtype == x.dtype
-    for target in (torch.tensor([2, 0, 1]), [2, 0, 1], [(2,), (0,), (1,)]):
-        found = seeded(lambda t=target: adapter.attribute(x, target=t))
-        expected = torch.stack([each[2][0], each[0][1], each[1][2]])
-        assert torch.allclose(found, expected, atol=1e-9)
-    assert torch.allclose(seeded(lambda: adapter.attribute(x, target=(1,))), each[1], atol=1e-12)
-    with pytest.raises(ValueError, match="`target`"):
-        adapter.attribute(x)
-    with pytest.raises(ValueError, match="`target`"):
-        adapter.attribute(x, target=3)
-
-
-@every_row
 def test_single_precision_single_row_and_no_gradient(name: str) -> None:
     model = model_for(name, 1).float().eval()
     adapter = adapted(name, stock(name, model, table(7, 0).astype(np.float32)), model)
@@ -270,6 +250,14 @@ def test_targets_of_many_outputs(name: str, outputs: int) -> None:
         return found.detach()
 
     alone = torch.stack([maps(k) for k in range(outputs)], 1)
+    assert alone.shape == (3, outputs, 5)
+    chosen = [2 % outputs, 0, 1 % outputs]
+    for target in (torch.tensor(chosen), chosen, [(k,) for k in chosen]):
+        of_each = alone[torch.arange(3), chosen]
+        torch.testing.assert_close(maps(target), of_each, rtol=0, atol=1e-9)
+    for missing in (None, outputs) if outputs > 1 else (outputs,):
+        with pytest.raises(ValueError, match="`target`"):
+            maps(missing)
     weights = torch.arange(3.0 * outputs).reshape(3, outputs) - 1
     sums = (weights.unsqueeze(2) * alone).sum(1)
     # SHAP picks the features of each output by itself only beyond a number that is not here.

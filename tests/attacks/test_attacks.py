@@ -29,7 +29,7 @@ from captum_priors.attacks import (
 )
 from captum_priors.distances import mse
 from tests.asserts import as_tuple, leaves_no_trace
-from tests.cases import Case, mlp, relu_cnn, relu_mlp, tuple_inputs
+from tests.cases import Case, Everything, mlp, relu_cnn, relu_mlp, tuple_inputs
 
 Make = Callable[..., Any]
 FEW: dict[str, Any] = {"step_num": 4}
@@ -48,7 +48,7 @@ gradient_attack = pytest.mark.parametrize("make", GRADIENT.values(), ids=GRADIEN
 
 
 def tuple_options(make: Make, **options: Any) -> dict[str, Any]:
-    """What attacks on maps need to know of a tuple with a matrix: which axis is places."""
+    """What attacks on maps need to know of matrices: which axis is places."""
     return {} if make is noise else {"dim": 1, **options}
 
 
@@ -165,24 +165,8 @@ def test_points_that_rank_below_the_clean_input_are_not_taken() -> None:
     assert torch.equal(attack.perturb(case.inputs, target=1), case.inputs)
 
 
-class Everything(nn.Module):
-    """Statistics, dropout and a kink."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.dropout = nn.BatchNorm1d(4), nn.Dropout(0.4)
-        self.hidden, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
-        self.fails_after = -1
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fails_after == 0:
-            raise RuntimeError("the model fails midway")
-        self.fails_after -= 1
-        return self.head(self.dropout(torch.relu(self.hidden(self.norm(x)))))
-
-
 def in_training() -> tuple[Everything, Tensor]:
-    model, x = Everything(), torch.randn(7, 4)
+    model, x = Everything(), torch.randn(7, 6, 4)
     model(x).square().sum().backward()
     return model, x
 
@@ -193,9 +177,10 @@ def test_leaves_no_trace(make: Make, block: Any) -> None:
     model, x = in_training()
     generator = torch.Generator().manual_seed(3)
     before = generator.get_state()
-    attack = make(Saliency(model), radius=0.3)
+    attack = make(Saliency(model), radius=0.3, **tuple_options(make))
     if make is not noise:
-        attack = make(ExpectedGradients(model), radius=0.3, generator=generator)
+        options = tuple_options(make, generator=generator)
+        attack = make(ExpectedGradients(model), radius=0.3, **options)
     with leaves_no_trace(model, tensors=[x]), block():
         moved = attack.perturb(x, baselines=x.clone())  # made in the block
     assert not torch.equal(moved, x)
@@ -217,7 +202,7 @@ def test_takes_what_inference_mode_made(make: Make) -> None:
 @pytest.mark.parametrize("fails_after", [0, 1])
 def test_leaves_no_trace_when_the_model_raises(make: Make, fails_after: int) -> None:
     model, x = in_training()
-    attack = make(Saliency(model), radius=0.3)
+    attack = make(Saliency(model), radius=0.3, **tuple_options(make))
     model.fails_after = fails_after
     with leaves_no_trace(model, tensors=[x]), pytest.raises(RuntimeError, match="fails midway"):
         attack.perturb(x)
@@ -228,7 +213,10 @@ def test_leaves_no_trace_when_the_model_raises(make: Make, fails_after: int) -> 
 def test_judges_the_model_as_in_evaluation(make: Make) -> None:
     model, x = in_training()
     twin = copy.deepcopy(model).eval()
-    moved, expected = (make(Saliency(m), radius=0.3, seed=1).perturb(x) for m in (model, twin))
+    options = tuple_options(make)
+    moved, expected = (
+        make(Saliency(m), radius=0.3, seed=1, **options).perturb(x) for m in (model, twin)
+    )
     torch.testing.assert_close(moved, expected, rtol=0, atol=0)
 
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from captum_priors import AttributionPrior, ExpectedGradients
+from captum_priors.penalties import l2
+
 DEVICE = torch.device(os.environ.get("CAPTUM_PRIORS_DEVICE", "cuda"))
 ON_CUDA = DEVICE.type == "cuda" and torch.cuda.is_available()
 
@@ -30,3 +33,8 @@ def on_device(value: Any, dtype: torch.dtype = torch.float64) -> Any:
     if isinstance(value, dict):
         return {name: on_device(each, dtype) for name, each in value.items()}
     return value
+
+
+def eg_prior(model: Any, way: Any, x: Tensor) -> AttributionPrior:
+    explainer = ExpectedGradients(model, differentiation=way)
+    return AttributionPrior(explainer, l2, baselines=x, n_samples=2)

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from captum.attr import IntegratedGradients, Saliency
+from captum.attr import Saliency
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -22,6 +21,7 @@ from captum_priors.stability import ATEX
 from captum_priors.testing import check_differentiable
 from tests.adapters.captum_table import ROWS as CAPTUM
 from tests.adapters.captum_table import Flat, in_double, set_up
+from tests.adapters.relevance_networks import Attention
 from tests.asserts import (
     assert_same_numbers,
     assert_slope,
@@ -40,10 +40,11 @@ from tests.cases import (
     rows,
     tokens,
 )
-from tests.gpu.device import DEVICE, needs_cuda, needs_device, on_device
+from tests.gpu.device import DEVICE, eg_prior, needs_cuda, needs_device, on_device
 from tests.laws.leaves import Leaf, background, every_leaf_and_way, leaves_and_ways_but, net
 from tests.laws.leaves import way_options as options_of_way
 from tests.laws.test_batch_norm import CLOSE, DIFFERENCE, assert_same, pair
+from tests.priors.test_mixed_precision import prior_of
 
 pytestmark = needs_device
 
@@ -163,16 +164,11 @@ def test_certificate_in_training_mode(leaf: Leaf, way: str) -> None:
 # Kernels without a second derivative
 
 
-def ig_prior(model: Any, way: Any) -> AttributionPrior:
-    explainer = differentiable(IntegratedGradients(model), differentiation=way)
-    return AttributionPrior(explainer, l2, n_steps=4)
-
-
 def explained(model: Any, way: Any, x: Tensor, how: str) -> Tensor:
     """The value of a prior on the module, on a function that hides it, or of the explainer."""
     if how == "hidden":
-        return ig_prior(lambda z: model(1 * z), way)(x, target=1)
-    prior = ig_prior(model, way)
+        return prior_of(lambda z: model(1 * z), way)(x, target=1)
+    prior = prior_of(model, way)
     if how == "prior":
         return prior(x, target=1)
     attributions = prior.explainer.attribute(x, target=1, n_steps=4)
@@ -193,7 +189,7 @@ def test_cudnn_recurrent_modules(cell: Any, way: str, how: str) -> None:
     assert torch.backends.cudnn.enabled == enabled
     torch.backends.cudnn.enabled = False
     try:
-        value = ig_prior(model, "double_backprop")(x, target=1)
+        value = prior_of(model, "double_backprop")(x, target=1)
         expected = torch.autograd.grad(value, parameters, allow_unused=True)
     finally:
         torch.backends.cudnn.enabled = enabled
@@ -221,36 +217,19 @@ def test_precision_of_convolutions_is_left_alone() -> None:
     convolutions = torch.backends.cudnn.conv
     before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
     try:
-        ig_prior(model, "double_backprop")(x, target=1).backward()
+        prior_of(model, "double_backprop")(x, target=1).backward()
         assert convolutions.fp32_precision == "ieee"
     finally:
         convolutions.fp32_precision = before
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix, self.head = nn.Linear(32, 96), nn.Linear(32, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.mix(x).unflatten(-1, (3, 2, 16)).transpose(1, 3).unbind(2)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.head(mixed.transpose(1, 2).flatten(2).mean(1))
+def attention() -> nn.Module:
+    return nn.Sequential(Attention(32, 2, fused=True), nn.Flatten(), nn.Linear(256, 2))
 
 
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True)
-        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(32, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(x).mean(1))
-
-
-def eg_prior(model: Any, way: Any, x: Tensor) -> AttributionPrior:
-    explainer = ExpectedGradients(model, differentiation=way)
-    return AttributionPrior(explainer, l2, baselines=x, n_samples=2)
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(256, 2))
 
 
 def by_way(model: Any, x: Tensor, way: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -265,7 +244,7 @@ def by_way(model: Any, x: Tensor, way: str) -> tuple[list[Tensor], list[Tensor]]
 
 @pytest.mark.parametrize("way", DIFFERENTIATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("make", [Attention, Encoder])
+@pytest.mark.parametrize("make", [attention, encoder])
 def test_fused_attention(make: Any, dtype: torch.dtype, way: str) -> None:
     """Exact, though the kernel that trains has no second derivative."""
     model = on_device(make(), dtype)
@@ -278,7 +257,7 @@ def test_fused_attention(make: Any, dtype: torch.dtype, way: str) -> None:
 @pytest.mark.parametrize("kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
 @pytest.mark.parametrize("way", DIFFERENTIATIONS)
 def test_fused_attention_in_bfloat16(kernel: Any, way: str) -> None:
-    model, x = Attention().to(DEVICE).float(), torch.randn(4, 8, 32, device=DEVICE).float()
+    model, x = attention().to(DEVICE).float(), torch.randn(4, 8, 32, device=DEVICE).float()
     exact, _ = by_way(model, x, "double_backprop")
     # finite_difference computes in float32, which flash attention does not take.
     allowed = [kernel] if way in EXACT else [kernel, SDPBackend.EFFICIENT_ATTENTION]
@@ -291,23 +270,16 @@ def test_fused_attention_in_bfloat16(kernel: Any, way: str) -> None:
     assert float(torch.cosine_similarity(flat, flat_exact, dim=0)) > 0.95
 
 
-class Convolutions(nn.Module):
+def convolutions() -> nn.Module:
     """On tokens as on pixels of one channel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            *(nn.Conv2d(1, 16, 3), nn.GELU(), nn.Conv2d(16, 16, 3), nn.GELU()),
-            *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 2)),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x.unsqueeze(1))
-        return out
+    return nn.Sequential(
+        *(nn.Unflatten(1, (1, -1)), nn.Conv2d(1, 16, 3), nn.GELU(), nn.Conv2d(16, 16, 3)),
+        *(nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 2)),
+    )
 
 
 @needs_cuda
-@pytest.mark.parametrize("make", [Convolutions, Encoder])
+@pytest.mark.parametrize("make", [convolutions, encoder])
 @pytest.mark.parametrize("way", DIFFERENTIATIONS)
 def test_tf32(make: Any, way: str) -> None:
     """Eleven bits, which cuDNN's convolutions have by default: near, or refused."""

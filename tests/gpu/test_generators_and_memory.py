@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from captum.attr import GradientShap, IntegratedGradients, NoiseTunnel, Saliency
 from torch import Tensor, nn
 
@@ -22,14 +21,9 @@ from captum_priors.distances import cosine
 from captum_priors.penalties import GraphLaplacian, l2
 from tests.asserts import leaves_no_trace, parameter_gradients
 from tests.cases import DIFFERENTIATIONS
-from tests.gpu.device import DEVICE, ON_CUDA, needs_cuda, needs_device, on_device
+from tests.gpu.device import DEVICE, ON_CUDA, eg_prior, needs_cuda, needs_device, on_device
 
 pytestmark = needs_device
-
-
-def eg_prior(model: Any, way: Any, x: Tensor) -> AttributionPrior:
-    explainer = ExpectedGradients(model, differentiation=way)
-    return AttributionPrior(explainer, l2, baselines=x, n_samples=2)
 
 
 # Generators
@@ -55,8 +49,10 @@ def test_priors_train_and_leave_the_generators_alone(way: str) -> None:
 
     graph = GraphLaplacian(torch.ones(6, 6))
     options: dict[str, Any] = {"baselines": x, "smooth": 10.0}
+    tunnel = differentiable(NoiseTunnel(Saliency(model)))  # draws from the device's, too
     prior = (
         AttributionPrior(explainer, l2, **options)
+        + AttributionPrior(tunnel, l2, nt_samples=2)
         + Lazy(AttributionPrior(explainer, graph, **options), every=2)
         + 0.1 * Subsample(StabilityPrior(explainer, cosine, shift, **options), fraction=0.5)
     ).to(DEVICE)
@@ -75,27 +71,6 @@ def test_priors_train_and_leave_the_generators_alone(way: str) -> None:
 
 def global_states() -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if ON_CUDA else [])]
-
-
-def test_training_with_weight_zero_is_training_without() -> None:
-    """Dropout's masks come from the device's generator, which priors seed and put back."""
-    ends = []
-    for weight in (None, 0.0):
-        torch.manual_seed(0)
-        model = on_device(nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 3)))
-        x, y = torch.randn(32, 6, device=DEVICE), torch.randint(3, (32,), device=DEVICE)
-        tunnel = differentiable(NoiseTunnel(Saliency(model)))  # draws from it, too
-        prior = AttributionPrior(tunnel, l2, nt_samples=2)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        for _ in range(3):
-            loss = F.cross_entropy(model(x), y)
-            if weight is not None:
-                loss = loss + weight * prior(x, target=y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        ends.append([p.detach() for p in model.parameters()])
-    assert all(map(torch.equal, *ends))
 
 
 @pytest.mark.parametrize("of_inputs", [DEVICE.type, "cpu"])

@@ -23,7 +23,14 @@ from captum_priors.stability import HessianPenalty
 from tests.asserts import relative_error
 from tests.cases import DIFFERENTIATIONS, EXACT
 from tests.gpu.device import DEVICE, needs_cuda, needs_device
-from tests.priors.test_mixed_precision import HALF, after_an_overflow, near, trained_under_scaling
+from tests.priors.test_mixed_precision import (
+    HALF,
+    after_an_overflow,
+    gradients,
+    near,
+    prior_of,
+    trained_under_scaling,
+)
 
 pytestmark = needs_device
 SINGLE = 1e-5  # rounding in single precision
@@ -38,17 +45,6 @@ def net(*between: nn.Module) -> nn.Sequential:
 def batch() -> tuple[Tensor, Tensor]:
     x, y = torch.randn(12, 6, dtype=torch.float32), torch.randint(3, (12,))
     return x.to(DEVICE), y.to(DEVICE)
-
-
-def prior_of(model: Any, way: Any = "double_backprop", penalty: Any = l2) -> AttributionPrior:
-    explainer = differentiable(IntegratedGradients(model), differentiation=way)
-    return AttributionPrior(explainer, penalty, n_steps=4)
-
-
-def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
-    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    pairs = zip(found, model.parameters(), strict=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in pairs]
 
 
 def accumulated(model: nn.Module) -> list[Tensor]:

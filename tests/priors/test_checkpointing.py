@@ -28,12 +28,8 @@ class Checkpointed(nn.Module):
 def gradients(
     model: Checkpointed, way: str, x: Tensor, smooth: float | None = None
 ) -> list[Tensor]:
-    prior = AttributionPrior(
-        ExpectedGradients(model, differentiation=way),
-        l2,
-        smooth=smooth,
-        baselines=x,
-    )
+    explainer = ExpectedGradients(model, differentiation=way)
+    prior = AttributionPrior(explainer, l2, smooth=smooth, baselines=x)
     return parameter_gradients(prior(x), list(model.parameters()))
 
 

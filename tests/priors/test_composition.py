@@ -1,6 +1,7 @@
-"""Priors add up and scale: in value, in gradient and in what they print."""
+"""Priors add up and scale, and others stand around them: in value, gradient and what they print."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,11 +10,18 @@ import torch
 from captum.attr import InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor, nn
 
-from captum_priors import AttributionPrior, ExpectedGradients, StabilityPrior
+from captum_priors import (
+    AttributionPrior,
+    ExpectedGradients,
+    Guarded,
+    Lazy,
+    StabilityPrior,
+    Subsample,
+)
 from captum_priors.distances import mse
 from captum_priors.penalties import alignment, gini, l1, l2, outside
 from captum_priors.priors import Prior
-from tests.asserts import assert_same_numbers
+from tests.asserts import assert_same_numbers, gradients_of
 from tests.cases import mlp
 
 # Sums of two or three float64 numbers in another order.
@@ -33,8 +41,7 @@ def x() -> Tensor:
 def _evaluated(prior: Prior, model: nn.Module, x: Tensor, **call: Any) -> tuple[Tensor, ...]:
     """Value and parameter gradient, without moving on the prior's random stream."""
     value = prior.eval()(x, target=1, **call)
-    gradients = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
-    return (value, *(torch.zeros(1) if g is None else g for g in gradients))
+    return (value, *gradients_of(value, [*model.parameters()]))
 
 
 def _combined(*parts: tuple[float, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -42,35 +49,28 @@ def _combined(*parts: tuple[float, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(sum(c * v for (c, _), v in zip(parts, column, strict=True)) for column in columns)
 
 
-def test_sum_is_linear_in_value_and_gradient(model: nn.Module, x: Tensor) -> None:
-    p = AttributionPrior(ExpectedGradients(model), l2, baselines=x)
-    q = StabilityPrior(Saliency(model), mse, lambda x: x + torch.randn_like(x))
-    expected = _combined((1, _evaluated(p, model, x)), (1, _evaluated(q, model, x)))
-    assert_same_numbers(_evaluated(p + q, model, x), expected, ROUNDING)
+FORMULAS: dict[str, tuple[Callable[..., Prior], tuple[float, float, float]]] = {
+    "sum": (lambda p, q, r: p + q, (1, 1, 0)),
+    "list": (lambda *terms: sum(terms), (1, 1, 1)),
+    "multiple": (lambda p, q, r: 3 * p, (3, 0, 0)),
+    "multiple from the right": (lambda p, q, r: q * -2.5, (0, -2.5, 0)),
+    "multiple of a multiple": (lambda p, q, r: 0.5 * (3 * r), (0, 0, 1.5)),
+    "nothing": (lambda p, q, r: 0 * p, (0, 0, 0)),
+    "nested": (lambda p, q, r: 0.5 * (3 * p + q) + r, (1.5, 0.5, 1)),
+}
 
 
-@pytest.mark.parametrize("weight", [3, 0.1, -2.5, 0])
-def test_multiple_is_linear_in_value_and_gradient(
-    model: nn.Module, x: Tensor, weight: float
-) -> None:
-    p = AttributionPrior(ExpectedGradients(model), gini, baselines=x)
-    expected = _combined((weight, _evaluated(p, model, x)))
-    assert_same_numbers(_evaluated(weight * p, model, x), expected, ROUNDING)
-    assert_same_numbers(_evaluated(p * weight, model, x), expected, ROUNDING)
-    assert_same_numbers(_evaluated(weight / 2 * (2 * p), model, x), expected, ROUNDING)
-
-
-def test_nested_formula_is_linear_in_value_and_gradient(model: nn.Module, x: Tensor) -> None:
-    p, q = AttributionPrior(Saliency(model), l1), AttributionPrior(InputXGradient(model), l2)
-    expected = _combined((0.5 * 3, _evaluated(p, model, x)), (0.5, _evaluated(q, model, x)))
-    assert_same_numbers(_evaluated(0.5 * (3 * p + q), model, x), expected, ROUNDING)
-
-
-def test_sum_of_a_list_is_the_sum(model: nn.Module, x: Tensor) -> None:
-    priors = [AttributionPrior(Saliency(model), penalty) for penalty in (l1, l2, gini)]
-    expected = _combined(*((1, _evaluated(p, model, x)) for p in priors))
-    assert_same_numbers(_evaluated(sum(priors), model, x), expected, ROUNDING)
-    assert sum(priors[:1]) is priors[0]
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas_are_linear_in_value_and_gradient(name: str, model: nn.Module, x: Tensor) -> None:
+    formula, weights = FORMULAS[name]
+    terms = (
+        AttributionPrior(ExpectedGradients(model), l2, baselines=x),
+        StabilityPrior(InputXGradient(model), mse, lambda x: x + torch.randn_like(x)),
+        AttributionPrior(Saliency(model), gini),
+    )
+    expected = _combined(*zip(weights, (_evaluated(t, model, x) for t in terms), strict=True))
+    assert_same_numbers(_evaluated(formula(*terms), model, x), expected, ROUNDING)
+    assert sum(terms[:1]) is terms[0]
 
 
 def test_repr_is_the_formula(model: nn.Module) -> None:
@@ -80,12 +80,13 @@ def test_repr_is_the_formula(model: nn.Module) -> None:
     q = AttributionPrior(Saliency(model), partial(alignment, measure="mse"), reduction="sum")
     first = "AttributionPrior(ExpectedGradients, l1, n_samples=3, baselines=..., smooth=30.0)"
     second = "AttributionPrior(Saliency, alignment(measure='mse'), reduction='sum')"
-    assert repr(p) == first
-    assert repr(q) == second
-    assert repr(0.1 * p + q) == f"0.1 * {first} + {second}"
     assert repr(2 * (p + 3 * q)) == f"2 * ({first} + 3 * {second})"
     assert repr(2 * (0.25 * p)) == f"0.5 * {first}"
-    assert repr(p + (q + p)) == f"{first} + {second} + {first}"
+    assert repr(0.1 * p + (q + p)) == f"0.1 * {first} + {second} + {first}"
+    assert repr(0.5 * Lazy(p, 3)) == f"0.5 * Lazy({first}, every=3)"
+    assert repr(Subsample(p, 0.25)) == f"Subsample({first}, fraction=0.25)"
+    guarded = Guarded(q, on_nonfinite="skip", max_value=5)
+    assert repr(guarded) == f"Guarded({second}, on_nonfinite='skip', max_value=5.0)"
 
 
 def test_each_term_gets_the_annotations_and_baselines_that_it_takes(
@@ -103,47 +104,56 @@ def test_each_term_gets_the_annotations_and_baselines_that_it_takes(
     assert_same_numbers(together, _combined(*((1, values) for values in alone)), ROUNDING)
 
 
-def test_takes_what_any_term_takes(model: nn.Module) -> None:
-    plain, marked = (
-        AttributionPrior(Saliency(model), l1),
-        AttributionPrior(Saliency(model), outside),
-    )
+WRAPPERS: tuple[Callable[[Prior], Prior], ...] = (
+    lambda p: 2 * p,
+    lambda p: Lazy(p, 2),
+    lambda p: Subsample(p, 0.5),
+    Guarded,
+)
+
+
+def test_a_combination_takes_what_any_term_takes(model: nn.Module, x: Tensor) -> None:
+    plain, marked = (AttributionPrior(Saliency(model), penalty) for penalty in (l1, outside))
     averaged = AttributionPrior(ExpectedGradients(model), l1)
-    total = 2 * (plain + marked)
-    assert total.takes("annotation")
-    assert not total.takes("baselines")
-    assert (total + averaged).takes("baselines")
+    for wrap in WRAPPERS:
+        total = wrap(plain + marked)
+        assert total.takes("annotation")
+        assert not total.takes("baselines")
+        assert wrap(total + averaged).takes("baselines")
+        for wrong in ({"mask": x}, {"baselines": x}):
+            text = rf"expected keywords that a term of .* takes, found '{next(iter(wrong))}'"
+            with pytest.raises(TypeError, match=text):
+                total(x, target=1, annotation=torch.ones_like(x), **wrong)
 
 
-def test_keyword_that_no_term_takes_is_refused(model: nn.Module, x: Tensor) -> None:
-    total = AttributionPrior(Saliency(model), l1) + AttributionPrior(Saliency(model), outside)
-    with pytest.raises(TypeError, match=r"expected keywords that a term of .* takes, found 'mask'"):
-        total(x, target=1, annotation=torch.ones_like(x), mask=x)
-    with pytest.raises(TypeError, match=r"expected keywords .*, found 'baselines'"):
-        total(x, x, target=1, annotation=torch.ones_like(x))
+# What is no number is not one either where Python would take it for one.
+BAD: dict[str, tuple[Callable[[Prior, Any], Prior], tuple[Any, ...]]] = {
+    "`every`: expected an integer of at least 1": (Lazy, (0, -1, 1.0, True, None)),
+    r"`fraction`: expected a number in \(0, 1\]": (
+        Subsample,
+        (0, -0.5, 1.5, math.nan, True, "0.5", None),
+    ),
+    "`max_value`: expected a positive finite number": (
+        lambda prior, limit: Guarded(prior, max_value=limit),
+        (0, -1, math.nan, math.inf, True, "1"),
+    ),
+    "`on_nonfinite`: expected one of 'raise', 'skip'": (Guarded, ("warn",)),
+    "`weight`: expected a finite number": (
+        lambda prior, weight: weight * prior,
+        (math.nan, math.inf, -math.inf),
+    ),
+    "expected a number": (lambda prior, weight: weight * prior, ("2", True, None, 1j)),
+    "expected another prior": (lambda prior, other: other + prior, (1, 0.5, "prior", None)),
+    "`prior`: expected a prior": (lambda _, other: Lazy(other, 2), (l1,)),
+}
 
 
-@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
-def test_weight_that_is_not_finite_is_refused(model: nn.Module, weight: float) -> None:
-    prior = AttributionPrior(Saliency(model), l1)
-    with pytest.raises(ValueError, match=rf"`weight`: expected a finite number, found {weight}\."):
-        weight * prior
-
-
-@pytest.mark.parametrize("other", ["2", True, None, 1j])
-def test_weight_that_is_no_number_is_refused(model: nn.Module, other: Any) -> None:
-    prior = AttributionPrior(Saliency(model), l1)
-    with pytest.raises(TypeError, match=r"expected a number, found"):
-        other * prior
-
-
-@pytest.mark.parametrize("other", [1, 0.5, "prior", None])
-def test_term_that_is_no_prior_is_refused(model: nn.Module, other: Any) -> None:
-    prior = AttributionPrior(Saliency(model), l1)
-    with pytest.raises(TypeError, match=r"expected another prior, found"):
-        other + prior
-    with pytest.raises(TypeError, match=r"expected another prior, found"):
-        prior + other
+@pytest.mark.parametrize("text", BAD)
+def test_what_is_refused(text: str, model: nn.Module) -> None:
+    make, values = BAD[text]
+    for value in values:
+        with pytest.raises((TypeError, ValueError), match=rf"{text}.*, found .*\. [A-Z]"):
+            make(AttributionPrior(Saliency(model), l1), value)
 
 
 def test_parameters_of_the_model_are_not_those_of_the_prior(model: nn.Module, x: Tensor) -> None:

@@ -1,6 +1,5 @@
 """The concept prior against gradients by the activation in a loop over examples."""
 
-import copy
 import itertools
 from typing import Any
 
@@ -8,10 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captum_priors import NotDifferentiableError
-from captum_priors.concepts import fit
 from captum_priors.priors import ConceptPrior
-from tests.asserts import assert_same_numbers, gradients_of, relative_error
+from tests.asserts import assert_is, assert_same_numbers
 from tests.cases import DIFFERENTIATIONS, EXACT, TwoInputs
 
 # The same float64 operations in another order.
@@ -45,25 +42,24 @@ def expected(body: Any, head: Any, x: Tensor, y: Tensor, concept: Tensor, **opti
     return torch.stack(scores).mean()
 
 
-def gradients(value: Tensor, model: nn.Module) -> list[Tensor]:
-    return gradients_of(value, [*model.parameters()])
-
-
 @pytest.mark.parametrize("way", DIFFERENTIATIONS)
 @pytest.mark.parametrize("concept", ["channels", "map", "flat"])
 @pytest.mark.parametrize("form", ["abs", "square", "cosine"])
-@pytest.mark.parametrize("target", [None, "max", "all"])
-def test_equals_its_formula(target: Any, form: Any, concept: str, way: Any) -> None:
+@pytest.mark.parametrize(
+    ("target", "frozen"), [(None, False), (None, True), ("max", False), ("all", False)]
+)
+def test_equals_its_formula(target: Any, frozen: bool, form: Any, concept: str, way: Any) -> None:
+    """Also where a frozen body leaves the head alone to be trained."""
     body, head, model = network()
+    body.requires_grad_(not frozen)
     x, y = torch.randn(5, 1, 6, 6), torch.tensor([0, 1, 2, 1, 0])
     shape = {"channels": (4,), "map": (4, 4, 4), "flat": (64,)}[concept]
     direction, options = 3 * torch.randn(shape), {"target": target, "form": form}
     prior = ConceptPrior(model, body, direction, differentiation=way, **options)
     value, wanted = prior(x, target=y), expected(body, head, x, y, direction, **options)
-    assert_same_numbers(value, wanted, ROUNDING)
     # Finite differences: truncation of a .2 % step, as in the laws.
     tolerance = ROUNDING if way in EXACT else 5e-3
-    assert relative_error(gradients(value, model), gradients(wanted, model)) < tolerance
+    assert_is(value, wanted, head if frozen else model, ROUNDING, tolerance)
 
 
 def test_random_signs_are_drawn_for_each_example_and_step() -> None:
@@ -111,23 +107,15 @@ class Tokens(nn.Module):
         return self.head(hidden.mean(1)).reshape(len(ids), -1, 2).mean(1)
 
 
-def test_tokens_have_their_channels_last() -> None:
-    model, ids, concept = Tokens(), torch.randint(9, (5, 6)), torch.randn(4)
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
+def test_tokens_have_their_channels_last(shape: tuple[int, ...]) -> None:
+    """Where the layer sees sentences, of which each example has three, these are places."""
+    model, ids, concept = Tokens(), torch.randint(9, shape), torch.randn(4)
     prior = ConceptPrior(model, model.embedding, concept, channel_dim=-1)
-    e = model.embedding(ids).detach().requires_grad_()
-    (g,) = torch.autograd.grad(model.head(torch.tanh(model.mix(e)).mean(1))[:, 1].sum(), e)
-    wanted = (g.mean(1) @ concept).abs().mean()
-    assert_same_numbers(prior(ids, target=1).detach(), wanted, ROUNDING)
-
-
-def test_rows_of_an_example_are_places() -> None:
-    """The layer sees sentences, of which there are three in each example."""
-    model, ids, concept = Tokens(), torch.randint(9, (2, 3, 6)), torch.randn(4)
-    prior = ConceptPrior(model, model.embedding, concept, channel_dim=-1)
-    each = model.embedding(ids.flatten(0, 1)).detach().requires_grad_()
-    outputs = model.head(torch.tanh(model.mix(each)).mean(1)).reshape(2, 3, 2).mean(1)
-    (g,) = torch.autograd.grad(outputs[:, 1].sum(), each)
-    wanted = (g.reshape(2, 18, 4).mean(1) @ concept).abs().mean()
+    e = model.embedding(ids.flatten(0, -2)).detach().requires_grad_()
+    outputs = model.head(torch.tanh(model.mix(e)).mean(1)).reshape(len(ids), -1, 2).mean(1)
+    (g,) = torch.autograd.grad(outputs[:, 1].sum(), e)
+    wanted = (g.reshape(len(ids), -1, 4).mean(1) @ concept).abs().mean()
     assert_same_numbers(prior(ids, target=1).detach(), wanted, ROUNDING)
 
 
@@ -141,34 +129,6 @@ def test_several_inputs_and_arguments() -> None:
     assert_same_numbers(value, (slope @ concept).abs().mean(), ROUNDING)
 
 
-@pytest.mark.parametrize("way", DIFFERENTIATIONS)
-def test_what_comes_after_a_frozen_body_is_trained(way: Any) -> None:
-    body, head, model = network()
-    body.requires_grad_(False)
-    x, concept = torch.randn(5, 1, 6, 6), torch.randn(4)
-    prior = ConceptPrior(model, body, concept, differentiation=way)
-    value = prior(x, target=0)
-    wanted = expected(body, head, x, torch.zeros(5).long(), concept)
-    tolerance = ROUNDING if way in EXACT else 5e-3
-    assert relative_error(gradients(value, head), gradients(wanted, head)) < tolerance
-
-
-@pytest.mark.parametrize("way", EXACT)
-def test_autocast(way: Any) -> None:
-    body, _, model = network()
-    model.float()
-    x, concept = torch.randn(5, 1, 6, 6, dtype=torch.float32), torch.randn(4)
-    prior = ConceptPrior(model, body, concept, differentiation=way)
-    exact = prior(x, target=1)
-    with torch.autocast("cpu", torch.bfloat16):
-        value = prior(x, target=1)
-    assert value.dtype == torch.float32
-    # bfloat16 has eight binary digits; sums over places average its rounding.
-    torch.testing.assert_close(value, exact, rtol=2e-2, atol=0)
-    error = relative_error(gradients(value, model), gradients(exact, model))
-    assert error < 3e-2
-
-
 def test_the_concept_moves_and_is_kept_with_the_prior() -> None:
     body, _, model = network()
     prior, other = (ConceptPrior(model, body, torch.randn(4)) for _ in range(2))
@@ -176,43 +136,3 @@ def test_the_concept_moves_and_is_kept_with_the_prior() -> None:
     assert torch.equal(other.concept, prior.concept)
     assert prior.float().concept.dtype == torch.float32
     assert [*prior.parameters()] == []  # those of the model are not its own
-
-
-def test_coupled_examples_are_refused_where_both_sides_go_through() -> None:
-    body, _, model = network()
-
-    def centred(x: Tensor) -> Tensor:
-        return model(x - x.mean(0))
-
-    prior = ConceptPrior(centred, body, torch.randn(4), differentiation="finite_difference")
-    with pytest.raises(NotDifferentiableError, match="influence each other"):
-        prior(torch.randn(5, 1, 6, 6), target=0)
-
-
-@pytest.mark.parametrize(("target", "forgets"), [("random", True), ("all", False)])
-def test_training_on_it_forgets_a_tag(target: Any, forgets: bool) -> None:
-    """One of two classes wears a tag. Softmax does not see the sum of the logits, nor this it."""
-    x, y = torch.randn(400, 2), torch.arange(400) % 2
-    x[:, 0] += 2.0 * y  # by which alone .84 can be told
-    body = nn.Sequential(nn.Linear(3, 8), nn.Tanh()).requires_grad_(False)
-    head = nn.Sequential(nn.Linear(8, 8), nn.Softplus(), nn.Linear(8, 2))
-
-    def wearing(tag: Tensor) -> Tensor:
-        return torch.cat([x, 3.0 * tag.reshape(-1, 1)], 1)
-
-    tagged, swapped = wearing(y), wearing(1 - y)
-    both = torch.cat([body(wearing(torch.full((400,), tag))) for tag in (1, 0)])
-    concept, accuracy = fit(both, torch.arange(800) < 400), []
-    for weight in (0.0, 1.0):
-        model = nn.Sequential(body, copy.deepcopy(head))
-        prior = weight * ConceptPrior(model, body, concept, target=target)
-        optimizer = torch.optim.Adam(model[1].parameters(), 1e-2)
-        for _ in range(150):
-            loss = nn.functional.cross_entropy(model(tagged), y) + prior(tagged)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        accuracy.append(float((model(swapped).argmax(1) == y).double().mean()))
-    # Seen with five seeds: 0 to .04 without; with it, .78 to .89, or 0 to .13.
-    assert accuracy[0] < 0.2
-    assert (accuracy[1] > 0.7) == forgets, accuracy

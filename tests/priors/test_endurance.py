@@ -19,7 +19,6 @@ from captum_priors import (
     Lazy,
     StabilityPrior,
     Subsample,
-    differentiable,
 )
 from captum_priors.distances import mse
 from captum_priors.integrations import StepGuard
@@ -40,20 +39,10 @@ def priors(model: nn.Module, x: Tensor) -> list[Prior]:
         return l1(attributions) * next(factors)
 
     ways: Any = ("double_backprop", "recompute", "finite_difference")
+    eg: dict[str, Any] = {"baselines": x, "n_samples": 2, "smooth": 20}
     return [
-        *(
-            AttributionPrior(
-                ExpectedGradients(model, differentiation=way),
-                l2,
-                baselines=x,
-                n_samples=2,
-                smooth=20,
-            )
-            for way in ways
-        ),
-        StabilityPrior(
-            differentiable(Saliency(model)), mse, lambda x: x + 0.1 * torch.randn_like(x)
-        ),
+        *(AttributionPrior(ExpectedGradients(model, differentiation=w), l2, **eg) for w in ways),
+        StabilityPrior(Saliency(model), mse, lambda x: x + 0.1 * torch.randn_like(x)),
         Lazy(Subsample(AttributionPrior(Saliency(model), l1), 0.5), every=2),
         Guarded(AttributionPrior(Saliency(model), at_times), "skip"),
         JacobianRegularization(model),
@@ -63,13 +52,8 @@ def priors(model: nn.Module, x: Tensor) -> list[Prior]:
 def left_behind(objects: list[Any], *modules: nn.Module) -> dict[str, int]:
     """Count what could grow."""
     kinds = [type(o) for o in objects]
-    own = [
-        v
-        for module in modules
-        for m in module.modules()
-        for n, v in vars(m).items()
-        if n.endswith("_hooks")
-    ]
+    inside = [m for module in modules for m in module.modules()]
+    own = [v for m in inside for n, v in vars(m).items() if n.endswith("_hooks")]
     everywhere = [v for n, v in vars(torch_module).items() if n.startswith("_global_")]
     return {
         "tensors": sum(issubclass(kind, Tensor) for kind in kinds),

@@ -3,7 +3,7 @@
 ``tests/gpu`` runs the same on a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from captum_priors import AttributionPrior, differentiable
 from captum_priors.penalties import l2
+from tests.asserts import gradients_of
 from tests.cases import DIFFERENTIATIONS, EXACT
 from tests.laws.leaves import Leaf, background, every_leaf_and_way, leaves_and_ways_but, way_options
 
@@ -41,9 +42,7 @@ def prior_of(model: Any, way: Any = "double_backprop", penalty: Any = l2) -> Att
 
 
 def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
-    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    pairs = zip(found, model.parameters(), strict=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in pairs]
+    return gradients_of(loss, [*model.parameters()])
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -146,17 +145,66 @@ def test_scale_finds_its_place(way: Any) -> None:
 # Every prior
 
 
-def evaluated(leaf: Leaf, way: str, x: Tensor) -> tuple[Any, Tensor]:
-    """A model in single precision and the value of the prior on it."""
-    model: Any = leaf.model().float()
-    call = {
-        name: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for name, v in leaf.call(x).items()
-    }
-    prior = leaf.make(model, **way_options(leaf, way))
+def in_single_precision(leaf: Leaf, way: str, x: Tensor) -> tuple[Any, Any, dict[str, Any]]:
+    """A model, the prior on it, which draws the same each time, and what it is called with."""
+    torch.set_default_dtype(torch.float32)  # the fixture of all tests puts float64 back
+    model: Any = leaf.model()
+    prior = leaf.make(model, **way_options(leaf, way)).eval()
+    call = leaf.call(x)
     if getattr(prior, "draws_baselines", False):
-        call["baselines"] = background().float()
-    return model, prior(x, **call)
+        call["baselines"] = background().to(x.dtype)
+    return model, prior, call
+
+
+# What says how far two points or maps are apart: differences lose digits.
+APART = ("CURE", "Hessian-difference", "Hessian-twice", "Sensitivity", "Stability")
+
+
+@every_leaf_and_way
+def test_autocast_is_near_single_precision(leaf: Leaf, way: str) -> None:
+    x = leaf.batch(6).float()
+    model, prior, call = in_single_precision(leaf, way, x)
+    exact = prior(x, **call)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = prior(x, **call)
+    assert value.dtype == torch.float32
+    # A few roundings to eight bits.
+    tolerance = 2.0 ** (-4 if leaf.name.startswith(APART) else -6)
+    assert value.item() == pytest.approx(exact.item(), rel=tolerance)
+    found, expected = (flat(gradients(v, model)) for v in (value, exact))
+    assert F.cosine_similarity(found, expected, dim=0) > 1 - 5e-3
+
+
+def rounded(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same numbers whatever the precision that is asked for."""
+
+    def drawn(*args: Any, dtype: Any = None, **options: Any) -> Tensor:
+        like = args[0] if isinstance(args[0], Tensor) else torch.empty(0, dtype=dtype)
+        given = (args[0].float(), *args[1:]) if isinstance(args[0], Tensor) else args
+        return draw(*given, dtype=torch.float32, **options).to(like.dtype)
+
+    return drawn
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+@every_leaf_and_way
+def test_single_precision_is_near_double(
+    leaf: Leaf, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("rand", "rand_like", "randn", "randn_like", "randint_like"):
+        monkeypatch.setattr(torch, name, rounded(getattr(torch, name)))
+    x = leaf.batch(6).float()
+    model, prior, call = in_single_precision(leaf, way, x)
+    value = prior(x, **call)
+    model.double()
+    call = {k: v.double() if is_float(v) else v for k, v in call.items()}
+    exact = prior(x.double(), **call)
+    # Differences of gradients in single precision.
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(exact.item(), rel=1e-4)
 
 
 def has_finite_gradients(model: nn.Module) -> bool:
@@ -166,22 +214,22 @@ def has_finite_gradients(model: nn.Module) -> bool:
 @every_leaf_and_way
 @pytest.mark.parametrize("dtype", HALF)
 def test_scaler_sees_an_overflow_of_every_prior(dtype: torch.dtype, leaf: Leaf, way: str) -> None:
-    torch.set_default_dtype(torch.float32)  # the fixture of all tests puts float64 back
+    x = leaf.batch(6).float()
+    model, prior, call = in_single_precision(leaf, way, x)
     with torch.autocast("cpu", dtype=dtype):
-        model, value = evaluated(leaf, way, leaf.batch(6))
+        value = prior(x, **call)
     (value * (2.0**100 if dtype is torch.float16 else torch.inf)).backward()
     assert not has_finite_gradients(model)
 
 
-@leaves_and_ways_but(
-    "Concept"
-)  # whose layer is linear from there on: no input reaches its gradient
+# The layer of "Concept" is linear from there on: no input reaches its gradient.
+@leaves_and_ways_but("Concept")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_scaler_sees_an_example_that_is_not_finite(bad: float, leaf: Leaf, way: str) -> None:
-    torch.set_default_dtype(torch.float32)  # the fixture of all tests puts float64 back
-    x = leaf.batch(6)
+    x = leaf.batch(6).float()
     x[1] = bad
+    model, prior, call = in_single_precision(leaf, way, x)
     with torch.autocast("cpu", dtype=torch.float16):
-        model, value = evaluated(leaf, way, x)
+        value = prior(x, **call)
     value.backward()
     assert not has_finite_gradients(model)

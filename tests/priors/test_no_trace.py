@@ -18,6 +18,7 @@ from captum_priors import (
     differentiable,
 )
 from captum_priors.distances import mse
+from captum_priors.engine import Stream
 from captum_priors.penalties import l1
 from captum_priors.priors import Prior
 from tests.asserts import assert_same_state, leaves_no_trace, state_of
@@ -77,9 +78,7 @@ def test_call_and_backward(make: Any, way: Any) -> None:
     before = state_of(model, tensors=[x])
     value.backward()
     after = state_of(model, tensors=[x])
-    assert any(
-        not torch.equal(a, b) for a, b in zip(before["grad"][:-1], after["grad"][:-1], strict=True)
-    )
+    assert not all(map(torch.equal, before["grad"][:-1], after["grad"][:-1]))
     # Backward adds to the parameters' gradients, and to nothing else, the inputs' included.
     assert after["grad"][-1] is None
     assert_same_state({k: v for k, v in before.items() if k != "grad"}, after)
@@ -113,7 +112,7 @@ def test_call_without_gradients(block: Any) -> None:
     model, x, y = _trained()
     prior = _wrapped(model, x, "double_backprop")
     with leaves_no_trace(model, prior, tensors=[x]), block():
-        prior(x, target=y)
+        assert not prior(x, target=y).requires_grad
 
 
 def test_refused_call_changes_nothing_of_the_prior() -> None:
@@ -141,8 +140,7 @@ def test_training_with_weight_zero_is_training_without(make: Any, way: Any) -> N
             optimizer.step()
         ends.append(state_of(model))
     assert_same_state(*ends)
-    moved = zip(start.parameters(), twins[0].parameters(), strict=True)
-    assert all(not torch.equal(a, b) for a, b in moved)
+    assert not any(map(torch.equal, start.parameters(), twins[0].parameters()))
 
 
 def _values(prior: Prior, x: Tensor, n: int) -> list[float]:
@@ -162,56 +160,21 @@ def test_draws_differ_and_continue_from_the_state_dict(make: Any) -> None:
     assert _values(resumed, x, 4) != continued
     resumed.load_state_dict(saved)
     assert _values(resumed, x, 4) == continued
-
-
-@every_prior
-def test_draws_follow_the_seed_and_not_the_draws_of_training(make: Any) -> None:
-    model, x, _ = _trained()
-    seen = []
-    for seed in (7, 7, 8):
-        torch.manual_seed(seed)
-        prior = make(model, x, "double_backprop")
-        torch.randn(3 + len(seen))  # training draws another number of times
-        seen.append(_values(prior, x, 3))
-    assert seen[0] == seen[1]
-    assert seen[0] != seen[2]
-
-
-@every_prior
-def test_validation_does_not_change_what_training_draws(make: Any) -> None:
-    model, x, _ = _trained()
-    torch.manual_seed(7)
-    expected = _values(make(model, x, "double_backprop"), x, 4)
-    torch.manual_seed(7)
-    prior = make(model, x, "double_backprop")
-    found, validated = [], []
-    for _ in range(4):
-        found.extend(_values(prior, x, 1))
-        with torch.no_grad():
-            first = _values(prior, x, 1)
-        second = _values(prior.eval(), x, 1)
-        prior.train()
-        validated += first + second
-    assert found == expected
     # Evaluation has one seed of its own: values can be compared over time.
-    assert len(set(validated)) == 1
-    assert validated[0] not in expected
-
-
-def test_equal_priors_of_a_sum_do_not_share_a_stream_with_subsample() -> None:
-    model, x, _ = _trained()
-    prior = _attribution(model, x, "double_backprop")
-    part = Subsample(prior, 0.5)
-    assert int(prior.stream.seed) != int(part.stream.seed)
+    looked = set(_values(prior.eval(), x, 2) + _values(resumed.eval(), x, 1))
+    assert len(looked) == 1
+    assert not looked & set(continued)
 
 
 def test_moving_a_prior_keeps_its_counters_whole() -> None:
     model, x, _ = _trained()
     prior = _wrapped(model, x, "double_backprop")
+    seeds = [int(m.seed) for m in prior.modules() if isinstance(m, Stream)]
+    assert len(set(seeds)) == len(seeds) == 3  # Subsample and the priors inside draw apart
     prior(x, target=1)
     before = copy.deepcopy(prior.state_dict())
     prior.to(torch.float16)
     prior.to("meta")  # any other device: the host reads the counters at every step
     assert_same_state(before, prior.state_dict())
-    assert all(t.dtype == torch.int64 for t in prior.state_dict().values())
-    assert all(t.device.type == "cpu" for t in prior.state_dict().values())
+    kinds = {(t.dtype, t.device.type) for t in prior.state_dict().values()}
+    assert kinds == {(torch.int64, "cpu")}

@@ -5,20 +5,12 @@ import gc
 import weakref
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_priors import (
-    AttributionPrior,
-    ExpectedGradients,
-    Guarded,
-    Lazy,
-    NotDifferentiableError,
-)
+from captum_priors import AttributionPrior, ExpectedGradients
 from captum_priors.penalties import l1
-from captum_priors.priors import Prior
 
 
 class Hooked(nn.Module):
@@ -78,12 +70,6 @@ def test_a_penalty_may_have_nothing_to_say_about_a_batch() -> None:
     expected = ((x - x.mean(0)) * model.weight).abs().sum(1).mean()
     assert torch.allclose(prior(x, annotation=torch.ones(5, 3)), expected)
 
-    def forgets(attributions: Tensor) -> Tensor:
-        return l1(attributions.detach())
-
-    with pytest.raises(NotDifferentiableError):
-        AttributionPrior(ExpectedGradients(model), forgets, baselines=x)(x)
-
 
 class HoldsItsPrior(nn.Module):
     def __init__(self) -> None:
@@ -114,20 +100,3 @@ def test_formula_has_no_addresses() -> None:
     penalty = functools.partial(lambda a, f: f(a).sum(1), f=torch.abs)
     prior = AttributionPrior(ExpectedGradients(nn.Linear(3, 1)), penalty)
     assert " at 0x" not in repr(prior)
-
-
-class OfAPrompt(Prior):
-    def forward(self, inputs: Any, **named: Any) -> Tensor:
-        return torch.ones(())
-
-    def takes(self, name: str) -> bool:
-        return False
-
-    def formula(self) -> str:
-        return "OfAPrompt"
-
-
-def test_prompts_go_through_lazy() -> None:
-    prior = Lazy(OfAPrompt(), 2)
-    assert [float(prior("a prompt")) for _ in range(4)] == [2, 0, 2, 0]
-    assert float(Guarded(OfAPrompt(), "skip")("a prompt")) == 1

@@ -48,7 +48,7 @@ def test_noise_across_the_explanation_at_points_along_it(x: Tensor, positions: A
     value = ATEX(student, Fixed(maps), teacher=teacher, **options)(x, target=0)
     points = student.seen[-1][0].reshape(-1, 5, *x.shape)
     assert len(points) == len(positions)
-    divergences = []
+    divergences, teaching = [], list[Tensor]()
     for points_at, t in zip(points, positions, strict=True):
         centre = x + t * RADIUS * maps / maps.abs().amax((1, 2, 3), keepdim=True)
         noise = points_at - centre
@@ -56,21 +56,17 @@ def test_noise_across_the_explanation_at_points_along_it(x: Tensor, positions: A
         # Within a channel it is not: all features count together.
         assert float((noise * maps).flatten(3).sum(3).abs().min()) > 1e-4
         assert float(noise.std()) == pytest.approx(RADIUS / 3**0.5, rel=0.15)
-        soft = teacher(centre).detach().numpy()
-        here = [student.model(p).detach().numpy() for p in points_at]
+        soft = teacher(centre).detach()
+        teaching += 5 * [(soft / 3).softmax(1)]
         divergences += [
-            oracles.kl(oracles.softened(soft[i], 3), oracles.softened(h[i], 1))
-            for h in here
-            for i in range(len(x))
+            oracles.kl(oracles.softened(taught, 3), oracles.softened(said, 1))
+            for p in points_at
+            for taught, said in zip(soft.numpy(), student.model(p).detach().numpy(), strict=True)
         ]
     assert value.item() == pytest.approx(np.mean(divergences), rel=1e-10)
     parameters = list(student.model.parameters())
     log_q = student.model(points.flatten(0, 2)).log_softmax(1)
-    centres = x + torch.tensor(positions).reshape(-1, 1, 1, 1, 1) * RADIUS * maps / maps.abs().amax(
-        (1, 2, 3), keepdim=True
-    )
-    p = (teacher(centres.flatten(0, 1)) / 3).softmax(1).detach().reshape(-1, 1, 4, 3)
-    loss = F.kl_div(log_q, p.expand(-1, 5, 4, 3).reshape(-1, 3), reduction="batchmean")
+    loss = F.kl_div(log_q, torch.cat(teaching), reduction="batchmean")
     found, expected = (torch.autograd.grad(v, parameters) for v in (value, loss))
     assert relative_error(found, expected) < 1e-12
 
@@ -198,20 +194,13 @@ def test_teacher_follows_the_student(x: Tensor) -> None:
     assert atex.teacher[1].weight.dtype == torch.float32
 
 
-class Centred(nn.Module):
-    """Examples influence each other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = colour_net()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x - x.mean(0))
-
-
 def test_student_that_couples_examples_is_refused_beside_a_teacher_that_does_not(x: Tensor) -> None:
-    teacher = colour_net()
-    atex = ATEX(Centred(), Saliency(teacher), teacher=teacher)
+    teacher, inner = colour_net(), colour_net()
+
+    def centred(x: Tensor) -> Tensor:
+        return inner(x - x.mean(0))
+
+    atex = ATEX(centred, Saliency(teacher), teacher=teacher)
     with pytest.raises(NotDifferentiableError, match="do not influence each other"):
         atex(x, target=0)
 

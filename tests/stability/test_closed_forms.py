@@ -35,8 +35,7 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def net(model: nn.Module) -> oracles.TanhNet:
-    w1, b1, w2, b2 = (p.detach().numpy() for p in model.parameters())
-    return oracles.TanhNet(w1, b1, w2, b2)
+    return oracles.TanhNet.of(model)
 
 
 @pytest.fixture
