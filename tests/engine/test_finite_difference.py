@@ -71,7 +71,7 @@ def on_tag(attributions: Tensor, *, annotation: Tensor) -> Tensor:
     return outside(attributions.sum(-1), annotation=annotation)
 
 
-def gradient(model: Any, way: Any, context: Any = None) -> list[Tensor]:
+def gradient(model: Any, way: Any, context: Any = None, n_samples: int = 1) -> list[Tensor]:
     """Gradient of a prior against the telling word, evaluated under a context."""
     torch.set_default_dtype(torch.float32)
     ids, labels = batch(seeded(9))
@@ -80,7 +80,7 @@ def gradient(model: Any, way: Any, context: Any = None) -> list[Tensor]:
     words = model.bert.embeddings.word_embeddings
     torch.manual_seed(1)  # where the prior's stream starts
     explainer = LayerExpectedGradients(LogitsOf(model), words, differentiation=way)
-    prior = AttributionPrior(explainer, on_tag, n_samples=1)
+    prior = AttributionPrior(explainer, on_tag, n_samples=n_samples)
     with context or nullcontext():
         value = prior(ids, baselines=ids.roll(1, 0), target=labels, annotation=allowed)
     parameters = list(model.parameters())
@@ -92,17 +92,20 @@ def in_bfloat16() -> Any:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def error(model: Any, context: Any = None, prepared: Any = None) -> float:
+def error(model: Any, context: Any = None, prepared: Any = None, n_samples: int = 1) -> float:
     """Of the model, or as it was prepared, beside the exact gradient in float32."""
     with sdpa_kernel(SDPBackend.MATH):
-        exact = gradient(model, "double_backprop")
-    return relative_error(gradient(prepared or model, "finite_difference", context), exact)
+        exact = gradient(model, "double_backprop", n_samples=n_samples)
+    found = gradient(prepared or model, "finite_difference", context, n_samples)
+    return relative_error(found, exact)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("n_samples", [1, 3])
 @pytest.mark.parametrize("step", STEPS)
-def test_error_in_float32(step: int, course: dict[int, Any]) -> None:
-    assert error(course[step]) <= 1e-2
+def test_error_in_float32(step: int, n_samples: int, course: dict[int, Any]) -> None:
+    """Also where a few examples between the classes have slopes thousands of times the others'."""
+    assert error(course[step], n_samples=n_samples) <= 1e-2
 
 
 @pytest.mark.slow
