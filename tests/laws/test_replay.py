@@ -66,6 +66,42 @@ def test_detached_branches_are_refused_by_example(affected: int, weight: float) 
         saliency(model, "finite_difference")(x, target=TARGET).backward()
 
 
+class Beside(nn.Module):
+    """A model, and another branch beside it that differences may not be taken of."""
+
+    def __init__(self, main: Any, branch: Any, together: Any) -> None:
+        super().__init__()
+        self.net, self.branch, self.together = main, branch, together
+
+    def __getitem__(self, at: int) -> Any:
+        return self.net[at]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.together(self.net, self.branch, x)
+
+
+BESIDE: dict[str, Any] = {
+    "detached": lambda net, branch, x: net(x) + branch(x.detach()),
+    "centred": lambda net, branch, x: net(x) + branch(x - x.mean(0)),
+    "softmax over the batch": lambda net, branch, x: net(x) * branch(x).softmax(0),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+@pytest.mark.parametrize(
+    "leaf",
+    [leaf for leaf, way in LEAVES_AND_WAYS if way == "finite_difference"],
+    ids=lambda leaf: leaf.name,
+)
+def test_every_prior_refuses_differences_of(kind: str, leaf: Any) -> None:
+    if kind == "detached" and leaf.name.startswith(("LayerEG", "Concept")):
+        return  # what is explained is a layer, on which that branch does not depend
+    model, x = Beside(leaf.model(), leaf.model(), BESIDE[kind]), leaf.batch(8)
+    prior = leaf.make(model, **way_options(leaf, "finite_difference"))
+    with pytest.raises(NotDifferentiableError, match=r"expected.*double_backprop"):
+        prior(x, **leaf.call(x)).backward()
+
+
 def test_whole_models_are_not_refused() -> None:
     """The check by example knows that a gradient may be orthogonal to what is asked of it."""
     for seed in range(20):
