@@ -18,6 +18,7 @@ from captum_priors._captum import (
 from captum_priors._types import OutputTarget
 from captum_priors.engine import current_pass, refuse_coupled_examples, submodules_of
 from captum_priors.engine.coupled import refuse_batch_statistics
+from captum_priors.engine.gradients import recording
 from captum_priors.engine.model import ReluMode, current_beta
 
 
@@ -123,11 +124,13 @@ class Rows:
 
         current, constant = current_pass(), torch.is_grad_enabled()
         held = None if current is None else current.statistics
-        given: list[Any] = []
+        # Finite differences have statistics in full precision, in which they are evaluated alone.
+        full = current is None or current.exact or recording() is not None
+        model, given = self.forward_func if full else None, list[Any]()
         for point in points:
             given.append(point.clone() if isinstance(point, Tensor) else point)
             constant = constant and getattr(point, "is_leaf", True)
-        with nullcontext() if held is None else held.on_rows(points):
+        with nullcontext() if held is None else held.on_rows(model, points):
             if current is None or current.exact:
                 # Nobody asks for a second derivative by leaves: no graph through its zeros.
                 with ReluMode(current_beta()) if constant else nullcontext():
@@ -184,6 +187,8 @@ class Rows:
 
         refuse_coupled_examples(run, self.n)
         current.seen.judged = True
+        if current.statistics is not None:
+            current.statistics.begins = False  # those rows were this check's
 
 
 def run_forward(

@@ -17,7 +17,7 @@ from captum_priors.adapters.captum import CaptumAdapter, adapted
 from captum_priors.adapters.keep_graph import KeepGraph
 from captum_priors.adapters.modules import path_of, put_back, warn_once, watched
 from captum_priors.adapters.runs import Runs, RunsAgain, attribute_runs, may_run_apart
-from captum_priors.engine import Visit, recompute, submodules_of
+from captum_priors.engine import Visit, current_pass, recompute, submodules_of
 from captum_priors.engine.random import GlobalState
 
 
@@ -52,9 +52,12 @@ class ModeAdapter(CaptumAdapter):
         if not torch.is_grad_enabled():
             return self._without_graph(self._copies(given, tensors))
         self._check()
-        if self.differentiation == "double_backprop":
-            return self._with_graph(self._copies(given, tensors))
-        return self._recomputed(given, tensors)
+        held = getattr(current_pass(), "statistics", None)
+        model = getattr(self, "forward_func", None)
+        with nullcontext() if held is None else held.on_calls(model, tensors):
+            if self.differentiation == "double_backprop":
+                return self._with_graph(self._copies(given, tensors))
+            return self._recomputed(given, tensors)
 
     def _run_stock(self, **given: Any) -> Any:
         runs = nullcontext() if self.runs is None else self.runs.apart()

@@ -39,7 +39,7 @@ from captum_priors.attr.layers import Layer, _LayerRows
 from captum_priors.engine import Visit, input_gradients, keep_graph, recompute
 from captum_priors.engine.gradients import nodes
 
-_OWN = ("_SpliceBackward", "_ReluBackward")  # functions of this package
+_OWN = ("_SpliceBackward", "_ReluBackward", "_ConstantInPassBackward")  # functions of this package
 _GET, _SET = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor
 
 

@@ -9,7 +9,7 @@ under batch statistics, does not feel, faster than the running statistics follow
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -38,6 +38,20 @@ class _Layer:
     runs: int = 0
 
 
+@dataclass(frozen=True)
+class _First:
+    """The batch, which the first rows that go through its model may be."""
+
+    model: Any
+    batch: tuple[Tensor, ...]
+    run: Callable[[], Any] | None  # takes its statistics, where there are none yet
+    graph: bool  # whether they are to have one
+
+    def are(self, model: Any, points: tuple[Any, ...]) -> bool:
+        can = model is self.model and (torch.is_grad_enabled() or not self.graph)
+        return can and len(points) >= len(self.batch) and all(map(_equal, points, self.batch))
+
+
 class HeldStatistics(TorchFunctionMode):
     """BatchNorm layers of a model on the statistics of one batch.
 
@@ -51,8 +65,9 @@ class HeldStatistics(TorchFunctionMode):
         self._sources: dict[int, Tensor] = {}
         self.recording = self._as_leaves = False
         self.alone: list[str] = []  # layers that have been given a single row
-        self._later: tuple[Callable[[], Any], tuple[Tensor, ...], bool] | None = None
-        self._shared = False  # the forward pass that is explained is recorded, too
+        self._first: _First | None = None
+        self.begins = False  # the first rows have been seen to be the batch
+        self.shared = False  # the forward pass that is explained is recorded, too, or was the last
         self.over: list[bool] = []  # empty while the points are differentiated by
 
     def take(self, module: Any, undo: list[tuple[nn.Module, str, Any]], *, begun: bool) -> None:
@@ -91,33 +106,59 @@ class HeldStatistics(TorchFunctionMode):
             self.release()
         return found
 
-    def record_later(self, run: Callable[[], Any], batch: tuple[Tensor, ...]) -> None:
-        """Take the statistics from the first rows that are explained, where they are the batch."""
-        self._later = (run, batch, torch.is_grad_enabled())
+    def look(self, model: Any, batch: tuple[Tensor, ...], run: Callable[[], Any] | None) -> None:
+        """Look whether the first rows that go through the model are the batch.
+
+        If nothing is recorded yet, they give the statistics; or else ``run`` does, before.
+        """
+        self._first = _First(model, batch, run, torch.is_grad_enabled())
 
     @contextmanager
-    def on_rows(self, points: tuple[Any, ...]) -> Iterator[None]:
-        """Run the model on these rows."""
+    def on_rows(self, model: Any, points: tuple[Any, ...]) -> Iterator[None]:
+        """Run a model on these rows."""
         for layer in self.layers.values():  # those that run more than once are told by their turn
             layer.runs = 0
-        before = self.recording, self._shared
-        if self._later is not None:
-            _, batch, graph = self._later
-            if graph == torch.is_grad_enabled() and all(map(_equal, points, batch)):
-                self._later = None
-                self.recording = self._shared = True
-            else:
-                self._record_now()
+        first, before = self._first, self.recording
+        are = first is not None and first.are(model, points)
+        self.shared = before and self.shared
+        if are and first is not None and first.run is not None:
+            self._first, self.recording, self.shared = None, True, True
+        else:
+            self._settle()
         try:
             yield
         finally:
-            self.recording, self._shared = before
+            self.recording = before
+        whole = all(layer.runs == len(layer.found) for layer in self.layers.values())
+        self.begins = self.begins or (are and whole)
 
-    def _record_now(self) -> None:
-        if self._later is not None:
-            (run, _, graph), self._later = self._later, None
-            with torch.set_grad_enabled(graph):
-                self.record(run)
+    @contextmanager
+    def on_calls(self, model: Any, points: tuple[Any, ...]) -> Iterator[None]:
+        """Let code that explains these rows run the model by itself."""
+        if self._first is None or not self._first.are(model, points):
+            self._settle()  # before that code changes what the modules do
+        if not isinstance(model, nn.Module):
+            yield
+            return
+        running = ExitStack()
+        handles = (
+            model.register_forward_pre_hook(
+                lambda _, args: running.enter_context(self.on_rows(model, args))
+            ),
+            model.register_forward_hook(lambda *_: running.close()),
+        )
+        try:
+            yield
+        finally:
+            running.close()
+            for handle in handles:
+                handle.remove()
+
+    def _settle(self) -> None:
+        first, self._first = self._first, None
+        if first is not None and first.run is not None:
+            with torch.set_grad_enabled(first.graph):
+                self.record(first.run)
 
     def release(self) -> None:
         """Hold no layer any more: they run on their running statistics."""
@@ -160,7 +201,7 @@ class HeldStatistics(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         if not self.recording:
-            self._record_now()
+            self._settle()
         if self.recording:
             if len(input) == 1 and layer.group is None and not running_mean.isnan().all():
                 self.alone.append(layer.name)
@@ -176,9 +217,10 @@ class HeldStatistics(TorchFunctionMode):
         return (input * scale.reshape(shape) + shift.reshape(shape)).to(input.dtype)
 
     def _keep(self, layer: _Layer, found: Statistics) -> None:
-        if self._shared:
-            found = tuple(_ConstantInPass.apply(s, self.over) for s in found)  # type: ignore[no-untyped-call]  # torch's
         mean, variance = (s.detach().requires_grad_() for s in found)
+        if self.shared:
+            pairs = zip(found, (mean, variance), strict=True)
+            found = tuple(_ConstantInPass.apply(*pair, self.over) for pair in pairs)  # type: ignore[no-untyped-call]  # torch's
         layer.found.append(found)
         layer.leaves.append((mean, variance))
         self._sources.update({id(mean): found[0], id(variance): found[1]})
@@ -220,23 +262,25 @@ def _statistics(x: Tensor, group: Any) -> Statistics:
 
 
 def _equal(point: Any, given: Tensor) -> bool:
-    return point.shape == given.shape and torch.equal(point, given)
+    alike = isinstance(point, Tensor) and (point.shape, point.dtype) == (given.shape, given.dtype)
+    return alike and torch.equal(point, given)
 
 
 class _ConstantInPass(torch.autograd.Function):
     """A statistic of the explained points: constant to them, while they are differentiated by.
 
-    Afterwards its own gradient is asked for, which goes to the parameters.
+    Afterwards its own gradient is asked for, which goes to the parameters. Where gradients come
+    later, it is seen to depend on its leaf.
     """
 
     @staticmethod
-    def forward(ctx: Any, statistic: Tensor, over: list[bool]) -> Tensor:
+    def forward(ctx: Any, statistic: Tensor, leaf: Tensor, over: list[bool]) -> Tensor:
         ctx.over = over
         return statistic.view_as(statistic)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient if ctx.over else None, None
+        return gradient if ctx.over else None, None, None
 
 
 class _SumOverProcesses(torch.autograd.Function):

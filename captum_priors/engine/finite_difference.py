@@ -26,11 +26,10 @@ from captum_priors.engine.modules import run_eagerly
 from captum_priors.engine.replay import Conditions, pull, with_pullback
 
 # Steps are relative to the norm of the point. In float32 the best one of trained transformers and
-# smooth networks lies between 3e-5 and 3e-2, with errors of 1e-4 to 5e-3: two are tried to find it.
-# A network with kinks has none, and gets the middle one. Half precision rounds at 2^-8 to 2^-11: in
-# bfloat16 the least error of 1 to 4 % lies between 5 and 20 %.
-_TRIED, _MIDDLE = (1e-4, 1e-2), 2e-3
-_TRIED_HALF, _MIDDLE_HALF = (0.05, 0.15), 0.1
+# smooth networks lies between 1e-5 and 3e-2, with errors of 1e-5 to 6e-3: two are tried to find it.
+# Half precision rounds at 2^-8 to 2^-11: in bfloat16 the least error lies between 5 and 20 %.
+_LEAST, *_TRIED = 1e-5, 1e-3, 1e-2
+_LEAST_HALF, *_TRIED_HALF = 0.017, 0.05, 0.15
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -148,8 +147,11 @@ class _Line:
         scale = known.abs() + (size + 0.1 * size.mean()) / v.shape[1] ** 0.5
         return cls(field, points, units, norms, lengths, known, scale)
 
-    def slopes(self, steps: Tensor) -> Tensor:
-        """Central difference for each example, its step relative to the norm of the point."""
+    def slopes(self, steps: Any) -> tuple[Tensor, Tensor]:
+        """Central difference for each example, its step relative to the norm of the point.
+
+        With it comes how far it is from what the gradient says.
+        """
         step = steps * self.lengths
         sides = []
         for p, unit in zip(self.points, self.units, strict=True):
@@ -159,30 +161,26 @@ class _Line:
             outputs = self.field(tuple(sides))
         check_rows(outputs, sides[0].shape[0])
         above, below = _rows(outputs.reshape(-1, 1)).squeeze(1).chunk(2)
-        return (above - below) * (self.norms / (2 * step))
+        slopes = (above - below) * (self.norms / (2 * step))
+        return slopes, (slopes.detach() - self.known).abs()
 
-    def steps(self, short: float, long: float) -> tuple[Tensor, Tensor, Tensor]:
-        r"""The step of each example where the two errors of a difference are least, and their sum.
+    def errors(self, short: float, long: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        r"""The two errors of a difference: those of rounding times the step, and of curvature.
 
-        A short step :math:`h_1` is off by rounding, :math:`R/h_1`, and a long one by curvature,
-        :math:`T h_2^2`. The sum is least at :math:`h^3 = R/2T`. Last comes by how much the nearer
-        of the two is off.
+        A step :math:`h` is off by :math:`R/h + T h^2`, where :math:`R` is known: one or two units
+        in the last place of the largest output. :math:`T` is told by the shorter of two steps if it
+        is off by more, or else by the longer. Last comes by how much the nearer of the two is off.
         """
-        off_short, off_long = (
-            (self.slopes(torch.full_like(self.known, h)).detach() - self.known).abs()
-            for h in (short, long)
+        with torch.no_grad():
+            largest = self.field(self.points).abs().amax()
+        rounding = eps * largest * self.norms / self.lengths
+        (_, off_short), (_, off_long) = self.slopes(short), self.slopes(long)
+        curvature = torch.where(
+            off_short > 4 * rounding / short,
+            off_short / short**2,
+            (off_long - rounding / long).clamp_min(0) / long**2,
         )
-        # Outputs are rounded alike: an example that is right by chance is taken as the others are.
-        unit = (self.norms / self.lengths).clamp_min(torch.finfo(self.known.dtype).tiny)
-        rounding = short * torch.maximum(off_short, (off_short / unit).median() * unit)
-        curvature = (off_long - rounding / long).clamp_min(0) / long**2
-        # A long step that is off by as much as the slope is large leaves out how much more.
-        far = off_long > 0.3 * self.known.abs()
-        curvature = torch.where(far, torch.maximum(curvature, off_short / short**2), curvature)
-        best = (rounding / (2 * curvature)) ** (1 / 3)
-        best = best.nan_to_num(long).clamp(short / 3, 3 * long)
-        nearer = torch.minimum(off_short, off_long)
-        return best, rounding / best + curvature * best**2, nearer
+        return rounding, curvature, torch.minimum(off_short, off_long)
 
     def checked_slopes(self, half: bool) -> Tensor:
         """Slopes by the best steps, which agree with the gradient of each example.
@@ -193,9 +191,17 @@ class _Line:
         the scale of attributions are orthogonal to them, so the scale is that of a random
         direction. What is not finite comes out as such, for a loss scaler to see.
         """
-        steps, error, nearer = self.steps(*(_TRIED_HALF if half else _TRIED))
-        slopes = self.slopes(steps)
-        off = (slopes.detach() - self.known).abs()
+        short, long = _TRIED_HALF if half else _TRIED
+        eps = torch.finfo(torch.bfloat16 if half else self.known.dtype).eps
+        rounding, curvature, nearer = self.errors(short, long, eps)
+
+        def best(curvature: Tensor) -> Tensor:
+            """Return the step where the sum of both errors is least."""
+            least = (rounding / (2 * curvature)) ** (1 / 3)
+            return least.nan_to_num(long).clamp(_LEAST_HALF if half else _LEAST, 3 * long)
+
+        steps = best(curvature)
+        slopes, off = self.slopes(steps)
         # What another backward pass leaves out is missing at every step, and at kinks at some.
         share = torch.minimum(off, nearer) / self.scale.clamp_min(torch.finfo(off.dtype).tiny)
         most, typical = (0.5, 0.25) if half else (0.05, 0.02)
@@ -215,6 +221,7 @@ class _Line:
         # At kinks slopes change by jumps, so that shorter steps come closer to the known slope, but
         # its derivative by the parameters no closer: the fewer the jumps, the larger each counts.
         # (Smooth networks are off by at most 1e-4, and by chance the estimate of it is nought.)
+        error = rounding / steps + curvature * steps**2
         kinked = off > 4 * error + 1e-4 * self.scale
         if bool(kinked.float().mean() > 0.5):
             raise refusal(
@@ -226,9 +233,8 @@ class _Line:
                 "differentiation='double_backprop' is exact for them; or smooth them: smooth=30 of "
                 "the prior runs ReLU as Softplus.",
             )
-        if bool(kinked.any()):
-            middle = _MIDDLE_HALF if half else _MIDDLE
-            slopes = self.slopes(torch.where(kinked, middle, steps))
+        if bool(kinked.any()):  # or the tried steps were too long to tell
+            slopes, _ = self.slopes(torch.where(kinked, best(off / steps**2), steps))
         return slopes
 
 

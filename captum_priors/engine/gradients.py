@@ -85,11 +85,13 @@ def values(field: Field, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         points = tuple([p.detach().requires_grad_() for p in points])
         outputs = field(points)
-        current = recording()
+        current, held = recording(), getattr(current_pass(), "statistics", None)
+        keep = held is not None and held.shared  # whose graph is a part of this one
         if current is None:
-            return differentiate(outputs, points, create_graph=False)
+            return differentiate(outputs, points, create_graph=False, retain_graph=keep)
         current.reach(outputs if isinstance(outputs, tuple) else [outputs], points)
-        gradients = differentiate(outputs, points, create_graph=current.tries_graph())
+        tries = current.tries_graph()
+        gradients = differentiate(outputs, points, create_graph=tries, retain_graph=keep)
         return tuple(g.detach() for g in gradients)
 
 
@@ -100,7 +102,7 @@ def differentiate(
     if isinstance(outputs, tuple):
         found: list[Tensor] = []
         for i, output in enumerate(outputs, 1):
-            keep = i < len(outputs)
+            keep = retain_graph or i < len(outputs)
             found += differentiate(output, points, create_graph=create_graph, retain_graph=keep)
         return tuple(found)
     if outputs.shape != points[0].shape[:1]:

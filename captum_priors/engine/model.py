@@ -47,6 +47,7 @@ class Seen:
     wrong_third: bool = False  # its gradients run through derivatives that torch gets wrong
     looked: bool = False  # what functions hide has run, with these layers of BatchNorm among it
     alone: bool = False  # a batch of one has had no statistics
+    begins: bool = False  # the first rows that go through its model are the batch
     batch_norms: WeakSet[nn.Module] = field(default_factory=WeakSet)
 
 
@@ -160,6 +161,7 @@ class AttributionPass:
         self._stack.close()
         if error is None:
             self.seen.before = self.seen.before or torch.is_grad_enabled()
+            self.seen.begins |= self.statistics is not None and self.statistics.begins
         elif type(error) is RuntimeError and str(error) == _CHECKPOINTED:
             raise NotDifferentiableError(_CHECKPOINTED) from error
         elif self._outer is None:
@@ -178,13 +180,15 @@ class AttributionPass:
         return not self.seen.looked or any(m.training for m in self.seen.batch_norms)
 
     def hold_statistics(
-        self, run: Callable[[], T], batch: tuple[Tensor, ...] | None = None
+        self, run: Callable[[], T], model: Any = None, batch: tuple[Tensor, ...] = ()
     ) -> T | None:
         """Explain BatchNorm layers in training mode on the statistics of a batch, for all rows.
 
         Args:
             run: Runs the models on the batch.
-            batch: The batch, if it makes the first rows that double backpropagation goes through.
+            model: The model, if it is one: where the first rows that go through it were the batch
+                in an earlier pass, they give the statistics.
+            batch: The batch.
 
         Returns:
             What ``run`` returns, if it is run now.
@@ -195,8 +199,10 @@ class AttributionPass:
             self.statistics = HeldStatistics()
         self.seen.looked = True
         self._stack.callback(self.statistics.over.append, True)
-        if batch is not None and len(batch[0]) > 1:
-            self.statistics.record_later(run, batch)
+        # Rows that are explained are constants, and those of one example have no statistics.
+        looks = model is not None and len(batch[0]) > 1 and not any(x.requires_grad for x in batch)
+        if looks and self.seen.begins:
+            self.statistics.look(model, batch, run)
             self._stack.enter_context(self.statistics)
             return None
         found = self.statistics.record(run)
@@ -209,6 +215,8 @@ class AttributionPass:
             )
         if self.statistics.layers:
             self._stack.enter_context(self.statistics)
+            if looks:
+                self.statistics.look(model, batch, None)
         return found
 
     def _hold(self, stack: ExitStack) -> None:

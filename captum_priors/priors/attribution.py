@@ -14,7 +14,6 @@ from captum_priors._rows import for_each, shared
 from captum_priors._shown import shown, shown_value
 from captum_priors._types import Penalty
 from captum_priors.adapters import differentiable
-from captum_priors.adapters.gradients import DifferentiableInputXGradient, DifferentiableSaliency
 from captum_priors.engine import current_processes, derive
 from captum_priors.engine.model import BatchNorm
 from captum_priors.engine.processes import is_distributed
@@ -250,10 +249,6 @@ class AttributionPrior(ExplainerPrior):
     def penalty(self) -> Penalty:
         """The penalty."""
         return self.score
-
-    def differentiates_first(self) -> bool:
-        """Whether it is about the gradient at the batch."""
-        return isinstance(self.explainer, (DifferentiableSaliency, DifferentiableInputXGradient))
 
     def _scores(self, call: Call) -> Any:
         options = self._drawing(self.options_of(call), derive(call.seed, 0), call)

@@ -329,10 +329,6 @@ class Term(Prior):
                 )
             yield call
 
-    def differentiates_first(self) -> bool:
-        """Whether the first rows that go through the model are the batch, differentiated by."""
-        return False
-
     def takes(self, name: str) -> bool:
         """Whether a call may pass this keyword; ``annotated`` goes with every annotation."""
         return name == "annotated" and self.takes_tensors and self._takes_annotation()

@@ -63,8 +63,8 @@ def hold_statistics(term: "Term", explaining: AttributionPass, batch: Batch) -> 
         with nullcontext() if explaining.exact else full_precision(device):  # as differences are
             return _outputs(models, whole)
 
-    first = term.differentiates_first() and term.replayed is False
-    explaining.hold_statistics(run, as_tuple(whole[0]) if first else None)
+    model = models[0] if len(models) == 1 else None
+    explaining.hold_statistics(run, model, as_tuple(whole[0]))
 
 
 def _compare(

@@ -51,10 +51,6 @@ class InputGradientRegularization(GradientRegularizer):
 
     labels = True
 
-    def differentiates_first(self) -> bool:
-        """It is about the gradient at the batch."""
-        return True
-
     def _scores(self, call: Call) -> Tensor:
         return square_norms(self._input_gradients(call, call.inputs))
 

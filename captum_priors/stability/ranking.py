@@ -65,10 +65,6 @@ class R2ET(GradientRegularizer):
         self.n_nearest = None if n_nearest is None else count("n_nearest", n_nearest)
         self.step_size = positive("step_size", step_size)
 
-    def differentiates_first(self) -> bool:
-        """Whether it is about the gradient at the batch alone."""
-        return self.curvature == 0
-
     def _scores(self, call: Call) -> Tensor:
         features = sum(x[0].numel() for x in call.inputs)
         if self.top_k >= features:

@@ -101,6 +101,52 @@ def test_priors_explain_the_function_that_is_trained(leaf: Leaf, way: str) -> No
     assert all(m.training for m in model.modules())
 
 
+def forward_passes(prior: Any, model: Any, x: Tensor, call: dict[str, Any]) -> Any:
+    """Count those of a call; are the first rows the batch, and gradients recorded? Its value."""
+    seen = []
+
+    def see(model: nn.Module, args: Any) -> None:
+        rows = args[0]
+        same = isinstance(rows, Tensor) and rows.shape == x.shape and torch.equal(rows, x)
+        seen.append(same and torch.is_grad_enabled())
+
+    handle = model.register_forward_pre_hook(see)
+    value = prior(x, **call)
+    handle.remove()
+    return len(seen), seen[0], value
+
+
+def assert_one_or_none_for_statistics(
+    prior: Any, model: Any, x: Tensor, call: dict[str, Any], *, before: bool = False, cost: int = 1
+) -> None:
+    """One forward pass is made for them, and none where the first rows are the batch.
+
+    The first two calls look whether they are, and the values of those after them are the same.
+    """
+    prior = prior.eval()  # the same draws each time
+    first, _ = prior(x, **call), prior(x, **call)
+    trained, _, value = forward_passes(prior, model, x, call)
+    assert_same(value, model, first, model, **CLOSE)
+    alone, begins, _ = forward_passes(prior, model.eval(), x, call)
+    assert trained - alone == (0 if begins and not before else cost)
+
+
+# The first rows go through in code of others', or not in full precision as finite differences do.
+_BEFORE = ("Stability-FGSM",)
+_BEFORE_DIFFERENCES = ("CURE", "R2ET", "SSR", "LayerEG", "Concept")
+
+
+@every_leaf_and_way
+def test_one_forward_pass_for_the_statistics_or_none(leaf: Leaf, way: str) -> None:
+    x = leaf.batch(6)
+    model, _ = pair(leaf, x)
+    model[1] = nn.Sequential(model[1], type(model[0][1])(2 if leaf.images else 7))
+    prior = leaf.make(model, **way_options(leaf, way))
+    names = _BEFORE_DIFFERENCES if way == "finite_difference" and "gap" not in leaf.name else ()
+    before, runs = leaf.name.startswith((*_BEFORE, *names)), 2 if "two-runs" in leaf.name else 1
+    assert_one_or_none_for_statistics(prior, model, x, leaf.call(x), before=before, cost=runs)
+
+
 @every_leaf_and_way
 def test_a_call_leaves_no_tensors_behind(leaf: Leaf, way: str) -> None:
     """No cycle of references, which only the garbage collector would find."""
@@ -154,6 +200,19 @@ def test_every_kind_of_layer(dims: int, options: dict[str, Any], way: str) -> No
     (g,) = torch.autograd.grad(explicit_block(model, z, x)[:, 1].sum(), z, create_graph=True)
     tolerance = DIFFERENCE if way == "finite_difference" else CLOSE
     assert_same(value, model, l2(g).mean(), model, **tolerance)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_inputs_with_a_graph_have_one_by_the_statistics(way: str) -> None:
+    model, x = Block(0).train(), torch.randn(5, 2).requires_grad_()
+    made = differentiable(ca.Saliency(model), differentiation=way)
+    prior, z = AttributionPrior(made, l2, abs=False), x.view_as(x)
+    (g,) = torch.autograd.grad(explicit_block(model, z, x)[:, 1].sum(), z, create_graph=True)
+    expected = torch.autograd.grad(l2(g).mean(), x)
+    prior(x.detach(), target=1)  # what the first rows are is known by now
+    found = torch.autograd.grad(prior(x, target=1), x)
+    tolerance = DIFFERENCE if way == "finite_difference" else CLOSE
+    torch.testing.assert_close(found, expected, **tolerance)
 
 
 def batch_norms(*, way: str = "double_backprop", **options: Any) -> tuple[Any, Any]:
@@ -341,9 +400,8 @@ def assert_of_the_batch(prior: Any, model: Any, x: Tensor, norm: Any, **call: An
     assert_slope(lambda: prior(x, **call), [*model.parameters()], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:You are providing multiple inputs for Lime")
-@pytest.mark.parametrize("name", NETWORKS)
-def test_explainers_of_captum_inside_a_prior(name: str) -> None:
+def of_captum(name: str) -> Any:
+    """A prior on a class of Captum's, its model in training mode, a batch, and the call."""
     row, model = CAPTUM[name], MODELS[NETWORKS[name]]()
     x = torch.randn(4, *model.shape)
     if x.dim() == 4:
@@ -358,8 +416,25 @@ def test_explainers_of_captum_inside_a_prior(name: str) -> None:
     call = row.call(model)
     target = call.pop("target", None)
     prior = AttributionPrior(made, size, **call)
-    with in_double(needed=row.single_precision):
-        assert_of_the_batch(prior, model, x, norm, **({} if target is None else {"target": target}))
+    return prior, model, norm, x, {} if target is None else {"target": target}
+
+
+@pytest.mark.filterwarnings("ignore:You are providing multiple inputs for Lime")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_explainers_of_captum_inside_a_prior(name: str) -> None:
+    prior, model, norm, x, call = of_captum(name)
+    with in_double(needed=CAPTUM[name].single_precision):
+        assert_of_the_batch(prior, model, x, norm, **call)
+
+
+@pytest.mark.filterwarnings("ignore:You are providing multiple inputs for Lime")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_explainers_of_captum_need_one_forward_pass_or_none(name: str) -> None:
+    prior, model, _, x, call = of_captum(name)
+    model.last = nn.Sequential(nn.BatchNorm2d(3) if x.dim() == 4 else nn.BatchNorm1d(5), model.last)
+    function = not isinstance(getattr(prior.explainer.explainer, "forward_func", model), nn.Module)
+    with in_double(needed=CAPTUM[name].single_precision):
+        assert_one_or_none_for_statistics(prior, model, x, call, before=function)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,13 @@ import shap
 import torch
 from torch import Tensor, nn
 
-from captum_priors import ExpectedGradients, StabilityPrior, Subsample, differentiable
+from captum_priors import (
+    ExpectedGradients,
+    NotDifferentiableError,
+    StabilityPrior,
+    Subsample,
+    differentiable,
+)
 from captum_priors._errors import TargetError
 from captum_priors.attacks import RandomAttack, TopKAttack
 from captum_priors.distances import mse
@@ -23,6 +29,7 @@ from tests.laws.leaves import (
     FEATURES,
     GRADIENT_ROWS,
     LEAVES,
+    LEAVES_AND_WAYS,
     REFUSALS,
     Around,
     Leaf,
@@ -239,3 +246,42 @@ def test_token_ids_in_attacks_and_bounds() -> None:
     ):
         with pytest.raises(REFUSALS, match="LayerExpectedGradients"):
             ask()
+
+
+# ---- Differences are refused where another function would be differentiated -----------------
+
+
+class Beside(nn.Module):
+    """A model, and another branch beside it that differences may not be taken of."""
+
+    def __init__(self, main: Any, branch: Any, together: Any) -> None:
+        super().__init__()
+        self.net, self.branch, self.together = main, branch, together
+
+    def __getitem__(self, at: int) -> Any:
+        return self.net[at]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.together(self.net, self.branch, x)
+
+
+BESIDE: dict[str, Any] = {
+    "detached": lambda net, branch, x: net(x) + branch(x.detach()),
+    "centred": lambda net, branch, x: net(x) + branch(x - x.mean(0)),
+    "softmax over the batch": lambda net, branch, x: net(x) * branch(x).softmax(0),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+@pytest.mark.parametrize(
+    "leaf",
+    [leaf for leaf, way in LEAVES_AND_WAYS if way == "finite_difference"],
+    ids=lambda leaf: leaf.name,
+)
+def test_every_prior_refuses_differences_of(kind: str, leaf: Any) -> None:
+    if kind == "detached" and leaf.name.startswith(("LayerEG", "Concept")):
+        return  # what is explained is a layer, on which that branch does not depend
+    model, x = Beside(leaf.model(), leaf.model(), BESIDE[kind]), leaf.batch(8)
+    prior = leaf.make(model, **way_options(leaf, "finite_difference"))
+    with pytest.raises(NotDifferentiableError, match=r"expected.*double_backprop"):
+        prior(x, **leaf.call(x)).backward()
