@@ -24,6 +24,7 @@ from captum_priors.adapters.selecting import selecting
 from captum_priors.attr import ExpectedGradients
 from captum_priors.attr.layers import copied
 from captum_priors.engine import attribution_call
+from captum_priors.engine.model import call_beside
 from captum_priors.outputs import SeveralOutputs
 
 ADAPTERS: dict[type, type["CaptumAdapter"]] = {}
@@ -148,7 +149,8 @@ class CaptumAdapter:
         # Elsewhere it is a keyword for something else: a tunnel's method, LIME's functions.
         if "baselines" in self._takes and self.draws_baselines:
             found = given.get("baselines")
-            found = call_baselines(found, given["inputs"]) if callable(found) else found
+            if callable(found):
+                found = call_beside(call_baselines, found, given["inputs"])
             each = check_distribution(found if isinstance(found, tuple) else (found,), tensors)
             if (
                 "DeepLift" in self._stock.__name__

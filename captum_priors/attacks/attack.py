@@ -41,7 +41,7 @@ from captum_priors.attacks.ball import (
     step_sizes,
 )
 from captum_priors.engine import AttributionPass, derive
-from captum_priors.engine.model import out_of_inference
+from captum_priors.engine._torch import out_of_inference
 from captum_priors.engine.random import STREAMS
 from captum_priors.penalties.maths import Axes
 

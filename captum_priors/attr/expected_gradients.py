@@ -21,6 +21,7 @@ from captum_priors._rows import Rows
 from captum_priors._types import DIFFERENTIATIONS, Differentiation, TensorOrTuple
 from captum_priors.attr.path_sum import Draws, PathSum
 from captum_priors.engine import attribution_call
+from captum_priors.engine.model import call_beside
 from captum_priors.outputs import SeveralOutputs
 
 Estimator = Literal["control_variate", "monte_carlo"]
@@ -227,6 +228,6 @@ def convergence_delta(
 
 def reference_rows(baselines: Any, inputs: TensorOrTuple) -> tuple[Tensor, ...]:
     """Evaluate and check the reference distribution: one table of rows for each input."""
-    found = call_baselines(baselines, inputs) if callable(baselines) else baselines
+    found = call_beside(call_baselines, baselines, inputs) if callable(baselines) else baselines
     each = found if isinstance(found, tuple) else (found,)
     return check_distribution(each, inputs if isinstance(inputs, tuple) else (inputs,))

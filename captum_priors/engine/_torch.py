@@ -5,11 +5,13 @@ An upgrade is checked here. ``tests/test_architecture.py`` lists these names.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
+
+T = TypeVar("T")
 
 # Private: the one base of all normalisation layers with running statistics, lazy ones included.
 Normalisation = _NormBase
@@ -81,3 +83,15 @@ def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for each, before in zip(hooks, kept, strict=True):
             each.update(before)
+
+
+def out_of_inference(value: T) -> T:
+    """Replace tensors that were made in inference mode, which no graph may hold, by copies."""
+    found: Any = value
+    if isinstance(value, Tensor):
+        found = value.clone() if value.is_inference() else value
+    elif type(value) in (tuple, list):
+        found = type(found)(map(out_of_inference, found))
+    elif type(value) is dict:
+        found = {name: out_of_inference(each) for name, each in found.items()}
+    return found  # type: ignore[no-any-return]  # of the type that came in

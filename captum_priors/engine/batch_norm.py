@@ -31,7 +31,7 @@ Statistics = tuple[Tensor, Tensor]  # mean and biased variance of each channel
 @dataclass
 class _Layer:
     name: str
-    mean: Tensor  # the buffer by which a call is known to be this layer's
+    means: tuple[Tensor, ...]  # the buffers by which a call is known to be this layer's
     group: Any = None  # the processes whose rows make the batch, where there are several
     found: list[Statistics] = field(default_factory=list)  # one for each run in a forward pass
     leaves: list[Statistics] = field(default_factory=list)
@@ -56,7 +56,8 @@ class HeldStatistics(TorchFunctionMode):
     """BatchNorm layers of a model on the statistics of one batch.
 
     Layers are in evaluation mode meanwhile, and known by the copy of their running mean that the
-    pass has given them; what calls batch normalisation otherwise is let through.
+    pass has given them, or by that itself, where ``functional_call`` hands it in; what calls batch
+    normalisation otherwise is let through.
     """
 
     def __init__(self) -> None:
@@ -70,25 +71,34 @@ class HeldStatistics(TorchFunctionMode):
         self.shared = False  # the forward pass that is explained is recorded, too, or was the last
         self.over: list[bool] = []  # empty while the points are differentiated by
 
-    def take(self, module: Any, undo: list[tuple[nn.Module, str, Any]], *, begun: bool) -> None:
+    def take(
+        self,
+        module: Any,
+        given: Tensor | None,
+        undo: list[tuple[nn.Module, str, Any, Any]],
+        *,
+        begun: bool,
+    ) -> None:
         """Hold this layer, whose running mean is a tensor of the pass's own.
 
         Args:
             module: The layer.
-            undo: Where what is set on it is noted: module, name, value before.
+            given: The running mean that it had.
+            undo: Where what is set on it is noted, as the pass does.
             begun: Whether points are being explained already.
         """
         if begun and not self.recording:
             raise unknown(type(module).__name__)
         if module.running_mean is None:  # layers are known by it
             for name in ("running_mean", "running_var"):
-                undo.append((module, name, None))
+                undo.append((module, name, None, None))
                 setattr(module, name, torch.full((module.num_features,), torch.nan))
         group = None
         if isinstance(module, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
             group = module.process_group or dist.group.WORLD
-        mean = module.running_mean
-        self.layers[id(mean)] = _Layer(type(module).__name__, mean, group)
+        means = (module.running_mean, *([] if given is None else [given]))
+        layer = _Layer(type(module).__name__, means, group)
+        self.layers.update({id(mean): layer for mean in means})
 
     def knows(self, buffer: Tensor) -> bool:
         """Whether the buffer is one that a held layer is known by."""

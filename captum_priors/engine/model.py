@@ -4,7 +4,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from captum_priors._errors import NotDifferentiableError
 from captum_priors.engine._failures import cause_of
-from captum_priors.engine._torch import Normalisation, saved_tensors_hooks
+from captum_priors.engine._torch import Normalisation, out_of_inference, saved_tensors_hooks
 from captum_priors.engine.batch_norm import BATCH_NORMS, HeldStatistics
 from captum_priors.engine.modules import (
     enter_exact_kernels,
@@ -64,9 +64,10 @@ _CHECKPOINTED = (
 class AttributionPass:
     """Everything that holds while a model is explained; put back in reverse order, also on errors.
 
-    The modules are in evaluation mode (recurrent ones lose their dropout instead, because cuDNN
-    refuses their backward pass there), with copies of running statistics, because the next training
-    step updates those in place under autograd's hands; :meth:`hold_statistics` has BatchNorm layers
+    The modules are in evaluation mode (recurrent ones that cuDNN may run lose their dropout
+    instead, because it refuses their backward pass there), with copies of their buffers, because
+    the next training step updates those in place under autograd's hands, and because some models
+    update theirs in evaluation mode, too; :meth:`hold_statistics` has BatchNorm layers
     that train explained on those of a batch. Torch's global streams are put back;
     inference mode is left; kernels without a second derivative are replaced by those that have one;
     activation checkpointing is refused where the backward pass would find another model; failures
@@ -123,10 +124,12 @@ class AttributionPass:
         self.batch_norm = batch_norm
         self.statistics: HeldStatistics | None = None  # of BatchNorm layers, once there are some
         self.left_inference = False
+        self._beside = False
         self.modules: set[nn.Module] = set()
         self.seeded = 0 if seed is None else seed
         self._seeds, self._replayed, self._given = seed is not None, replayed, given or {}
-        self._undo: list[tuple[nn.Module, str, Any]] = []
+        # Module, attribute, what it was, and the copy that stands in for it where that may go.
+        self._undo: list[tuple[nn.Module, str, Any, Any]] = []
         if owner is None and explained and explained[0].__hash__ is not None:
             owner = explained[0]
         # Of the owner itself the pass keeps nothing: graphs whose gradient comes later keep it.
@@ -230,15 +233,30 @@ class AttributionPass:
         for root in roots:
             self._take(root)
         if self._hidden:
-            handle = register_module_forward_pre_hook(self._on_call)
-            stack.callback(handle.remove)
+            stack.enter_context(self.watch())
+
+    @contextmanager
+    def watch(self, *, beside: bool = False) -> Iterator[None]:
+        """Hold what runs; ``beside`` what is explained, models alone."""
+        before, self._beside = self._beside, beside
+        handle = register_module_forward_pre_hook(self._on_call)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._beside = before
 
     def _on_call(self, module: nn.Module, args: Any) -> None:
-        if threading.get_ident() == self._thread:
-            self._take(module)
+        known = module in self.modules or threading.get_ident() != self._thread
+        if not known and not (self._beside and next(module.parameters(), None) is None):
+            self._take(module, runs=True)
 
-    def _take(self, root: nn.Module) -> None:
-        """Hold a module and all below it; on each by itself, because users override ``train``."""
+    def _take(self, root: nn.Module, *, runs: bool = False) -> None:
+        """Hold a module and all below it; on each by itself, because users override ``train``.
+
+        One that ``runs`` may have been given its buffers for this run, by ``functional_call``,
+        which takes them out again by itself.
+        """
         # DataParallel alone exists without processes that were told of each other.
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         wrappers = wrapper_classes() if distributed else nn.DataParallel
@@ -250,40 +268,47 @@ class AttributionPass:
             if isinstance(module, wrappers):
                 raise wrapped(module)
             self.modules.add(module)
-            normalises = isinstance(module, Normalisation)
             trains = module.training
-            if isinstance(module, nn.RNNBase):
-                self._undo.append((module, "dropout", module.dropout))
-                module.dropout = 0.0
-                if self.exact and torch.cuda.is_initialized() and current_pass() is self:
+            by_cudnn = False
+            if isinstance(module, nn.RNNBase) and torch.cuda.is_initialized():
+                by_cudnn = not self.exact
+                if by_cudnn:
+                    self._undo.append((module, "dropout", module.dropout, None))
+                    module.dropout = 0.0
+                elif current_pass() is self:
                     without_cudnn(self._stack)  # a function has hidden it until now
-            elif normalises and self.batch_norm == "batch" and not isinstance(module, BATCH_NORMS):
+            others = isinstance(module, Normalisation) and not isinstance(module, BATCH_NORMS)
+            if others and self.batch_norm == "batch":
                 pass  # InstanceNorm trains on the statistics of each example by itself
-            elif trains:
-                self._undo.append((module, "training", True))
+            elif trains and not by_cudnn:
+                self._undo.append((module, "training", True, None))
                 own = vars(module)  # past nn.Module's search for parameters, where it can be
                 if "training" in own:
                     own["training"] = False
                 else:
                     module.training = False
-            if normalises:
-                for name, buffer in module.named_buffers(recurse=False):
-                    self._undo.append((module, name, buffer))
-                    setattr(module, name, buffer.clone())
-                if isinstance(module, BATCH_NORMS):
-                    self._take_batch_norm(module, trains)
+            given = dict(module.named_buffers(recurse=False))
+            for name, buffer in given.items():
+                if not buffer.requires_grad:
+                    copy = buffer.clone()
+                    self._undo.append((module, name, buffer, copy if runs else None))
+                    setattr(module, name, copy)
+            if isinstance(module, BATCH_NORMS):
+                self._take_batch_norm(module, trains, given.get("running_mean"))
             stack.extend(module.children())
 
-    def _take_batch_norm(self, module: Any, trains: bool) -> None:
+    def _take_batch_norm(self, module: Any, trains: bool, mean: Tensor | None) -> None:
         self.seen.batch_norms.add(module)
         if self.batch_norm == "batch" and (trains or module.running_mean is None):
             if self.statistics is None:
                 self.statistics = HeldStatistics()
-            self.statistics.take(module, self._undo, begun=current_pass() is self)
+            self.statistics.take(module, mean, self._undo, begun=current_pass() is self)
 
     def _put_back(self) -> None:
-        for module, name, value in reversed(self._undo):
+        for module, name, value, copy in reversed(self._undo):
             own = vars(module)
+            if copy is not None and getattr(module, name, None) is not copy:
+                continue
             if name in own:
                 own[name] = value
             else:
@@ -295,6 +320,17 @@ current_pass: Callable[[], AttributionPass | None] = functools.partial(
     getattr, _thread, "current", None
 )
 """Return the innermost pass of this thread."""
+
+
+def call_beside(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a function of the user's, such as a perturbation, which may run models of its own.
+
+    A prior holds those as it does what is explained; what has no parameters stays as it is, because
+    dropout or noise is then what is asked for.
+    """
+    current = current_pass()
+    with nullcontext() if current is None or not current.holds else current.watch(beside=True):
+        return function(*args, **kwargs)
 
 
 @contextmanager
@@ -319,29 +355,14 @@ def attribution_call(function: Callable[..., T]) -> Callable[..., T]:
         if current_pass() is not None:
             return function(self, *args, **kwargs)
         given = {"inputs": args[0] if args else None, **kwargs}
-        exact = torch.is_grad_enabled() and _way(self) != "finite_difference"
+        way = getattr(self, "differentiation", "double_backprop")
+        exact = torch.is_grad_enabled() and way != "finite_difference"
         with AttributionPass(self, holds=False, exact=exact, given=given) as explaining:
             if explaining.left_inference:
                 args, kwargs = out_of_inference(args), out_of_inference(kwargs)
             return function(self, *args, **kwargs)
 
     return attribute
-
-
-def _way(explainer: Any) -> str:
-    return str(getattr(explainer, "differentiation", "double_backprop"))
-
-
-def out_of_inference(value: T) -> T:
-    """Replace tensors that were made in inference mode, which no graph may hold, by copies."""
-    found: Any = value
-    if isinstance(value, Tensor):
-        found = value.clone() if value.is_inference() else value
-    elif type(value) in (tuple, list):
-        found = type(found)(map(out_of_inference, found))
-    elif type(value) is dict:
-        found = {name: out_of_inference(each) for name, each in found.items()}
-    return found  # type: ignore[no-any-return]  # of the type that came in
 
 
 # ---- Activations ---------------------------------------------------------------------------
@@ -404,7 +425,10 @@ class ReluMode(TorchFunctionMode):
             x = args[0] if args else kwargs["input"]
             in_place = always or (args[1] if len(args) > 1 else kwargs.get("inplace", False))
             if self.beta is None:
-                found = _Relu.apply(x)  # type: ignore[no-untyped-call]  # of torch
+                try:
+                    found = _Relu.apply(x)  # type: ignore[no-untyped-call]  # of torch
+                except RuntimeError:  # inside of vmap, grad or jvp, for which torch's own will do
+                    return func(*args, **kwargs)
             else:  # Softplus keeps its input for the way back
                 found = F.softplus(x.clone() if in_place else x, beta=self.beta)
             return x.copy_(found) if in_place else found

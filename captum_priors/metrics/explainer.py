@@ -11,7 +11,7 @@ from captum_priors._probe import Probe, seed_or_global_state
 from captum_priors._types import TensorOrTuple
 from captum_priors.attacks.ball import Sizes, balls, check_sizes, draw
 from captum_priors.engine import AttributionPass, derive
-from captum_priors.engine.model import out_of_inference
+from captum_priors.engine._torch import out_of_inference
 from captum_priors.engine.random import STREAMS
 from captum_priors.penalties.maths import joined, tensors_of
 

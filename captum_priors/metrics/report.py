@@ -15,7 +15,7 @@ from captum_priors._extras import extra
 from captum_priors._probe import Probe, default_target, outputs_of, predictions
 from captum_priors.adapters import differentiable
 from captum_priors.engine import derive
-from captum_priors.engine.model import out_of_inference
+from captum_priors.engine._torch import out_of_inference
 from captum_priors.engine.random import STREAMS, seed_global
 from captum_priors.metrics.explainer import held_still
 from captum_priors.metrics.maps import pearson, spearman, top_k_intersection

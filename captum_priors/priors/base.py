@@ -17,7 +17,8 @@ from captum_priors._rows import Rows, check_selects, shared, tile
 from captum_priors._shown import shown_options
 from captum_priors._types import TensorOrTuple
 from captum_priors.engine import AttributionPass, Stream, processes
-from captum_priors.engine.model import BatchNorm, out_of_inference
+from captum_priors.engine._torch import out_of_inference
+from captum_priors.engine.model import BatchNorm, Seen
 from captum_priors.outputs import SeveralOutputs, scores_of_each
 from captum_priors.priors import annotated
 from captum_priors.priors.annotated import Missing
@@ -275,6 +276,7 @@ class Term(Prior):
             if processes.is_distributed():
                 self._check_spread(call)  # before a graph is built
             if call.chosen is not None and call.n == 0:
+                call.explaining.seen = Seen()  # this was no first pass
                 scores: Any = annotated.nothing(call.inputs)
             elif isinstance(target, SeveralOutputs):
                 scores = self._scores_of_each(call)

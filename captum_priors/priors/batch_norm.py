@@ -12,8 +12,8 @@ from torch import Tensor
 from captum_priors._captum import as_tuple
 from captum_priors._rows import Rows
 from captum_priors.engine import AttributionPass
+from captum_priors.engine._torch import out_of_inference
 from captum_priors.engine.finite_difference import full_precision
-from captum_priors.engine.model import out_of_inference
 
 if TYPE_CHECKING:
     from captum_priors.priors.base import Term

@@ -11,7 +11,7 @@ from captum_priors._rows import carried
 from captum_priors._shown import shown
 from captum_priors._types import Distance, TensorOrTuple
 from captum_priors.engine import derive
-from captum_priors.engine.model import BatchNorm
+from captum_priors.engine.model import BatchNorm, call_beside
 from captum_priors.priors.annotated import Missing
 from captum_priors.priors.attribution import ExplainerPrior, parameters_of
 from captum_priors.priors.base import Call, Reduction
@@ -134,7 +134,7 @@ class StabilityPrior(ExplainerPrior):
         known = [name for name in parameters_of(perturb) if name in GIVEN]
         extra = {name: given[name] for name in known if given.get(name) is not None}
         call.explaining.seed(derive(call.seed, 1))
-        moved: TensorOrTuple = perturb(_copies(call.given), **extra)
+        moved: TensorOrTuple = call_beside(perturb, _copies(call.given), **extra)
         if not self.takes_tensors:
             return moved
         each = moved if isinstance(moved, tuple) else (moved,)

@@ -161,6 +161,31 @@ def test_a_call_leaves_no_tensors_behind(leaf: Leaf, way: str) -> None:
     assert alive[1:] == [alive[1]] * 3  # the first call checks more
 
 
+# Those that are made of a function as they are of a module.
+_LAYERS = ("LayerEG", "LayerEG-two-runs", "Sensitivity", "HINT", "RRR-CAM", "Concept")
+
+
+@leaves_and_ways_but(*_LAYERS, "Concept-maps-random")
+@pytest.mark.parametrize("detached", [False, True])
+def test_buffers_given_by_functional_call(leaf: Leaf, way: str, detached: bool) -> None:
+    x = leaf.batch(6)
+    model, explicit = pair(leaf, x)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    own = {k: b.detach() for k, b in buffers.items()} if detached else buffers
+
+    def forward(x: Tensor) -> Tensor:
+        found: Tensor = torch.func.functional_call(model, (parameters, own), (x,))
+        return found
+
+    more: dict[str, Any] = {"teacher": net()} if leaf.cls is ATEX else {}
+    prior, twin = (leaf.make(f, **way_options(leaf, way), **more) for f in (forward, explicit))
+    twin.load_state_dict(prior.state_dict())
+    value, expected = prior(x, **leaf.call(x)), twin(x, **leaf.call(x))
+    tolerance = DIFFERENCE if way == "finite_difference" else CLOSE
+    assert_same(value, model, expected, explicit, **tolerance)
+    assert all(b is buffers[name] for name, b in model.named_buffers())
+
+
 class Block(nn.Module):
     """Convolution and BatchNorm, which run twice."""
 

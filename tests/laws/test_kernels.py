@@ -4,6 +4,7 @@ The oracle is the same model, run eagerly with attention in plain matrix product
 """
 
 import copy
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from captum_priors import AttributionPrior, ExpectedGradients, LayerExpectedGrad
 from captum_priors.engine.gradients import nodes
 from captum_priors.integrations.huggingface import LogitsOf
 from captum_priors.penalties import l2
-from tests.asserts import gradients_of, relative_error
+from tests.asserts import assert_slope, gradients_of, relative_error
 from tests.cases import DIFFERENTIATIONS, EXACT, Cnn
 from tests.laws.leaves import LEAVES_AND_WAYS, Leaf, way_options
 
@@ -280,3 +281,29 @@ def test_every_prior(leaf: Leaf, way: str, in_place: bool) -> None:
         expected = gradients_of(twin(x, **leaf.call(x)), [*eager.parameters()])
     found = gradients_of(prior(x, **leaf.call(x)), [*model.parameters()])
     assert relative_error(found, expected) <= LIMIT[torch.float64]
+
+
+# ---- Transforms ------------------------------------------------------------------------------
+
+
+def ensemble(net: nn.Module, x: Tensor) -> Tensor:
+    weights = {name: torch.stack([p, p.tanh()]) for name, p in net.named_parameters()}
+    run = functools.partial(torch.func.functional_call, net)
+    return torch.vmap(run, in_dims=(0, None))(weights, x).mean(0)
+
+
+def force(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.vmap(torch.func.grad(lambda z: net(z).square().sum()))(x)
+
+
+def along(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.jvp(net, (x,), (x.cos(),))[1].square()
+
+
+@pytest.mark.parametrize("transformed", [ensemble, force, along])
+@pytest.mark.parametrize("way", EXACT)
+def test_relu_inside_of_transforms(transformed: Any, way: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 2)), torch.randn(3, 4)
+    explainer = ExpectedGradients(lambda z: transformed(model, z), differentiation=way)
+    prior = AttributionPrior(explainer, l2, baselines=torch.randn(5, 4), n_samples=2).eval()
+    assert_slope(lambda: prior(x, target=1), [*model.parameters()])

@@ -12,12 +12,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from captum_priors import AttributionPrior, ExpectedGradients, differentiable
+from captum_priors import (
+    AttributionPrior,
+    ExpectedGradients,
+    NotDifferentiableError,
+    StabilityPrior,
+    differentiable,
+)
 from captum_priors.attacks import TopKAttack
+from captum_priors.distances import mse
 from captum_priors.metrics import local_lipschitz
 from captum_priors.penalties import l2
 from tests.adapters.captum_table import set_up
-from tests.laws.leaves import CAPTUM, FEATURES, Around, Leaf, background, every_leaf, net
+from tests.laws.leaves import (
+    CAPTUM,
+    FEATURES,
+    Around,
+    Leaf,
+    background,
+    every_leaf,
+    every_leaf_and_way,
+    net,
+    way_options,
+)
 
 HOOKS = (
     "_forward_hooks",
@@ -77,6 +94,67 @@ def test_what_a_model_sets_up_stays_after_attacks_and_metrics() -> None:
         inner = net()
         ask(SetsItselfUp(inner, inner[0]))
         assert kept(inner[0])
+
+
+class Counts(nn.Module):
+    """Counts its runs in evaluation mode, too, as observers of quantisation do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("in_place", torch.zeros(()))
+        self.register_buffer("anew", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.in_place += 1
+        self.anew = self.anew + 1
+        return x
+
+
+@every_leaf_and_way
+def test_buffers_that_a_model_moves_in_evaluation_mode(leaf: Leaf, way: str) -> None:
+    model, x = leaf.model().append(Counts()), leaf.batch()  # type: ignore[operator]  # Sequential's
+    before = dict(model.named_buffers())
+    leaf.make(model, **way_options(leaf, way))(x, **leaf.call(x)).backward()
+    for name, buffer in model.named_buffers():
+        assert buffer is before[name], name
+        assert int(buffer) == 0, name
+
+
+BESIDE: dict[str, Callable[[Any, Any], Any]] = {
+    "perturbation": lambda f, other: StabilityPrior(ca.Saliency(f), mse, other),
+    "baselines": lambda f, other: AttributionPrior(ExpectedGradients(f), l2, baselines=other),
+    "baselines of Captum's": lambda f, other: AttributionPrior(
+        ca.GradientShap(f), l2, baselines=other
+    ),
+}
+every_beside = pytest.mark.parametrize("beside", BESIDE)
+hidden = pytest.mark.parametrize("hidden", [False, True])
+
+
+@every_beside
+@hidden
+def test_models_of_users_functions_are_held(beside: str, hidden: bool) -> None:
+    model, x = net(), torch.randn(4, FEATURES)
+    other = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Dropout(), Counts())
+    explained = (lambda z: model(z)) if hidden else model
+    prior = BESIDE[beside](explained, lambda z: other(z).detach()).eval()
+    value = prior(x, target=0)
+    other.eval()
+    assert torch.equal(value, prior(x, target=0))
+    assert int(other[2].in_place) == 0
+    other.append(nn.BatchNorm1d(FEATURES)).train()
+    with pytest.raises(NotDifferentiableError, match="BatchNorm1d in train mode"):
+        prior(x, target=0)
+    assert int(other[3].num_batches_tracked) == 0
+
+
+@hidden
+def test_noise_of_perturbations_is_on(hidden: bool) -> None:
+    """A module without parameters is no model."""
+    model, x = net(), torch.randn(4, FEATURES)
+    explained = (lambda z: model(z)) if hidden else model
+    prior = BESIDE["perturbation"](explained, nn.Dropout())
+    assert prior(x, target=0).item() > 0
 
 
 def hooks_of(model: nn.Module) -> list[Any]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_priors import AttributionPrior, NotDifferentiableError, differentiable
-from captum_priors.penalties import l2
+from captum_priors.penalties import l2, outside
 from captum_priors.stability import HessianPenalty
 from tests.laws.leaves import FEATURES, WAYS
 
@@ -83,10 +83,14 @@ def test_third_derivatives_of_hessian_penalties(norm: str) -> None:
 def test_third_derivatives_of_models_with_a_gradient_inside(norm: str, way: Any) -> None:
     energy, x = normed(norm), torch.randn(4, FEATURES)
     explainer = differentiable(ca.Saliency(Force(energy)), differentiation=way)
-    prior = AttributionPrior(explainer, l2, abs=False)
+    prior, mask = (
+        AttributionPrior(explainer, outside, abs=False, missing="nan"),
+        torch.zeros_like(x),
+    )
     with torch.no_grad():
-        prior(x, target=0)  # a look is no first call
-    right_or_refused(energy[0].weight, lambda: prior(x, target=0))
+        prior(x, target=0, annotation=mask)  # a look is no first call
+    prior(x, target=0, annotation=torch.nan * mask)  # nor is one that explains nothing
+    right_or_refused(energy[0].weight, lambda: prior(x, target=0, annotation=mask))
 
 
 @every_norm
