@@ -147,12 +147,3 @@ def test_model_that_changed_behind_the_back_is_an_error() -> None:
     scale[0] = 3.0
     with pytest.raises(NotDifferentiableError, match="changed in between"):
         value.sum().backward()
-
-
-@pytest.mark.parametrize("way", REPLAYING)
-def test_differentiating_twice_is_refused(way: str) -> None:
-    case = mlp()
-    value = attribute(case.model, case.inputs, way, target=1)
-    (gradient,) = torch.autograd.grad(value.square().sum(), case.model[0].weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
