@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from captum_priors.engine._torch import COMPILER
+
 # Attributes in which explainers, and objects around a model, keep what they run.
 _HOLDERS = ("forward_func", "model", "attribution_method", "attr_method", "explainer", "layer")
 
@@ -99,5 +101,5 @@ def without_cudnn(stack: ExitStack) -> None:
 
 def run_eagerly(stack: ExitStack) -> None:
     """Run compiled modules as they were written, until the stack ends."""
-    if "torch._dynamo" in sys.modules:  # nothing can be compiled where nobody imported it
+    if COMPILER in sys.modules:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
