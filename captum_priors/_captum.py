@@ -167,8 +167,9 @@ def select_error(output: Any, target: Any) -> Exception:
         f"what selects one output for each row of outputs {tuple(output.shape)} on {output.device}",
         found if len(found) < 200 else f"a {type(target).__name__}",
         "Pass a class index from 0 to outputs - 1, or an int64 tensor (batch,) of them on the "
-        "model's device; leave it out where there is one output for each example; for sums of "
-        "outputs, or all of them, see captum_priors.outputs.",
+        "model's device; of outputs of several dimensions a tuple, target=(class, row, column); "
+        "leave it out where there is one output for each example; for sums of outputs, or all of "
+        "them, see captum_priors.outputs.",
     )
 
 
