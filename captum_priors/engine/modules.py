@@ -93,6 +93,16 @@ def enter_exact_kernels(stack: ExitStack, modules: Iterable[nn.Module]) -> None:
         without_cudnn(stack)
 
 
+def without_fast_path(stack: ExitStack) -> None:
+    """Run encoders until the stack ends as they are trained: torch has a path without gradients.
+
+    Where there is a padding mask it computes another function.
+    """
+    if torch.backends.mha.get_fastpath_enabled():
+        stack.callback(torch.backends.mha.set_fastpath_enabled, True)
+        torch.backends.mha.set_fastpath_enabled(False)
+
+
 def without_cudnn(stack: ExitStack) -> None:
     """Run without cuDNN until the stack ends; its other flags are left alone."""
     stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
