@@ -1,8 +1,15 @@
-"""The only module that touches Captum's private helpers, so that an upgrade is checked here."""
+"""The only module that touches Captum's private names (Captum 0.8 and 0.9): an upgrade starts here.
+
+Inputs, arguments and targets mean what they mean to Captum, because its own helpers take them. The
+other names tell what is Captum's own from what is a user's: its gradient function, linear models,
+rules, the layers that these cover and the methods that it loads batches for. Its progress bar is
+that of its own attacks.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 from captum._utils.common import (
@@ -47,6 +54,8 @@ __all__ = [
     "SkLearnRidge",
     "as_tuple",
     "call_baselines",
+    "called_with_batches",
+    "called_with_texts",
     "compute_gradients",
     "forward_args",
     "like_inputs",
@@ -73,6 +82,12 @@ run_function: Callable[..., Any] = _run_forward
 """Call a function of the inputs and additional arguments, or of nothing."""
 select_targets: Callable[[Tensor, Any], Tensor] = _select_targets
 """Select the target outputs, shape ``(rows,)``."""
+
+
+called_with_batches: Callable[[Any], Any] = attrgetter("_forward_with_dataloader")
+"""Return what a DataLoaderAttribution has its method explain."""
+called_with_texts: Callable[[Any], Any] = attrgetter("_forward_func")
+"""Likewise of a LLMAttribution."""
 
 
 def like_inputs(inputs: TensorOrTuple, tensors: tuple[Tensor, ...]) -> TensorOrTuple:
@@ -152,8 +167,9 @@ def select_error(output: Any, target: Any) -> Exception:
         f"what selects one output for each row of outputs {tuple(output.shape)} on {output.device}",
         found if len(found) < 200 else f"a {type(target).__name__}",
         "Pass a class index from 0 to outputs - 1, or an int64 tensor (batch,) of them on the "
-        "model's device; leave it out where there is one output for each example; for sums of "
-        "outputs, or all of them, see captum_priors.outputs.",
+        "model's device; of outputs of several dimensions a tuple, target=(class, row, column); "
+        "leave it out where there is one output for each example; for sums of outputs, or all of "
+        "them, see captum_priors.outputs.",
     )
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,14 +34,33 @@ LAYERS = [
     ["_demo"],
     ["__init__", "__main__"],
 ]
-# Private or undocumented names of torch, by the files that may use them. The engine has one file
-# for them; what else is listed runs Captum's or SHAP's own code, which is built on them.
-PRIVATE_OF_TORCH = {
-    "torch._C": {"engine/_torch.py", "adapters/keep_graph.py"},
-    "_sequence_nr": {"engine/_torch.py"},
-    "._backward_hooks": {"engine/_torch.py"},
-    "_NormBase": {"engine/_torch.py"},
-    '"_saved_': {"engine/_torch.py"},
+# Names that torch, Captum and SHAP keep private, by the files that may use them: one file of the
+# engine, one for Captum, SHAP's adapters; and those that run Captum's own code, built on them.
+PRIVATE = {
+    "_captum.py": {
+        *("captum._utils.common", "_format_additional_forward_args", "_format_output"),
+        *("_format_tensor_into_tuples", "_run_forward", "_select_targets"),
+        *("captum._utils.gradient", "captum._utils.models.linear_model", "captum._utils.progress"),
+        *("captum.attr._core.dataloader_attr", "captum.attr._core.deep_lift"),
+        *("captum.attr._core.llm_attr", "captum.attr._core.lrp", "captum.attr._utils.lrp_rules"),
+        "_forward_with_dataloader",
+    },
+    "adapters/keep_graph.py": {
+        *("_C", "_getframe", "captum._utils", "torch._jit_internal", "torch._tensor"),
+        "torch.utils._contextlib",
+    },
+    "adapters/shap/coalitions.py": {"shap.utils._masked_model", "_convert_delta_mask_to_full"},
+    "adapters/shap/deep.py": {"shap.explainers._deep.deep_pytorch"},
+    "adapters/shap/linear.py": {"_parse_model"},
+    "adapters/shap/masked.py": {"_curr_base_value"},
+    "engine/_torch.py": {
+        *("_C", "_NormBase", "_autograd", "_backward_hooks", "_backward_pre_hooks"),
+        *("_forward_hooks", "_forward_pre_hooks", "_saved_train", "_saved_training"),
+        *("_sequence_nr", "_top_saved_tensors_default_hooks", "torch._dynamo"),
+    },
+}
+# Not private by their names: undocumented, or what nobody may use.
+UNDOCUMENTED = {
     "default_generator": {"engine/_torch.py", "engine/random.py"},
     "_execution_engine": set(),
     "gc.get_objects": set(),
@@ -90,15 +110,48 @@ def files_that_mention(text: str) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("name", PRIVATE_OF_TORCH)
-def test_private_names_of_torch(name: str) -> None:
-    assert files_that_mention(name) == PRIVATE_OF_TORCH[name]
+def private(name: str) -> bool:
+    return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
 
 
-def test_private_names_of_captum() -> None:
-    # KeepGraph names Captum's modules to tell its calls from others, and imports none of them.
-    assert files_that_mention("from captum._utils") == {"_captum.py"}
-    assert files_that_mention("from captum.attr._") == {"_captum.py"}
+def names_in(tree: ast.AST) -> tuple[set[str], set[str]]:
+    """Private names that a file defines, and those that it uses, also by text."""
+    defined, used = set(), set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                defined.add(name)
+            case ast.Name(id=name, ctx=ast.Store()):
+                defined.add(name)
+            case ast.Attribute(value=ast.Name(id=owner), attr=name, ctx=ast.Store()):
+                (defined if owner in ("self", "tensor") else used).add(name)
+            case ast.Attribute(attr=name):
+                used.add(name)
+            case ast.ImportFrom(module=str(module), names=names):
+                if not module.startswith("captum_priors"):
+                    used |= {module, *(alias.name for alias in names)}
+            case ast.Constant(value=str(text)) if text.replace(".", "").isidentifier():
+                used.add(text.removeprefix("captum_priors._demo."))
+            case _:
+                pass
+    return set(filter(private, defined)), set(filter(private, used)) - {"__future__"}
+
+
+def test_private_names_of_others() -> None:
+    """Each file that uses some says what for, and of which version."""
+    files = {path: path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py")}
+    names = {path: names_in(ast.parse(text)) for path, text in files.items()}
+    own = set().union({"_replace"}, *(defined for defined, _ in names.values()))
+    own |= {f"{function}Backward" for function in own}  # nodes of its own autograd functions
+    found = {str(path.relative_to(ROOT)): used - own for path, (_, used) in names.items()}
+    assert {file: used for file, used in found.items() if used} == PRIVATE
+    for file in PRIVATE:
+        assert re.search(r"torch 2\.\d+|Captum 0\.\d+|\(0\.5\d\.\d\)", files[ROOT / file]), file
+
+
+@pytest.mark.parametrize("name", UNDOCUMENTED)
+def test_undocumented_names_of_torch(name: str) -> None:
+    assert files_that_mention(name) == UNDOCUMENTED[name]
 
 
 def test_one_place_takes_gradients_of_models() -> None:

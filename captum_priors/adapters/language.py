@@ -1,7 +1,6 @@
 """Adapters of the classes that wrap another explainer and explain something else than tensors."""
 
 import copy
-from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,12 @@ from captum.attr import (
 )
 from torch import Tensor
 
-from captum_priors._captum import SUPPORTED_METHODS, GradientForwardFunc
+from captum_priors._captum import (
+    SUPPORTED_METHODS,
+    GradientForwardFunc,
+    called_with_batches,
+    called_with_texts,
+)
 from captum_priors._types import Differentiation
 from captum_priors.adapters.captum import adapted
 from captum_priors.adapters.methods import ModeAdapter
@@ -57,7 +61,7 @@ class DifferentiableDataLoaderAttribution(WrapperAdapter, DataLoaderAttribution)
     """:class:`captum.attr.DataLoaderAttribution` with its graph, to every batch of the loader."""
 
     _stock = DataLoaderAttribution
-    _called_by_method = attrgetter("_forward_with_dataloader")
+    _called_by_method = called_with_batches
 
     def _as_stock(self, attr_method: Any) -> Any:
         """Captum asks for an exact type."""
@@ -83,7 +87,7 @@ class DifferentiableLLMAttribution(LanguageAdapter, LLMAttribution):
     """:class:`captum.attr.LLMAttribution` whose result carries its graph."""
 
     _stock = LLMAttribution
-    _called_by_method = attrgetter("_forward_func")
+    _called_by_method = called_with_texts
 
 
 class DifferentiableLLMGradientAttribution(LanguageAdapter, LLMGradientAttribution):

@@ -92,15 +92,8 @@ class ModeAdapter(CaptumAdapter):
         return _unflatten(shape[0], iter(values))
 
     def _without_graph(self, given: dict[str, Any]) -> Any:
-        # Without gradients torch runs encoders on a path that computes another function where there
-        # is a padding mask. What is explained is the function that is trained.
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with self._put_back() if self._marks else nullcontext():
-                return self._run_stock(**given)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
+        with self._put_back() if self._marks else nullcontext():
+            return self._run_stock(**given)
 
     def _with_graph(self, given: dict[str, Any]) -> Any:
         # What a neuron's selector returns may well be one number.

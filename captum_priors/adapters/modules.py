@@ -8,8 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-# Where a module keeps its hooks (torch 2.13): no public name lists them.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from captum_priors.engine._torch import hooks_of
 
 
 @contextmanager
@@ -27,7 +26,7 @@ def put_back(
     Yields:
         Nothing.
     """
-    before = [(hooks, set(hooks)) for module in modules for hooks in _hooks_of(module)]
+    before = [(hooks, set(hooks)) for module in modules for hooks in hooks_of(module)]
     attributes = [(vars(m), {k: vars(m)[k] for k in names if k in vars(m)}) for m in marked]
     rules = [known["rule"] for _, known in attributes if hasattr(known.get("rule"), "__dict__")]
     states = [(vars(rule), dict(vars(rule))) for rule in rules]
@@ -44,10 +43,6 @@ def put_back(
         for now, known in states:
             now.clear()
             now.update(known)
-
-
-def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:
-    return [getattr(module, name) for name in _HOOKS]
 
 
 def _is_captum(hook: Any) -> bool:
@@ -78,7 +73,7 @@ def watched(layers: Iterable[nn.Module], again: Callable[[nn.Module], None]) -> 
 
 
 def _keys(module: nn.Module) -> set[int]:
-    return {key for hooks in _hooks_of(module) for key in hooks}
+    return {key for hooks in hooks_of(module) for key in hooks}
 
 
 _said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_priors._captum import select_error, tensor_error
+from captum_priors._captum import select_error, select_targets, tensor_error
 from captum_priors._checks import check_inputs
 from captum_priors._errors import TargetError, refusal, type_of
 
@@ -46,7 +46,7 @@ def _of_captum(error: Exception, tensors: list[Tensor], given: dict[str, Any]) -
     trace = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     frames = [f for f in trace if str(f.f_globals.get("__name__")).startswith("captum.")]
     for frame in reversed(frames):
-        if frame.f_code.co_name == "_select_targets":
+        if frame.f_code is select_targets.__code__:
             return select_error(frame.f_locals["output"], frame.f_locals["target"])
     if not frames or frames[-1] is not trace[-1]:  # the model's own error
         return None

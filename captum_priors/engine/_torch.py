@@ -1,4 +1,4 @@
-"""What the engine needs of torch that torch keeps private or does not document (seen in 2.13).
+"""What is needed of torch that torch keeps private or does not document (torch 2.13).
 
 An upgrade is checked here. ``tests/test_architecture.py`` lists these names.
 """
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 T = TypeVar("T")
@@ -30,6 +30,9 @@ REFUSALS = {
     "use_reentrant": "reentrant activation checkpointing",
     "donated buffer": "CompiledFunctionBackward",
 }
+
+# Private: the module that compiles. Where nobody imported it, nothing can be compiled.
+COMPILER = "torch._dynamo"
 
 # Undocumented: `torch.manual_seed` would also queue work for GPUs that nobody uses.
 default_generator: torch.Generator = torch.default_generator
@@ -66,6 +69,12 @@ def by_batch_statistics(node: Any) -> bool:
 # Private: whether hooks keep what graphs save, as activation checkpointing does. Torch only says
 # how to add and forbid such hooks, not whether there are any.
 saved_tensors_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """Return where a module keeps its hooks. Private: no public name lists them."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [getattr(module, name) for name in names]
 
 
 @contextmanager

@@ -238,7 +238,8 @@ def _third(by: str) -> str:
         by,
         "operators whose third derivatives are right in torch",
         "LayerNorm, InstanceNorm or training BatchNorm",
-        "HessianPenalty takes curvature='difference', which needs second derivatives only.",
+        "Give the model GroupNorm or RMSNorm; for a model's own gradients differentiation="
+        "'finite_difference', in HessianPenalty curvature='difference', needs second derivatives.",
     )
 
 

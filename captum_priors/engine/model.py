@@ -26,6 +26,7 @@ from captum_priors.engine.modules import (
     run_eagerly,
     submodules_of,
     without_cudnn,
+    without_fast_path,
 )
 from captum_priors.engine.processes import wrapped, wrapper_classes
 from captum_priors.engine.random import GlobalState, seed_global
@@ -142,6 +143,7 @@ class AttributionPass:
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
                 self.left_inference = True
+            without_fast_path(stack)
             if self.holds:
                 self._hold(stack)
             else:

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from captum_priors.engine._torch import COMPILER
+
 # Attributes in which explainers, and objects around a model, keep what they run.
 _HOLDERS = ("forward_func", "model", "attribution_method", "attr_method", "explainer", "layer")
 
@@ -91,6 +93,16 @@ def enter_exact_kernels(stack: ExitStack, modules: Iterable[nn.Module]) -> None:
         without_cudnn(stack)
 
 
+def without_fast_path(stack: ExitStack) -> None:
+    """Run encoders until the stack ends as they are trained: torch has a path without gradients.
+
+    Where there is a padding mask it computes another function.
+    """
+    if torch.backends.mha.get_fastpath_enabled():
+        stack.callback(torch.backends.mha.set_fastpath_enabled, True)
+        torch.backends.mha.set_fastpath_enabled(False)
+
+
 def without_cudnn(stack: ExitStack) -> None:
     """Run without cuDNN until the stack ends; its other flags are left alone."""
     stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
@@ -99,5 +111,5 @@ def without_cudnn(stack: ExitStack) -> None:
 
 def run_eagerly(stack: ExitStack) -> None:
     """Run compiled modules as they were written, until the stack ends."""
-    if "torch._dynamo" in sys.modules:  # nothing can be compiled where nobody imported it
+    if COMPILER in sys.modules:
         stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from captum_priors._errors import NotDifferentiableError
+from captum_priors._errors import NotDifferentiableError, refusal
 from captum_priors.engine._torch import without_hooks
 from captum_priors.engine.batch_norm import HeldStatistics
 from captum_priors.engine.coupled import refuse_batch_statistics
@@ -152,8 +152,16 @@ class _WithPullback(torch.autograd.Function):
         return tuple(value.detach() for value in known)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        # Torch's `once_differentiable` is silent where `autograd.grad` asks for leaves alone.
+        if torch.is_grad_enabled():
+            raise refusal(
+                NotDifferentiableError,
+                "second derivatives of attributions",
+                "differentiation='double_backprop'",
+                "create_graph=True in the backward pass of another, which keeps no graph",
+                "Explain with double_backprop, or leave create_graph out.",
+            )
         _ = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2 + ctx.n_values :]
         gradients = ctx.pullback(cotangents, ctx.sources, wanted)

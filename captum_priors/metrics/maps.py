@@ -147,6 +147,8 @@ def kendall(attributions: Tensors, other: Tensors) -> Tensor:
 def pearson(attributions: Tensors, other: Tensors) -> Tensor:
     """Correlation of all entries of two maps: 1 - :func:`captum_priors.distances.pearson`.
 
+    The entries of a tuple are joined into one map; the distance sums over its tensors.
+
     Returns:
         Shape ``(batch,)``, in [-1, 1]; 1 for two constant maps, 0 for one, NaN where a map is not
         finite.
@@ -182,6 +184,8 @@ def ssim(attributions: Tensors, other: Tensors, *, dim: Axes = None, window: int
 @_compares
 def mse(attributions: Tensors, other: Tensors) -> Tensor:
     """Mean squared difference of all entries: :func:`captum_priors.distances.mse`.
+
+    The entries of a tuple are joined into one map; the distance sums over its tensors.
 
     Returns:
         Shape ``(batch,)``; NaN where a map is not finite.

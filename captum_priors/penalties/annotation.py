@@ -21,13 +21,15 @@ _VALUES: dict[Values, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "mask": (
         lambda a: (a >= 0) & (a <= 1),
         "values from 0 (evidence may not lie here) to 1 (it may)",
-        "Scale the mask to [0, 1], and give a place that is not known a value.",
+        "Scale the mask to [0, 1]. Give a place that is not known a value; priors take an example "
+        "of which nothing is known, all NaN, with missing='nan'.",
     ),
     "binary": (lambda a: (a == 0) | (a == 1), "zeros and ones", "Threshold it: (mask > 0.5)."),
     "finite": (
         torch.isfinite,
         "finite numbers",
-        "Give a place that is not known a value, for example 0.",
+        "Give a place that is not known a value, for example 0; priors take an example of which "
+        "nothing is known, all NaN, with missing='nan'.",
     ),
 }
 

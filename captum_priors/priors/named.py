@@ -74,10 +74,12 @@ class PixelPrior(_OfExpectedGradients):
 
     Example:
         >>> import torch
+        >>> from captum_priors.penalties import total_variation
         >>> from captum_priors.priors import PixelPrior
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
-        >>> x = torch.randn(5, 1, 4, 4)
-        >>> PixelPrior(model, baselines=x)(x, target=0).item() > 0
+        >>> x, prior = torch.randn(5, 1, 4, 4), PixelPrior(model, baselines=torch.zeros(1, 1, 4, 4))
+        >>> maps = model[1].weight[0].reshape(1, 4, 4) * x  # of a linear model
+        >>> torch.allclose(prior(x, target=0), total_variation(maps).mean(), rtol=1e-4)
         True
     """
 
@@ -91,9 +93,11 @@ class SparsityPrior(_OfExpectedGradients):
 
     Example:
         >>> import torch
+        >>> from captum_priors.penalties import gini
         >>> from captum_priors.priors import SparsityPrior
         >>> model, x = torch.nn.Linear(4, 1), torch.randn(9, 4)
-        >>> -0.75 <= SparsityPrior(model, baselines=x)(x).item() <= 0
+        >>> prior = SparsityPrior(model, baselines=torch.zeros(1, 4))
+        >>> torch.allclose(prior(x), gini(model.weight * x), atol=1e-5)
         True
     """
 
@@ -284,11 +288,14 @@ class HINT(_OfGradCAM):
 
     Example:
         >>> import torch
+        >>> from captum.attr import LayerGradCam
         >>> from captum_priors.priors import HINT
         >>> conv = torch.nn.Conv2d(1, 2, 3)
         >>> model = torch.nn.Sequential(conv, torch.nn.Flatten(), torch.nn.Linear(72, 3))
         >>> x = torch.randn(4, 1, 8, 8)
-        >>> HINT(model, conv)(x, target=0, annotation=torch.ones(4, 1, 8, 8)).item() >= 0
+        >>> cam = LayerGradCam(model, conv).attribute(x, target=0, relu_attributions=True)
+        >>> cam = cam / cam.amax((1, 2, 3), keepdim=True).clamp_min(1e-9)
+        >>> HINT(model, conv)(x, target=0, annotation=cam.detach()).item() < 1e-9
         True
     """
 

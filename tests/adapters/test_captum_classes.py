@@ -169,7 +169,7 @@ def test_in_priors(name: str) -> None:
     with leaves_no_trace(model, tensors=[x]):
         value = prior(row.subject(x), target=target)
         gradients = parameter_gradients(value, list(model.parameters()))
-        assert float(stability(row.subject(x), target=target).detach()) >= 0
+        assert bool(stability(row.subject(x), target=target).isfinite())
     assert any(float(g.abs().max()) > 0 for g in gradients)
     if "FeaturePermutation" not in name:  # permuting one example changes nothing
         assert float(prior(row.subject(x[:1]), target=target).detach()) > 0  # a last partial batch

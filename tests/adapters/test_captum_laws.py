@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from captum._utils.models.linear_model import SGDLasso, SkLearnLasso, SkLearnRidge
 from torch import Tensor, nn
 
-from captum_priors import NotDifferentiableError, differentiable
+from captum_priors import ExpectedGradients, NotDifferentiableError, differentiable
 from captum_priors.testing import check_differentiable
 from tests.adapters.captum_table import (
     ROWS,
@@ -361,24 +361,38 @@ def test_modules_without_a_rule_are_named_and_others_are_not() -> None:
         differentiable(ca.LRP(softplus)).attribute(x, target=1)
 
 
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.head(self.encoder(x, src_key_padding_mask=padding).mean(1))
+
+
+def padded() -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    return Padded().eval(), torch.randn(2, 5, 8), {"additional_forward_args": padding, "target": 0}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("way", ["double_backprop", "recompute", "finite_difference"])
+def test_deltas_of_encoders_with_a_padding_mask_are_of_what_is_trained(way: Any) -> None:
+    model, x, call = padded()
+    explainer, origin = ExpectedGradients(model, differentiation=way), torch.zeros(1, 5, 8)
+    found, delta = explainer.attribute(x, origin, return_convergence_delta=True, **call)
+    gap = model(x, call["additional_forward_args"]) - model(0 * x, call["additional_forward_args"])
+    missing = found.sum((1, 2)) - gap[:, 0]
+    assert_same_numbers(delta.reshape(2, -1).mean(1), missing.detach(), 1e-10)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_encoders_with_a_padding_mask_are_explained_as_they_are_trained() -> None:
     """Without gradients torch runs another path, which computes another function there."""
-
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-            self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(8, 2)
-
-        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-            return self.head(self.encoder(x, src_key_padding_mask=padding).mean(1))
-
-    model, x = Encoder().eval(), torch.randn(2, 5, 8)
-    padding = torch.zeros(2, 5, dtype=torch.bool)
-    padding[0, 3:] = True
-    mask = torch.arange(5).reshape(1, 5, 1)
-    call = {"target": 0, "additional_forward_args": padding, "feature_mask": mask}
+    model, x, call = padded()
+    call["feature_mask"] = torch.arange(5).reshape(1, 5, 1)
     adapter = differentiable(ca.FeatureAblation(model))
     trained = adapter.attribute(x, **call)
     with torch.no_grad():

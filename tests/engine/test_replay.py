@@ -119,15 +119,6 @@ def test_model_that_changed_behind_the_back_is_an_error() -> None:
         value.sum().backward()
 
 
-@every_replay
-def test_differentiating_twice_is_refused(way: str) -> None:
-    case = mlp()
-    value = attribute(case.model, case.inputs, way, target=1)
-    (gradient,) = torch.autograd.grad(value.square().sum(), case.model[0].weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 # ---- Buffers that a training pass moves between the prior and its backward pass ----------------
 
 

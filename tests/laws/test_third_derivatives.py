@@ -94,9 +94,11 @@ def test_third_derivatives_of_models_with_a_gradient_inside(norm: str, way: Any)
 
 
 @every_norm
-def test_third_derivatives_of_a_gradient_differentiated_again(norm: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_third_derivatives_of_a_gradient_differentiated_again(norm: str, way: Any) -> None:
     model, x = normed(norm), torch.randn(4, FEATURES)
-    prior = AttributionPrior(ca.Saliency(model), l2, abs=False)
+    explainer = differentiable(ca.Saliency(model), differentiation=way)
+    prior = AttributionPrior(explainer, l2, abs=False)
 
     def slope() -> Tensor:
         loss = prior(x) + F.softplus(model(x)).mean()

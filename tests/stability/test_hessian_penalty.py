@@ -80,7 +80,7 @@ def test_exact_is_certified_or_refused(name: str) -> None:
     if name in CERTIFIED:
         assert certificate(name, "exact").passed
     else:
-        with pytest.raises(NotDifferentiableError, match="takes curvature='difference'"):
+        with pytest.raises(NotDifferentiableError, match="HessianPenalty curvature='difference'"):
             certificate(name, "exact")
 
 

@@ -129,9 +129,10 @@ class ShapAdapter:
         return self._explain(X, options).values
 
     @property
+    @attribution_call
     def expected_value(self) -> Any:
         """The base value of the model as it is now, in the units of the link."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             base = self._base()
         return base if base is None else numbers(base)[()]
 
