@@ -19,7 +19,7 @@ from captum_priors._types import OutputTarget
 from captum_priors.engine import current_pass, refuse_coupled_examples, submodules_of
 from captum_priors.engine.coupled import refuse_batch_statistics
 from captum_priors.engine.gradients import recording
-from captum_priors.engine.model import ReluMode, current_beta
+from captum_priors.engine.modules import ReluMode, current_beta
 
 
 @dataclass(frozen=True)

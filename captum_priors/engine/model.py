@@ -10,16 +10,16 @@ from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 
 from captum_priors._errors import NotDifferentiableError
 from captum_priors.engine._failures import cause_of
-from captum_priors.engine._torch import Normalisation, out_of_inference, saved_tensors_hooks
+from captum_priors.engine._torch import Normalisation, out_of_inference
 from captum_priors.engine.batch_norm import BATCH_NORMS, HeldStatistics
 from captum_priors.engine.modules import (
+    CHECKPOINTED,
+    ReluMode,
     enter_exact_kernels,
     modules_of,
     plainly_in,
@@ -53,13 +53,6 @@ class Seen:
 
 
 _seen: WeakKeyDictionary[Any, Seen] = WeakKeyDictionary()
-
-_CHECKPOINTED = (
-    "expected a model without activation checkpointing (or other saved-tensor hooks), found some: "
-    "in the backward pass its blocks would be run again with ReLU and in training mode, when the "
-    "prior no longer holds it still. Use differentiation='recompute' or 'finite_difference' and no "
-    "smoothing, or run the model without checkpointing for this prior."
-)
 
 
 class AttributionPass:
@@ -156,7 +149,7 @@ class AttributionPass:
             if self.smooth is not None:
                 stack.enter_context(ReluMode(self.smooth))
             if self.holds and not self._replayed and torch.is_grad_enabled():
-                stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED))
+                stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTED))
             _thread.current = self
             self._stack = stack.pop_all()
         return self
@@ -167,8 +160,8 @@ class AttributionPass:
         if error is None:
             self.seen.before = self.seen.before or torch.is_grad_enabled()
             self.seen.begins |= self.statistics is not None and self.statistics.begins
-        elif type(error) is RuntimeError and str(error) == _CHECKPOINTED:
-            raise NotDifferentiableError(_CHECKPOINTED) from error
+        elif type(error) is RuntimeError and str(error) == CHECKPOINTED:
+            raise NotDifferentiableError(CHECKPOINTED) from error
         elif self._outer is None:
             cause = cause_of(error, submodules_of(*self.explained), self._given)
             if cause is not None:
@@ -365,77 +358,3 @@ def attribution_call(function: Callable[..., T]) -> Callable[..., T]:
             return function(self, *args, **kwargs)
 
     return attribute
-
-
-# ---- Activations ---------------------------------------------------------------------------
-
-_RELU = (F.relu, torch.relu, Tensor.relu)
-_RELU_IN_PLACE = (torch.relu_, Tensor.relu_, F.relu_)
-
-
-class _Relu(torch.autograd.Function):
-    """ReLU by torch's own kernels, forward and backward, whose slope is a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        output = x.relu()
-        ctx.save_for_backward(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        (output,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(gradient, output.detach(), 0)
-
-
-class ReluMode(TorchFunctionMode):
-    """ReLU as Softplus of some steepness, or (None) exactly, without a graph through zeros.
-
-    Torch's own keeps a graph from its slope to what it was taken at, through which a second
-    backward pass carries zeros through the whole model; the exact form has none, which saves a
-    fifth of the time.
-    """
-
-    def __init__(self, beta: float | None) -> None:
-        super().__init__()
-        self.beta = beta
-
-    def __enter__(self) -> Any:
-        self._before = current_beta()
-        if self.beta is not None:
-            self._ban = torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED)
-            self._ban.__enter__()
-        _thread.beta = self.beta
-        return super().__enter__()  # type: ignore[no-untyped-call]  # torch's
-
-    def __exit__(self, *error: Any) -> None:
-        _thread.beta = self._before
-        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's
-        if self.beta is not None:
-            self._ban.__exit__(*error)
-            if error[0] is RuntimeError and str(error[1]) == _CHECKPOINTED:
-                raise NotDifferentiableError(_CHECKPOINTED) from error[1]
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        always = func in _RELU_IN_PLACE
-        if (func in _RELU or always) and (
-            self.beta is not None or saved_tensors_hooks(False) is None
-        ):
-            x = args[0] if args else kwargs["input"]
-            in_place = always or (args[1] if len(args) > 1 else kwargs.get("inplace", False))
-            if self.beta is None:
-                try:
-                    found = _Relu.apply(x)  # type: ignore[no-untyped-call]  # of torch
-                except RuntimeError:  # inside of vmap, grad or jvp, for which torch's own will do
-                    return func(*args, **kwargs)
-            else:  # Softplus keeps its input for the way back
-                found = F.softplus(x.clone() if in_place else x, beta=self.beta)
-            return x.copy_(found) if in_place else found
-        return func(*args, **kwargs)
-
-
-current_beta: Callable[[], float | None] = functools.partial(getattr, _thread, "beta", None)
-"""Return the Softplus steepness in force in this thread, or None."""

@@ -1,19 +1,22 @@
-"""The modules behind what is explained, and the kernels that they run on."""
+"""The modules behind what is explained, and the kernels and ReLU that they run on."""
 
 import functools
 import sys
 import threading
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 
-from captum_priors.engine._torch import COMPILER
+from captum_priors._errors import NotDifferentiableError
+from captum_priors.engine._torch import COMPILER, saved_tensors_hooks
 
 # Attributes in which explainers, and objects around a model, keep what they run.
 _HOLDERS = ("forward_func", "model", "attribution_method", "attr_method", "explainer", "layer")
@@ -113,3 +116,85 @@ def run_eagerly(stack: ExitStack) -> None:
     """Run compiled modules as they were written, until the stack ends."""
     if COMPILER in sys.modules:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+# ---- ReLU ------------------------------------------------------------------------------------
+
+_thread = threading.local()
+
+CHECKPOINTED = (
+    "expected a model without activation checkpointing (or other saved-tensor hooks), found some: "
+    "in the backward pass its blocks would be run again with ReLU and in training mode, when the "
+    "prior no longer holds it still. Use differentiation='recompute' or 'finite_difference' and no "
+    "smoothing, or run the model without checkpointing for this prior."
+)
+_RELU = (F.relu, torch.relu, Tensor.relu)
+_RELU_IN_PLACE = (torch.relu_, Tensor.relu_, F.relu_)
+
+
+class _Relu(torch.autograd.Function):
+    """ReLU by torch's own kernels, forward and backward, whose slope is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        output = x.relu()
+        ctx.save_for_backward(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (output,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(gradient, output.detach(), 0)
+
+
+class ReluMode(TorchFunctionMode):
+    """ReLU as Softplus of some steepness, or (None) exactly, without a graph through zeros.
+
+    Torch's own keeps a graph from its slope to what it was taken at, through which a second
+    backward pass carries zeros through the whole model; the exact form has none, which saves a
+    fifth of the time.
+    """
+
+    def __init__(self, beta: float | None) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def __enter__(self) -> Any:
+        self._before = current_beta()
+        if self.beta is not None:
+            self._ban = torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTED)
+            self._ban.__enter__()
+        _thread.beta = self.beta
+        return super().__enter__()  # type: ignore[no-untyped-call]  # torch's
+
+    def __exit__(self, *error: Any) -> None:
+        _thread.beta = self._before
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's
+        if self.beta is not None:
+            self._ban.__exit__(*error)
+            if error[0] is RuntimeError and str(error[1]) == CHECKPOINTED:
+                raise NotDifferentiableError(CHECKPOINTED) from error[1]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        always = func in _RELU_IN_PLACE
+        if (func in _RELU or always) and (
+            self.beta is not None or saved_tensors_hooks(False) is None
+        ):
+            x = args[0] if args else kwargs["input"]
+            in_place = always or (args[1] if len(args) > 1 else kwargs.get("inplace", False))
+            if self.beta is None:
+                try:
+                    found = _Relu.apply(x)  # type: ignore[no-untyped-call]  # of torch
+                except RuntimeError:  # inside of vmap, grad or jvp, for which torch's own will do
+                    return func(*args, **kwargs)
+            else:  # Softplus keeps its input for the way back
+                found = F.softplus(x.clone() if in_place else x, beta=self.beta)
+            return x.copy_(found) if in_place else found
+        return func(*args, **kwargs)
+
+
+current_beta: Callable[[], float | None] = functools.partial(getattr, _thread, "beta", None)
+"""Return the Softplus steepness in force in this thread, or None."""

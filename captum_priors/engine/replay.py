@@ -19,13 +19,10 @@ from captum_priors.engine._torch import without_hooks
 from captum_priors.engine.batch_norm import HeldStatistics
 from captum_priors.engine.coupled import refuse_batch_statistics
 from captum_priors.engine.gradients import nodes, without_graph
-from captum_priors.engine.model import (
+from captum_priors.engine.model import current_pass, resumed
+from captum_priors.engine.modules import (
     ReluMode,
     current_beta,
-    current_pass,
-    resumed,
-)
-from captum_priors.engine.modules import (
     enter_exact_kernels,
     plainly_in,
     run_eagerly,

@@ -13,7 +13,7 @@ from captum_priors._rows import Rows, selected
 from captum_priors._types import TensorOrTuple
 from captum_priors.attacks.ball import Tensors, broadcast
 from captum_priors.engine import AttributionPass, input_gradients
-from captum_priors.engine.model import current_beta
+from captum_priors.engine.modules import current_beta
 from captum_priors.stability.base import flat_rows, points_of
 from captum_priors.stability.hessian import hessian_vector_product, rademacher
 from captum_priors.stability.smooth import smooth_activations

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from captum_priors._checks import check_module, nonnegative, positive
-from captum_priors.engine.model import ReluMode
+from captum_priors.engine.modules import ReluMode
 
 
 class smooth_activations(nn.Module):  # noqa: N801  # used like a function, as torch.no_grad is
