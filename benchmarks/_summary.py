@@ -135,12 +135,13 @@ def _pixel_prior(results: Any) -> Iterator[Row]:
 def _nhanes_sparsity(results: Any) -> Iterator[Row]:
     noise = results.get("columns of noise", 0)
     data = f"100 rows, {noise} columns of noise" if noise else "100 rows"
+    published = {} if noise else results["published"]
     for name, row in results["chosen"].items():
         auc, gini = row["ROC-AUC"], row["Gini"]
         yield (
             f"sparsity on NHANES I, {data}, {name}: ROC-AUC; Gini of attributions",
             f"{auc['mean']:.3f} ± {auc['stdev']:.3f}; {gini['mean']:.2f} ± {gini['stdev']:.2f}",
-            "published {}; {}".format(*results["published"][name]),
+            "published {}; {}".format(*published[name]) if name in published else "",
         )
 
 
