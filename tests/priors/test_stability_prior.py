@@ -19,7 +19,9 @@ ROUNDING = 1e-12
 
 @pytest.mark.parametrize("distance", [mse, cosine])
 @pytest.mark.parametrize(
-    "perturbation", [lambda x: x + 0.3, torch.round, nn.Hardtanh(-0.5, 0.5)], ids=str
+    "perturbation",
+    [lambda x: x + 0.3, torch.round, nn.Hardtanh(-0.5, 0.5)],
+    ids=["function", "builtin", "module"],
 )
 def test_equals_a_computation_by_hand(perturbation: Any, distance: Any) -> None:
     """Gradients flow through both sides."""
