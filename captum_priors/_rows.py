@@ -136,7 +136,8 @@ class Rows:
                 with ReluMode(current_beta()) if constant else nullcontext():
                     output = run(*given, *args)
             else:  # compiled modules, which run here, warn of copies of leaves that torch protects
-                leaves = [isinstance(p, Tensor) and p.is_leaf and p.requires_grad for p in points]
+                guarded = torch.is_grad_enabled()
+                leaves = [guarded and getattr(p, "is_leaf", 0) and p.requires_grad for p in points]
                 plain = [p if leaf else g for p, g, leaf in zip(points, given, leaves, strict=True)]
                 try:
                     output = run(*plain, *args)
