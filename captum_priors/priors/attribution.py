@@ -204,13 +204,10 @@ class AttributionPrior(ExplainerPrior):
     Args:
         explainer: An explainer that :func:`captum_priors.differentiable` takes.
         penalty: ``penalty(attributions, **annotations)`` of shape ``(batch,)`` or ``()``.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Run the attribution pass with ReLU as Softplus of this steepness (30 is a good
             start), which gives hidden biases a gradient that double backpropagation through ReLU
             does not.
-        batch_norm: As in :class:`Term`.
-        missing: As in :class:`Term`.
-        name: As in :class:`Prior`.
+        reduction, batch_norm, missing, name: As in :class:`Term`.
         attribute_options: What else ``explainer.attribute`` is to be given at every call, such as
             ``baselines`` or ``n_samples``.
 

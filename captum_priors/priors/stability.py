@@ -39,11 +39,7 @@ class StabilityPrior(ExplainerPrior):
             attack of ours moves only what the annotation does not allow, where it is 0); other
             arguments of an attack are bound first, as in ``lambda x, target: fgsm.perturb(x, 0.1,
             target)``. Its random numbers are torch's; ``perturbation.draws`` names others.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: As in :class:`AttributionPrior`.
-        batch_norm: As in :class:`Term`.
-        missing: As in :class:`Term`.
-        name: As in :class:`Prior`.
+        reduction, smooth, batch_norm, missing, name: As in :class:`Term`.
         attribute_options: As in :class:`AttributionPrior`.
 
     Raises:
