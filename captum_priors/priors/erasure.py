@@ -1,5 +1,6 @@
 """Predictions without an annotated rationale, and from it alone."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -7,22 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from captum_priors._checks import nonnegative
+from captum_priors._checks import check_forward_func, nonnegative
 from captum_priors._errors import one_of
 from captum_priors.attacks.ball import Tensors, broadcast, for_each
 from captum_priors.penalties.annotation import fitted
-from captum_priors.priors.base import Call
+from captum_priors.priors.annotated import OF_EACH
+from captum_priors.priors.base import Call, Term
 from captum_priors.priors.classes import logits_and_labels
-from captum_priors.priors.terms import Annotated, AnnotatedOptions
+from captum_priors.priors.terms import AnnotatedOptions
 
 Form = Literal["probability", "log"]
 
 
-class _Erasure(Annotated):
+class _Erasure(Term):
     """Compare the prediction at an example with that where part of it is its baseline."""
 
     labels: ClassVar[bool] = True
-    _annotation: ClassVar[str] = "where the rationale is (1) and where not (0)"
+    _needed: Mapping[str, tuple[str, str]] = {
+        "annotation": ("where the rationale is (1) and where not (0)", OF_EACH)
+    }
     _removes_rationale: ClassVar[bool]
 
     def __init__(
@@ -33,6 +37,7 @@ class _Erasure(Annotated):
         margin: float | None = None,
         **options: Unpack[AnnotatedOptions],
     ) -> None:
+        check_forward_func(forward_func)
         super().__init__(forward_func, **options)
         one_of("form", form, get_args(Form))
         self.form, self.margin = form, None if margin is None else nonnegative("margin", margin)

@@ -1,5 +1,6 @@
 """Right for the right reasons, robustly: also at the worst change of what must not matter."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from captum_priors._captum import as_tuple
-from captum_priors._checks import check_floating, count
+from captum_priors._checks import check_floating, check_forward_func, count
 from captum_priors._errors import one_of
 from captum_priors._rows import carried
 from captum_priors.attacks.ball import (
@@ -23,14 +24,15 @@ from captum_priors.attacks.ball import (
 from captum_priors.engine import Field, derive, input_gradients
 from captum_priors.penalties import l1
 from captum_priors.penalties.annotation import fitted
-from captum_priors.priors.base import Call
+from captum_priors.priors.annotated import OF_EACH
+from captum_priors.priors.base import Call, Term
 from captum_priors.priors.classes import cross_entropies
-from captum_priors.priors.terms import Annotated, AnnotatedOptions
+from captum_priors.priors.terms import AnnotatedOptions
 
 Way = Literal["double_backprop", "finite_difference"]
 
 
-class RobustRightReasons(Annotated):
+class RobustRightReasons(Term):
     r"""R4: no gradient of the loss where the annotation does not allow it, whatever stands there.
 
     .. math:: \max_{\lVert\delta\rVert_\infty \le r}\;
@@ -79,7 +81,9 @@ class RobustRightReasons(Annotated):
     """
 
     labels: ClassVar[bool] = True
-    _annotation: ClassVar[str] = "where evidence may lie (1) and where not (0)"
+    _needed: Mapping[str, tuple[str, str]] = {
+        "annotation": ("where evidence may lie (1) and where not (0)", OF_EACH)
+    }
 
     def __init__(
         self,
@@ -94,6 +98,7 @@ class RobustRightReasons(Annotated):
         differentiation: Way = "double_backprop",
         **options: Unpack[AnnotatedOptions],
     ) -> None:
+        check_forward_func(forward_func)
         super().__init__(forward_func, **options)
         one_of("attack", attack, ("random", "pgd"))
         one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))
