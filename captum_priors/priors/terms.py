@@ -33,6 +33,5 @@ class Unannotated(Term):
 
     def __init__(self, explained: Any, **options: Unpack[TermOptions]) -> None:
         for name in options.keys() - TermOptions.__annotations__.keys():  # Term takes ``missing``
-            made = f"{type(self).__name__}.__init__()"
-            raise TypeError(f"{made} got an unexpected keyword argument {name!r}")
+            raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}")
         super().__init__(explained, **options)
