@@ -5,17 +5,18 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from captum_priors._checks import positive, share
 from captum_priors._shown import shown
 from captum_priors.distances import pearson, soft_spearman
 from captum_priors.engine import derive
-from captum_priors.engine.model import BatchNorm
 from captum_priors.priors.attribution import ExplainerPrior
-from captum_priors.priors.base import Call, Reduction, Term
+from captum_priors.priors.base import Call
+from captum_priors.priors.terms import TermOptions, Unannotated
 
 
-class AgreementPrior(Term):
+class AgreementPrior(Unannotated):
     r"""Penalise how far the attributions of two explainers are from correlated.
 
     .. math:: \mu\, \frac{1 - \rho_s(\Phi_a, \Phi_b)}{2}
@@ -37,10 +38,7 @@ class AgreementPrior(Term):
         options_a: What else the ``attribute`` of the first is to be given at every call, such as
             ``{"abs": False}`` for :class:`captum.attr.Saliency`, whose attributions are absolute.
         options_b: The same for the second.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: As in :class:`AttributionPrior`.
-        batch_norm: As in :class:`Term`.
-        name: As in :class:`Prior`.
+        options: ``reduction``, ``smooth``, ``batch_norm``, ``name`` of :class:`Term`.
 
     Raises:
         NotDifferentiableError: If an explainer cannot be trained on.
@@ -69,16 +67,10 @@ class AgreementPrior(Term):
         strength: float = 10.0,
         options_a: Mapping[str, Any] | None = None,
         options_b: Mapping[str, Any] | None = None,
-        reduction: Reduction = "mean",
-        smooth: float | None = None,
-        batch_norm: BatchNorm = "batch",
-        name: str | None = None,
+        **options: Unpack[TermOptions],
     ) -> None:
         sides = _Side(explainer_a, options_a, 0), _Side(explainer_b, options_b, 1)
-        explainer = sides[0].explainer
-        super().__init__(
-            explainer, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
-        )
+        super().__init__(sides[0].explainer, **options)
         self.mix, self.strength = share("mix", mix), positive("strength", strength, example=10)
         self.options_a, self.options_b = options_a, options_b
         self.a, self.b = sides

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="Call")
 Missing = Literal["refuse", "nan"]
 """What an annotation of NaN alone says: nothing, which is refused, or that there is none."""
+OF_EACH = "one entry for each example of the batch."
 
 
 def annotated_rows(annotations: Mapping[str, Any], n: int, missing: Missing) -> Tensor | None:

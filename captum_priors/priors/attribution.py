@@ -19,7 +19,7 @@ from captum_priors.engine.model import BatchNorm
 from captum_priors.engine.processes import is_distributed
 from captum_priors.engine.random import STREAMS, GeneratorState
 from captum_priors.outputs import SeveralOutputs, mean_of, outputs_of, taken
-from captum_priors.priors.annotated import Missing
+from captum_priors.priors.annotated import OF_EACH, Missing
 from captum_priors.priors.base import Call, Reduction, Term
 
 Parameters = Mapping[str, Parameter]
@@ -61,17 +61,18 @@ class ExplainerPrior(Term):
         self._taken, self._open, self._any = frozenset(taken), _is_open(taken), _is_open(scored)
         self._keywords = frozenset([*scored][self._n_maps :]) | (self._taken & {"baselines"})
         compared = f"what {shown(score)} compares the attributions with"
-        self._needed = {
-            p.name: (compared, "one entry for each example of the batch.")
+        needed = {
+            p.name: (compared, OF_EACH)
             for p in scored.values()
             if p.kind is p.KEYWORD_ONLY and p.default is p.empty
         }
         if "baselines" in taken and taken["baselines"].default is Parameter.empty:
-            self._needed["baselines"] = (
+            needed["baselines"] = (
                 f"the reference rows that {type(explainer).__name__} averages over",
                 "when the prior is made or called: a few hundred training examples, or the batch "
                 "itself, are common choices.",
             )
+        self._needed = {name: said for name, said in needed.items() if name not in options}
         if isinstance(options.get("generator"), torch.Generator):
             self.generator_state = GeneratorState(options["generator"])
 
@@ -79,9 +80,6 @@ class ExplainerPrior(Term):
         """Whether the explainer takes baselines; whether the score takes this annotation."""
         known = name in self._keywords or (self._open if name == "baselines" else self._any)
         return known or super().takes(name)
-
-    def _takes_annotation(self) -> bool:
-        return bool(self._needed.keys() - {"baselines"}) or super()._takes_annotation()
 
     @property
     def draws_baselines(self) -> bool:
@@ -94,16 +92,6 @@ class ExplainerPrior(Term):
 
     def _way(self) -> str:
         return str(getattr(self.explainer, "differentiation", "double_backprop"))
-
-    def _check_call(
-        self, inputs: Any, baselines: Any, target: Any, annotations: dict[str, Any]
-    ) -> None:
-        super()._check_call(inputs, baselines, target, annotations)
-        given = {"baselines": baselines, **annotations}
-        for name, (expected, advice) in self._needed.items():
-            if given.get(name) is None and name not in self.options:
-                remedy = f"Pass {name}=..., {advice}"
-                raise refusal(TypeError, f"`{name}`", expected, "none", remedy)
 
     def options_of(self, call: Call) -> dict[str, Any]:
         """Keywords of this call; Captum's positional orders differ from class to class."""
@@ -204,13 +192,10 @@ class AttributionPrior(ExplainerPrior):
     Args:
         explainer: An explainer that :func:`captum_priors.differentiable` takes.
         penalty: ``penalty(attributions, **annotations)`` of shape ``(batch,)`` or ``()``.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
         smooth: Run the attribution pass with ReLU as Softplus of this steepness (30 is a good
             start), which gives hidden biases a gradient that double backpropagation through ReLU
             does not.
-        batch_norm: As in :class:`Term`.
-        missing: As in :class:`Term`.
-        name: As in :class:`Prior`.
+        reduction, batch_norm, missing, name: As in :class:`Term`.
         attribute_options: What else ``explainer.attribute`` is to be given at every call, such as
             ``baselines`` or ``n_samples``.
 

@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
@@ -79,7 +79,11 @@ class Prior(nn.Module, ABC):
 
     def formula(self) -> str:
         """Return the prior as it would be written."""
-        return f"{type(self).__name__}({', '.join(shown_options(self))})"
+        return f"{type(self).__name__}({', '.join([*self._described(), *shown_options(self)])})"
+
+    def _described(self) -> list[str]:
+        """What the formula names before the options."""
+        return []
 
     def training_step(self) -> bool:
         """Whether a call now is part of training, as opposed to looking at a value."""
@@ -217,6 +221,7 @@ class Term(Prior):
     draws: Sequence[str] = ("torch",)
     replayed: bool = False
     forward_func: Any
+    _needed: Mapping[str, tuple[str, str]] = {}  # in a call: what it says, and how to pass it
     _name_of_score: ClassVar[str] = "score"
     _records: ClassVar[bool] = True
 
@@ -333,19 +338,12 @@ class Term(Prior):
 
     def takes(self, name: str) -> bool:
         """Whether a call may pass this keyword; ``annotated`` goes with every annotation."""
-        return name == "annotated" and self.takes_tensors and self._takes_annotation()
+        goes_with = name == "annotated" and self.takes_tensors and self._takes_annotation()
+        return goes_with or name in self._needed
 
     def _takes_annotation(self) -> bool:
         """Whether something is said about the examples: nothing by default."""
-        return self.takes("annotation")
-
-    def formula(self) -> str:
-        """Return the prior as it would be written."""
-        return f"{type(self).__name__}({', '.join([*self._described(), *shown_options(self)])})"
-
-    def _described(self) -> list[str]:
-        """What the formula names before the options."""
-        return []
+        return bool(self._needed.keys() - {"baselines"}) or self.takes("annotation")
 
     def _way(self) -> str:
         """How gradients of input gradients are taken."""
@@ -356,6 +354,10 @@ class Term(Prior):
     ) -> None:
         """Check a call before anything is drawn or computed."""
         _checks.check_keywords(self, baselines, annotations)
+        given = {"baselines": baselines, **annotations}
+        for name, (expected, how) in self._needed.items():
+            if given.get(name) is None:
+                raise refusal(TypeError, f"`{name}`", expected, "none", f"Pass {name}=..., {how}")
         if not self.takes_tensors:
             return
         n = _checks.check_inputs(inputs)

@@ -4,6 +4,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from captum_priors._checks import check_forward_func, check_module
 from captum_priors._errors import one_of, refusal, type_of
@@ -12,16 +13,16 @@ from captum_priors._types import DIFFERENTIATIONS, Differentiation
 from captum_priors.attr.layers import Layer
 from captum_priors.concepts import over_places
 from captum_priors.engine import derive, input_gradients, recompute
-from captum_priors.engine.model import BatchNorm
 from captum_priors.penalties.maths import cosine_distance
-from captum_priors.priors.base import Call, Reduction, Term
+from captum_priors.priors.base import Call
+from captum_priors.priors.terms import TermOptions, Unannotated
 
 Form = Literal["abs", "square", "cosine"]
 Chosen = Literal["max", "all", "random"]
 Tensors = tuple[Tensor, ...]
 
 
-class ConceptPrior(Term):
+class ConceptPrior(Unannotated):
     r"""Penalise how much the output changes when a concept is added to a layer's activation.
 
     .. math:: \left|\langle \nabla_a f(a(x)),\, c\rangle\right|
@@ -48,10 +49,7 @@ class ConceptPrior(Term):
         form: ``"abs"``, as above; its ``"square"``; or the absolute ``"cosine"`` of the two.
         channel_dim: The axis of the channels of a map: 1, or -1 for tokens.
         differentiation: As in :class:`ExpectedGradients`.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: As in :class:`AttributionPrior`.
-        batch_norm: As in :class:`Term`.
-        name: As in :class:`Prior`.
+        options: ``reduction``, ``smooth``, ``batch_norm``, ``name`` of :class:`Term`.
 
     Raises:
         TypeError: If the layer is no module, or returns other than one tensor.
@@ -82,10 +80,7 @@ class ConceptPrior(Term):
         form: Form = "abs",
         channel_dim: int = 1,
         differentiation: Differentiation = "double_backprop",
-        reduction: Reduction = "mean",
-        smooth: float | None = None,
-        batch_norm: BatchNorm = "batch",
-        name: str | None = None,
+        **options: Unpack[TermOptions],
     ) -> None:
         check_forward_func(forward_func)
         check_module("layer", layer)
@@ -94,9 +89,7 @@ class ConceptPrior(Term):
             one_of("target", target, get_args(Chosen))
         one_of("form", form, get_args(Form))
         one_of("differentiation", differentiation, DIFFERENTIATIONS)
-        super().__init__(
-            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
-        )
+        super().__init__(forward_func, **options)
         self.target, self.form, self.channel_dim = target, form, channel_dim
         self.differentiation = differentiation
         self.replayed = differentiation != "double_backprop"

@@ -1,19 +1,21 @@
 """Predictions without an annotated rationale, and from it alone."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from captum_priors._checks import check_forward_func, nonnegative
-from captum_priors._errors import one_of, refusal
+from captum_priors._errors import one_of
 from captum_priors.attacks.ball import Tensors, broadcast, for_each
-from captum_priors.engine.model import BatchNorm
 from captum_priors.penalties.annotation import fitted
-from captum_priors.priors.annotated import Missing
-from captum_priors.priors.base import Call, Reduction, Term
+from captum_priors.priors.annotated import OF_EACH
+from captum_priors.priors.base import Call, Term
 from captum_priors.priors.classes import logits_and_labels
+from captum_priors.priors.terms import AnnotatedOptions
 
 Form = Literal["probability", "log"]
 
@@ -22,6 +24,9 @@ class _Erasure(Term):
     """Compare the prediction at an example with that where part of it is its baseline."""
 
     labels: ClassVar[bool] = True
+    _needed: Mapping[str, tuple[str, str]] = {
+        "annotation": ("where the rationale is (1) and where not (0)", OF_EACH)
+    }
     _removes_rationale: ClassVar[bool]
 
     def __init__(
@@ -30,40 +35,16 @@ class _Erasure(Term):
         *,
         form: Form = "probability",
         margin: float | None = None,
-        reduction: Reduction = "mean",
-        smooth: float | None = None,
-        batch_norm: BatchNorm = "batch",
-        missing: Missing = "refuse",
-        name: str | None = None,
+        **options: Unpack[AnnotatedOptions],
     ) -> None:
         check_forward_func(forward_func)
-        super().__init__(
-            forward_func,
-            reduction=reduction,
-            smooth=smooth,
-            batch_norm=batch_norm,
-            missing=missing,
-            name=name,
-        )
+        super().__init__(forward_func, **options)
         one_of("form", form, get_args(Form))
         self.form, self.margin = form, None if margin is None else nonnegative("margin", margin)
 
     def takes(self, name: str) -> bool:
         """Whether a call may pass this keyword."""
-        return name in ("annotation", "baselines") or super().takes(name)
-
-    def _check_call(
-        self, inputs: Any, baselines: Any, target: Any, annotations: dict[str, Any]
-    ) -> None:
-        super()._check_call(inputs, baselines, target, annotations)
-        if annotations.get("annotation") is None:
-            raise refusal(
-                TypeError,
-                "`annotation`",
-                "where the rationale is (1) and where not (0)",
-                "none",
-                "Pass annotation=..., one entry for each example of the batch.",
-            )
+        return name == "baselines" or super().takes(name)
 
     def _scores(self, call: Call) -> Tensor:
         pairs = zip(call.inputs, self._erased(call), strict=True)
@@ -113,11 +94,7 @@ class Comprehensiveness(_Erasure):
         forward_func: The model, which returns logits; a single one is a binary classifier's.
         form: ``"probability"``, or its ``"log"``.
         margin: :math:`m`, the change beyond which no more is asked for; None for no end.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: As in :class:`Term`.
-        batch_norm: As in :class:`Term`.
-        missing: As in :class:`Term`.
-        name: As in :class:`Term`.
+        options: ``reduction``, ``smooth``, ``batch_norm``, ``missing``, ``name`` of :class:`Term`.
 
     In a call, ``target`` is the labels ``(batch,)``, ``annotation`` the mask, 1 where the rationale
     is, as in :func:`captum_priors.penalties.rationale`, and ``baselines`` as Captum's: a number, a

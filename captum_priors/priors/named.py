@@ -41,6 +41,16 @@ class _Named(AttributionPrior):
 
     _penalty: ClassVar[Callable[..., Tensor]]
 
+    def __init__(
+        self,
+        explainer: Any,
+        *,
+        differentiation: Differentiation = "double_backprop",
+        **options: Any,
+    ) -> None:
+        explainer = differentiable(explainer, differentiation=differentiation)
+        super().__init__(explainer, self._penalty, **options)
+
     def _described(self) -> list[str]:
         own = inspect.signature(type(self).__init__).parameters
         options = [
@@ -54,16 +64,8 @@ class _Named(AttributionPrior):
 
 
 class _OfExpectedGradients(_Named):
-    def __init__(
-        self,
-        forward_func: Any,
-        *,
-        n_samples: int = 1,
-        differentiation: Differentiation = "double_backprop",
-        **options: Any,
-    ) -> None:
-        explainer = ExpectedGradients(forward_func, differentiation=differentiation)
-        super().__init__(explainer, self._penalty, n_samples=n_samples, **options)
+    def __init__(self, forward_func: Any, *, n_samples: int = 1, **options: Any) -> None:
+        super().__init__(ExpectedGradients(forward_func), n_samples=n_samples, **options)
 
 
 class PixelPrior(_OfExpectedGradients):
@@ -120,16 +122,10 @@ class GraphPrior(_Named):
     """
 
     def __init__(
-        self,
-        forward_func: Any,
-        adjacency: Tensor,
-        *,
-        n_samples: int = 10,
-        differentiation: Differentiation = "double_backprop",
-        **options: Any,
+        self, forward_func: Any, adjacency: Tensor, *, n_samples: int = 10, **options: Any
     ) -> None:
-        explainer = ExpectedGradients(forward_func, differentiation=differentiation)
-        super().__init__(explainer, GraphLaplacian(adjacency), n_samples=n_samples, **options)
+        self.__dict__["_penalty"] = GraphLaplacian(adjacency)  # nn.Module is not set up yet
+        super().__init__(ExpectedGradients(forward_func), n_samples=n_samples, **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,17 +187,11 @@ class RightForTheRightReasons(_Named):
         0.0
     """
 
-    def __init__(
-        self,
-        forward_func: Any,
-        *,
-        differentiation: Differentiation = "double_backprop",
-        **options: Any,
-    ) -> None:
+    _penalty = staticmethod(outside)
+
+    def __init__(self, forward_func: Any, **options: Any) -> None:
         check_forward_func(forward_func)
-        gradient = Saliency(_SumOfLogProbabilities(forward_func))
-        explainer = differentiable(gradient, differentiation=differentiation)
-        super().__init__(explainer, outside, abs=False, **options)
+        super().__init__(Saliency(_SumOfLogProbabilities(forward_func)), abs=False, **options)
 
     def _scores(self, call: Call) -> Any:
         args = call.args if call.target is None else (*call.args, _Given(call.target))
@@ -224,34 +214,20 @@ class EnergyPrior(_Named):
         0.0
     """
 
-    def __init__(
-        self,
-        forward_func: Any,
-        *,
-        differentiation: Differentiation = "double_backprop",
-        **options: Any,
-    ) -> None:
+    _penalty = staticmethod(energy_outside)
+
+    def __init__(self, forward_func: Any, **options: Any) -> None:
         check_forward_func(forward_func)
-        explainer = differentiable(InputXGradient(forward_func), differentiation=differentiation)
-        super().__init__(explainer, energy_outside, **options)
+        super().__init__(InputXGradient(forward_func), **options)
 
 
 class _OfGradCAM(_Named):
     """A prior on Grad-CAM of a layer (Selvaraju et al. 2017)."""
 
-    def __init__(
-        self,
-        forward_func: Any,
-        layer: nn.Module,
-        *,
-        differentiation: Differentiation = "double_backprop",
-        **options: Any,
-    ) -> None:
+    def __init__(self, forward_func: Any, layer: nn.Module, **options: Any) -> None:
         check_forward_func(forward_func)
         check_module("layer", layer)
-        grad_cam = LayerGradCam(forward_func, layer)
-        explainer = differentiable(grad_cam, differentiation=differentiation)
-        super().__init__(explainer, self._penalty, relu_attributions=True, **options)
+        super().__init__(LayerGradCam(forward_func, layer), relu_attributions=True, **options)
 
 
 def _scaled(cam: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """Right for the right reasons, robustly: also at the worst change of what must not matter."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_floating, check_forward_func, count
-from captum_priors._errors import one_of, refusal
+from captum_priors._errors import one_of
 from captum_priors._rows import carried
 from captum_priors.attacks.ball import (
     Sizes,
@@ -20,12 +22,12 @@ from captum_priors.attacks.ball import (
     for_each,
 )
 from captum_priors.engine import Field, derive, input_gradients
-from captum_priors.engine.model import BatchNorm
 from captum_priors.penalties import l1
 from captum_priors.penalties.annotation import fitted
-from captum_priors.priors.annotated import Missing
-from captum_priors.priors.base import Call, Reduction, Term
+from captum_priors.priors.annotated import OF_EACH
+from captum_priors.priors.base import Call, Term
 from captum_priors.priors.classes import cross_entropies
+from captum_priors.priors.terms import AnnotatedOptions
 
 Way = Literal["double_backprop", "finite_difference"]
 
@@ -59,11 +61,7 @@ class RobustRightReasons(Term):
             each input.
         upper_bound: Largest valid input, likewise.
         differentiation: ``"double_backprop"`` or ``"finite_difference"``.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: As in :class:`Term`.
-        batch_norm: As in :class:`Term`.
-        missing: As in :class:`Term`.
-        name: As in :class:`Prior`.
+        options: ``reduction``, ``smooth``, ``batch_norm``, ``missing``, ``name`` of :class:`Term`.
 
     Raises:
         TypeError: If there is no annotation.
@@ -83,6 +81,9 @@ class RobustRightReasons(Term):
     """
 
     labels: ClassVar[bool] = True
+    _needed: Mapping[str, tuple[str, str]] = {
+        "annotation": ("where evidence may lie (1) and where not (0)", OF_EACH)
+    }
 
     def __init__(
         self,
@@ -95,21 +96,10 @@ class RobustRightReasons(Term):
         lower_bound: Any = float("-inf"),
         upper_bound: Any = float("inf"),
         differentiation: Way = "double_backprop",
-        reduction: Reduction = "mean",
-        smooth: float | None = None,
-        batch_norm: BatchNorm = "batch",
-        missing: Missing = "refuse",
-        name: str | None = None,
+        **options: Unpack[AnnotatedOptions],
     ) -> None:
         check_forward_func(forward_func)
-        super().__init__(
-            forward_func,
-            reduction=reduction,
-            smooth=smooth,
-            batch_norm=batch_norm,
-            missing=missing,
-            name=name,
-        )
+        super().__init__(forward_func, **options)
         one_of("attack", attack, ("random", "pgd"))
         one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))
         self.attack, self.differentiation = attack, differentiation
@@ -118,23 +108,11 @@ class RobustRightReasons(Term):
         self.step_size = None if step_size is None else check_sizes("step_size", step_size)
         self.lower_bound, self.upper_bound = lower_bound, upper_bound
 
-    def takes(self, name: str) -> bool:
-        """Whether a call may pass this keyword."""
-        return name == "annotation" or super().takes(name)
-
     def _check_call(
         self, inputs: Any, baselines: Any, target: Any, annotations: dict[str, Any]
     ) -> None:
         super()._check_call(inputs, baselines, target, annotations)
         check_floating(as_tuple(inputs))
-        if annotations.get("annotation") is None:
-            raise refusal(
-                TypeError,
-                "`annotation`",
-                "where evidence may lie (1) and where not (0)",
-                "none",
-                "Pass annotation=..., one entry for each example of the batch.",
-            )
 
     def _scores(self, call: Call) -> Tensor:
         allowed = self._allowed(call)

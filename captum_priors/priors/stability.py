@@ -12,7 +12,7 @@ from captum_priors._shown import shown
 from captum_priors._types import Distance, TensorOrTuple
 from captum_priors.engine import derive
 from captum_priors.engine.model import BatchNorm, call_beside
-from captum_priors.priors.annotated import Missing
+from captum_priors.priors.annotated import OF_EACH, Missing
 from captum_priors.priors.attribution import ExplainerPrior, parameters_of
 from captum_priors.priors.base import Call, Reduction
 
@@ -39,11 +39,7 @@ class StabilityPrior(ExplainerPrior):
             attack of ours moves only what the annotation does not allow, where it is 0); other
             arguments of an attack are bound first, as in ``lambda x, target: fgsm.perturb(x, 0.1,
             target)``. Its random numbers are torch's; ``perturbation.draws`` names others.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: As in :class:`AttributionPrior`.
-        batch_norm: As in :class:`Term`.
-        missing: As in :class:`Term`.
-        name: As in :class:`Prior`.
+        reduction, smooth, batch_norm, missing, name: As in :class:`Term`.
         attribute_options: As in :class:`AttributionPrior`.
 
     Raises:
@@ -94,7 +90,7 @@ class StabilityPrior(ExplainerPrior):
         asked = parameters_of(_perturb_of(perturbation)).get("annotation")
         if asked is not None and asked.default is asked.empty:
             said = f"what {shown(perturbation)} is confined by"
-            self._needed.setdefault("annotation", (said, "one entry for each example."))
+            self._needed = {"annotation": (said, OF_EACH), **self._needed}
         self.draws = tuple({*self.draws, *getattr(perturbation, "draws", ())})
 
     @property

@@ -6,51 +6,38 @@ and ``_scores``. Those of classifiers say ``labels = True`` and take logits and 
 """
 
 from functools import partial
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from captum_priors._captum import as_tuple
 from captum_priors._checks import check_floating, check_forward_func
 from captum_priors._errors import one_of
 from captum_priors.attacks.ball import Tensors, unit
 from captum_priors.engine import Field, input_gradients
-from captum_priors.engine.model import BatchNorm
-from captum_priors.priors.base import Call, Reduction, Term
+from captum_priors.priors.base import Call
 from captum_priors.priors.classes import cross_entropies as cross_entropies
 from captum_priors.priors.classes import logits_and_labels as logits_and_labels
 from captum_priors.priors.classes import logits_of as logits_of
+from captum_priors.priors.terms import TermOptions, Unannotated
 
 Way = Literal["double_backprop", "finite_difference"]
 
 
-class Shared(TypedDict, total=False):
+class Shared(TermOptions, total=False):
     """Options of every :class:`GradientRegularizer`."""
 
     differentiation: Way
-    reduction: Reduction
-    smooth: float | None
-    batch_norm: BatchNorm
-    name: str | None
 
 
-class Regularizer(Term):
+class Regularizer(Unannotated):
     """A prior on a model's function, which it runs while holding it still."""
 
-    def __init__(
-        self,
-        forward_func: Any,
-        *,
-        reduction: Reduction = "mean",
-        smooth: float | None = None,
-        batch_norm: BatchNorm = "batch",
-        name: str | None = None,
-    ) -> None:
+    def __init__(self, forward_func: Any, **options: Unpack[TermOptions]) -> None:
         check_forward_func(forward_func)
-        super().__init__(
-            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
-        )
+        super().__init__(forward_func, **options)
 
     def _check_call(
         self, inputs: Any, baselines: Any, target: Any, annotations: dict[str, Any]
@@ -76,14 +63,9 @@ class GradientRegularizer(Regularizer):
         forward_func: Any,
         *,
         differentiation: Way = "double_backprop",
-        reduction: Reduction = "mean",
-        smooth: float | None = None,
-        batch_norm: BatchNorm = "batch",
-        name: str | None = None,
+        **options: Unpack[TermOptions],
     ) -> None:
-        super().__init__(
-            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
-        )
+        super().__init__(forward_func, **options)
         one_of("differentiation", differentiation, ("double_backprop", "finite_difference"))
         self.differentiation = differentiation
         self.replayed = differentiation == "finite_difference"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from captum_priors._captum import as_tuple, forward_args
 from captum_priors._checks import count, positive
@@ -24,6 +25,7 @@ from captum_priors.engine.model import BatchNorm
 from captum_priors.engine.random import STREAMS
 from captum_priors.priors.base import Call, Reduction
 from captum_priors.priors.classes import logits_of
+from captum_priors.priors.terms import TermOptions
 from captum_priors.stability.base import Regularizer, flat_rows, points_of, repeated
 
 
@@ -75,9 +77,7 @@ class ATEX(Regularizer):
             device, and is in this prior's ``state_dict``, so that resumed training has the same.
             No teacher is ever trained.
         positions: Values of :math:`t`.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: Run student and teacher with ReLU as Softplus of this steepness.
-        name: As in :class:`Prior`.
+        reduction, smooth, batch_norm, name: As in :class:`Term`.
         attribute_options: What else ``explainer.attribute`` is given at every call.
 
     Raises:
@@ -239,9 +239,7 @@ class SaliencyGuided(Regularizer):
         fraction: Share of the features that is replaced, in (0, 1]; .5 in the paper.
         abs: Rank by absolute gradients; the public code ranks signed ones unless told otherwise,
             and so replaces the features that speak most against the class.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: Run the model with ReLU as Softplus of this steepness.
-        name: As in :class:`Prior`.
+        options: ``reduction``, ``smooth``, ``batch_norm``, ``name`` of :class:`Term`.
 
     Example:
         >>> import torch
@@ -258,14 +256,9 @@ class SaliencyGuided(Regularizer):
         fraction: float = 0.5,
         *,
         abs: bool = True,  # noqa: A002  # Captum's name for it
-        reduction: Reduction = "mean",
-        smooth: float | None = None,
-        batch_norm: BatchNorm = "batch",
-        name: str | None = None,
+        **options: Unpack[TermOptions],
     ) -> None:
-        super().__init__(
-            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
-        )
+        super().__init__(forward_func, **options)
         self.fraction, self.abs = check_fraction("fraction", fraction), abs
 
     def _scores(self, call: Call) -> Tensor:

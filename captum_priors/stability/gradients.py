@@ -30,10 +30,8 @@ class InputGradientRegularization(GradientRegularizer):
 
     Args:
         forward_func: The model, which returns logits.
-        differentiation: ``"double_backprop"`` or ``"finite_difference"``.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: Run the model with ReLU as Softplus of this steepness.
-        name: As in :class:`Prior`.
+        options: ``differentiation``, ``"double_backprop"`` or ``"finite_difference"``; and
+            ``reduction``, ``smooth``, ``batch_norm``, ``name`` of :class:`Term`.
 
     Raises:
         ValueError: If an option is not one of those above, or a label is none of the classes.
@@ -68,7 +66,7 @@ class CurvatureRegularization(GradientRegularizer):
     Args:
         forward_func: The model, which returns logits.
         step_size: :math:`h`, in units of the inputs; an attribute that may be raised in training.
-        shared: As in :class:`InputGradientRegularization`.
+        options: As in :class:`InputGradientRegularization`.
 
     Raises:
         ValueError: If an option is not one of those above, or a label is none of the classes.
@@ -85,8 +83,10 @@ class CurvatureRegularization(GradientRegularizer):
 
     labels = True
 
-    def __init__(self, forward_func: Any, step_size: float = 3.0, **shared: Unpack[Shared]) -> None:
-        super().__init__(forward_func, **shared)
+    def __init__(
+        self, forward_func: Any, step_size: float = 3.0, **options: Unpack[Shared]
+    ) -> None:
+        super().__init__(forward_func, **options)
         self.step_size = positive("step_size", step_size)
 
     def _scores(self, call: Call) -> Tensor:
@@ -128,7 +128,7 @@ class JacobianRegularization(_OutputsRegularizer):
         forward_func: The model: logits in the paper; wrap it in a softmax for probabilities.
         n_samples: Random directions :math:`u` for each call, or None for the norm itself at the
             price of a backward pass for each output.
-        shared: As in :class:`InputGradientRegularization`.
+        options: As in :class:`InputGradientRegularization`.
 
     Raises:
         ValueError: If an option is not one of those above.
@@ -143,9 +143,9 @@ class JacobianRegularization(_OutputsRegularizer):
     """
 
     def __init__(
-        self, forward_func: Any, n_samples: int | None = 1, **shared: Unpack[Shared]
+        self, forward_func: Any, n_samples: int | None = 1, **options: Unpack[Shared]
     ) -> None:
-        super().__init__(forward_func, **shared)
+        super().__init__(forward_func, **options)
         self.n_samples = None if n_samples is None else count("n_samples", n_samples)
 
     def _scores(self, call: Call) -> Tensor:
@@ -179,7 +179,7 @@ class SmoothSurface(_OutputsRegularizer):
 
     Args:
         forward_func: The model, which returns logits; a single one is a binary classifier's.
-        shared: As in :class:`InputGradientRegularization`.
+        options: As in :class:`InputGradientRegularization`.
 
     Raises:
         ValueError: If an option is not one of those above.
@@ -194,8 +194,8 @@ class SmoothSurface(_OutputsRegularizer):
         True
     """
 
-    def __init__(self, forward_func: Any, **shared: Unpack[Shared]) -> None:
-        super().__init__(forward_func, **shared)
+    def __init__(self, forward_func: Any, **options: Unpack[Shared]) -> None:
+        super().__init__(forward_func, **options)
         self.replayed = False  # the probabilities come from an ordinary forward pass
 
     def _scores(self, call: Call) -> Tensor:

@@ -7,14 +7,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from captum_priors._checks import count, positive
 from captum_priors._errors import one_of
 from captum_priors.attacks.ball import Tensors, per_example
 from captum_priors.engine import with_second_derivative
 from captum_priors.engine.finite_difference import computes_in_half
-from captum_priors.engine.model import BatchNorm
-from captum_priors.priors.base import Call, Reduction
+from captum_priors.priors.base import Call
+from captum_priors.priors.terms import TermOptions
 from captum_priors.stability.base import Regularizer, flat_rows, square_norms
 
 # The truncation error falls as the square of the step, rounding rises as its inverse.
@@ -51,9 +52,7 @@ class HessianPenalty(Regularizer):
         curvature: ``"exact"``, ``"difference"`` or ``"difference_twice"``.
         step_size: :math:`h` relative to the root mean square of an example's entries; by default
             .01, and .1 in half precision.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: Take the Hessian with ReLU as Softplus of this steepness.
-        name: As in :class:`Prior`.
+        options: ``reduction``, ``smooth``, ``batch_norm``, ``name`` of :class:`Term`.
 
     Raises:
         NotDifferentiableError: If an operator of the model lacks the derivatives that are needed.
@@ -74,14 +73,9 @@ class HessianPenalty(Regularizer):
         *,
         curvature: Curvature = "exact",
         step_size: float | None = None,
-        reduction: Reduction = "mean",
-        smooth: float | None = None,
-        batch_norm: BatchNorm = "batch",
-        name: str | None = None,
+        **options: Unpack[TermOptions],
     ) -> None:
-        super().__init__(
-            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
-        )
+        super().__init__(forward_func, **options)
         one_of("curvature", curvature, ("exact", "difference", "difference_twice"))
         self.curvature, self.n_samples = curvature, count("n_samples", n_samples)
         self.step_size = None if step_size is None else positive("step_size", step_size)

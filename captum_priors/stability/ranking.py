@@ -36,7 +36,7 @@ class R2ET(GradientRegularizer):
             :math:`R`, the pairs that an attack would exchange first. None compares all.
         curvature: :math:`c`; 0 for none, at half the cost.
         step_size: :math:`h`, in units of the inputs.
-        shared: As in :class:`InputGradientRegularization`.
+        options: As in :class:`InputGradientRegularization`.
 
     Raises:
         ValueError: If an option is not one of those above.
@@ -58,9 +58,9 @@ class R2ET(GradientRegularizer):
         n_nearest: int | None = None,
         curvature: float = 1.0,
         step_size: float = 0.1,
-        **shared: Unpack[Shared],
+        **options: Unpack[Shared],
     ) -> None:
-        super().__init__(forward_func, **shared)
+        super().__init__(forward_func, **options)
         self.top_k, self.curvature = count("top_k", top_k), nonnegative("curvature", curvature)
         self.n_nearest = None if n_nearest is None else count("n_nearest", n_nearest)
         self.step_size = positive("step_size", step_size)

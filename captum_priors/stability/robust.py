@@ -15,6 +15,7 @@ from captum_priors._rows import carried
 from captum_priors._types import TensorOrTuple
 from captum_priors.attacks.ball import Ball, Sizes, Tensors, balls, check_sizes, climb, draw
 from captum_priors.engine import derive
+from captum_priors.engine.model import BatchNorm
 from captum_priors.penalties.maths import cosine_distance
 from captum_priors.priors.base import Call, Reduction
 from captum_priors.priors.classes import cross_entropies, logits_and_labels
@@ -28,6 +29,8 @@ class Ascent(TypedDict, total=False):
     upper_bound: Any
     differentiation: Way
     reduction: Reduction
+    batch_norm: BatchNorm
+    name: str | None
 
 
 class _WorstCase(GradientRegularizer):
@@ -44,9 +47,9 @@ class _WorstCase(GradientRegularizer):
         *,
         lower_bound: Any = float("-inf"),
         upper_bound: Any = float("inf"),
-        **shared: Unpack[Shared],
+        **options: Unpack[Shared],
     ) -> None:
-        super().__init__(forward_func, **shared)
+        super().__init__(forward_func, **options)
         self.radius = check_sizes("radius", radius)
         self.step_size = check_sizes("step_size", step_size)
         self.step_num = count("step_num", step_num)
@@ -87,9 +90,8 @@ class RobustAttribution(_WorstCase):
         lower_bound: Least valid input, a number or a tensor that broadcasts; a tuple has one for
             each input.
         upper_bound: Largest valid input, likewise.
-        differentiation: ``"double_backprop"`` or ``"finite_difference"``.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: Run the model with ReLU as Softplus of this steepness.
+        smooth, differentiation, reduction, batch_norm, name: As in
+            :class:`InputGradientRegularization`.
 
     Raises:
         ValueError: If a label is none of the classes, or the inputs leave the bounds.
@@ -169,8 +171,7 @@ class AttributionAlignment(_WorstCase):
         top_k: Entries that the ascent's loss looks at, all where there are fewer.
         smooth: Softplus in place of ReLU with this steepness, 50 in the paper; None for ReLU,
             whose gradients the ascent cannot move.
-        ascent: ``lower_bound``, ``upper_bound``, ``differentiation`` and ``reduction``, as in
-            :class:`RobustAttribution`.
+        ascent: The other options of :class:`RobustAttribution`, from ``lower_bound`` on.
 
     Raises:
         ValueError: If a label is none of the classes, or the inputs leave the bounds.

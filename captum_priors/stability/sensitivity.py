@@ -6,12 +6,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from captum_priors._checks import count, positive
 from captum_priors._errors import one_of, refusal
 from captum_priors.engine import modules_of
-from captum_priors.engine.model import BatchNorm
-from captum_priors.priors.base import Call, Reduction
+from captum_priors.priors.base import Call
+from captum_priors.priors.terms import TermOptions
 from captum_priors.stability.base import Regularizer, flat_rows, repeated
 from captum_priors.stability.hessian import rademacher
 
@@ -60,9 +61,7 @@ class ActivationSensitivity(Regularizer):
             or None, 1.
         noise: ``"gaussian"``, ``"uniform"`` or ``"sign"`` (each entry plus or minus the radius).
         n_samples: Perturbations for each call.
-        reduction: ``"mean"`` or ``"sum"`` over the examples.
-        smooth: Run the model with ReLU as Softplus of this steepness.
-        name: As in :class:`Prior`.
+        options: ``reduction``, ``smooth``, ``batch_norm``, ``name`` of :class:`Term`.
 
     Raises:
         ValueError: If the forward pass calls no such layer.
@@ -88,14 +87,9 @@ class ActivationSensitivity(Regularizer):
         scale: Scale = "noise",
         noise: Noise = "gaussian",
         n_samples: int = 1,
-        reduction: Reduction = "mean",
-        smooth: float | None = None,
-        batch_norm: BatchNorm = "batch",
-        name: str | None = None,
+        **options: Unpack[TermOptions],
     ) -> None:
-        super().__init__(
-            forward_func, reduction=reduction, smooth=smooth, batch_norm=batch_norm, name=name
-        )
+        super().__init__(forward_func, **options)
         one_of("power", power, get_args(Power))
         one_of("scale", scale, get_args(Scale))
         one_of("noise", noise, get_args(Noise))

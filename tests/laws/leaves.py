@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import captum.attr as ca
 import pytest
@@ -37,6 +37,7 @@ from captum_priors.priors import (
     RobustRightReasons,
     RRRGradCAM,
     Sufficiency,
+    Term,
 )
 from captum_priors.stability import (
     ATEX,
@@ -59,29 +60,19 @@ WAYS = ("double_backprop", "recompute", "finite_difference")
 FEATURES, CLASSES = 5, 3
 
 
-_SHARED = {
-    "differentiation": "double_backprop",
-    "reduction": "mean",
-    "smooth": None,
-    "name": None,
-}
-
-
 def options_of(cls: Any) -> dict[str, Any]:
-    """The options of a class with their defaults; open keywords are what regularizers share."""
-    found: dict[str, Any] = {}
+    """The options of a class with their defaults, also those that open keywords stand for."""
+    makers = [vars(c)["__init__"] for c in cls.__mro__ if "__init__" in vars(c)]
+    declared = [p for make in reversed(makers) for p in inspect.signature(make).parameters.values()]
+    defaults = {p.name: p.default for p in declared if p.default is not p.empty}
+    names: set[str] = set()
     for parameter in inspect.signature(cls).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD and parameter.name != "attribute_options":
-            found = {**_SHARED, **found}
-        elif parameter.default is not parameter.empty:
-            found[parameter.name] = parameter.default
-    return found
-
-
-def made(cls: Any, *args: Any, **options: Any) -> Any:
-    """Make it with those of the options that its signature has."""
-    known = options_of(cls)
-    return cls(*args, **{name: value for name, value in options.items() if name in known})
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            names.add(parameter.name)
+        elif parameter.name != "attribute_options":  # Unpack[...], or any that a term has
+            (typed,) = get_args(parameter.annotation) or (None,)
+            names.update(typed.__annotations__ if typed else inspect.signature(Term).parameters)
+    return {name: default for name, default in defaults.items() if name in names}
 
 
 def net(out: int = CLASSES) -> nn.Module:
@@ -158,10 +149,11 @@ _RANKING: dict[str, Any] = {"needs": (("top_k", 2),), "draws": False, "ways": _T
 
 
 def regularizer(name: str, cls: Any, options: dict[str, Any], **flags: Any) -> Leaf:
-    complete = partial(cls, **dict(flags.get("needs", ())))
+    known = options_of(cls)
 
-    def make(model: Any, **more: Any) -> Any:
-        return made(complete, model, **{**options, **more})
+    def make(model: Any, **more: Any) -> Any:  # with those of the options that it has
+        given = {name: value for name, value in {**options, **more}.items() if name in known}
+        return cls(model, **dict(flags.get("needs", ())), **given)
 
     return Leaf(name, make, cls, frozen=tuple(options.items()), **flags)
 

@@ -29,6 +29,7 @@ from captum_priors.priors import (
     GraphPrior,
     RRRGradCAM,
     SparsityPrior,
+    Term,
 )
 from captum_priors.priors.combined import SumPrior, WeightedPrior
 from captum_priors.stability import smooth_activations
@@ -73,8 +74,8 @@ def another(cls: Any, name: str, default: Any) -> Any:
         return default + 1 if default != 2 else 1
     if isinstance(default, float):
         return default / 2 + 0.1
-    hint = typing.get_type_hints(cls.__init__).get(name)
-    words = [w for w in _words(hint) if w != default] or ["sum"] * (name == "reduction")
+    hint = {**typing.get_type_hints(Term.__init__), **typing.get_type_hints(cls.__init__)}.get(name)
+    words = [word for word in _words(hint) if word != default]
     assert words, f"no other value is known of {cls.__name__}({name}={default!r}): add one to OTHER"
     return words[0]
 
@@ -136,6 +137,14 @@ def test_options_show_and_can_be_read(cls: Any, name: str, default: Any) -> None
     assert repr(again) == repr(prior)
     for each in (again, prior):
         assert getattr(each, name, value) == value
+
+
+@pytest.mark.parametrize("cls", [*CLASSES, *MORE])
+def test_what_is_no_option_is_refused(cls: Any) -> None:
+    model = CLASSES[cls].model() if cls in CLASSES else net()
+    for name in {"colour", "missing"} - options_of(cls).keys():
+        with pytest.raises(TypeError, match=f"unexpected .*'{name}'|`{name}`: expected an option"):
+            build(cls, model, **{name: "nan"})
 
 
 def base(**options: Any) -> AttributionPrior:
