@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -138,9 +138,7 @@ def choose_weight(
     terms = [term for _, term in weighted_priors(prior)]
     asked = [prior, *(terms if len(terms) > 1 else ())]
     ratios: list[list[float]] = [[] for _ in asked]
-    shuffles = getattr(batches, "generator", None)  # of a DataLoader
-    draws = (GeneratorState(shuffles),) if isinstance(shuffles, torch.Generator) else ()
-    with one_state((model, prior, *draws)), torch.enable_grad():
+    with one_state((model, prior, *_shuffles(batches))), torch.enable_grad():
         # Not prior.eval(), which would reach a model that a prior of the user's has as its own.
         for module in prior.modules():
             if isinstance(module, Prior):
@@ -218,10 +216,20 @@ class PriorLog:
         if step < self._due or not (loss.requires_grad and value.requires_grad):
             return None
         self._due = step + self.every
-        size = _gradient_norm(loss, self.model, keep=True)
-        ratio = _gradient_norm(value, self.model, keep=True) / size if size else math.nan
+        with one_state((self.model,)):  # checkpointed parts run again, and move their statistics
+            size = _gradient_norm(loss, self.model, keep=True)
+            ratio = _gradient_norm(value, self.model, keep=True) / size if size else math.nan
         self.ratios[step] = ratio
         return ratio
+
+
+def _shuffles(batches: Any) -> Iterator[GeneratorState]:
+    """Find the generators of a DataLoader and of its samplers."""
+    if isinstance(getattr(batches, "generator", None), torch.Generator):
+        yield GeneratorState(batches.generator)
+    for name in ("sampler", "batch_sampler"):
+        if hasattr(batches, name):
+            yield from _shuffles(getattr(batches, name))
 
 
 def _gradient_norm(value: Tensor, model: nn.Module, *, keep: bool = False) -> float:

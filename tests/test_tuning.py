@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from captum_priors import AttributionPrior, ExpectedGradients, Guarded, Lazy, Subsample
 from captum_priors.penalties import l1, l2, outside
@@ -164,6 +165,18 @@ def test_no_trace(fails_after: int | None) -> None:
     assert torch.equal(torch.randn(3, generator=loader.generator), drawn)
 
 
+@pytest.mark.parametrize("name", ["sampler", "batch_sampler"])
+def test_the_generator_of_a_sampler_stays_where_it_is(name: str) -> None:
+    task, generator = _task(_eg), torch.Generator()
+    data = TensorDataset(*map(torch.cat, zip(*task.batches, strict=True)))
+    samples: Any = RandomSampler(data, generator=generator)
+    samples = BatchSampler(samples, 6, False) if name == "batch_sampler" else samples
+    task.batches = DataLoader(data, **{name: samples})
+    before = generator.get_state()
+    task.report()
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_batches_are_taken_one_by_one_and_no_more_than_asked_for() -> None:
     task = _task(_eg)
     endless = iter(lambda: task.batches[0], None)
@@ -243,3 +256,16 @@ def test_log_measures_training_and_leaves_it_alone(way: Any) -> None:
     log = PriorLog(task.model)
     next(_steps(task, log))
     assert log.ratios[0] == pytest.approx(2 * task.report(n_batches=1).ratio, rel=1e-9)
+
+
+def test_log_leaves_statistics_alone_that_checkpointing_computes_again() -> None:
+    found = []
+    for log in (False, True):
+        torch.manual_seed(5)
+        model, x = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), torch.randn(ROWS, 4)
+        value = checkpoint(model, x, use_reentrant=False).square().mean()
+        if log:
+            assert PriorLog(model)(value, 0.5 * value) == 0.5
+        value.backward()
+        found.append([*model.buffers(), *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *found))

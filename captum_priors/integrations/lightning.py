@@ -67,7 +67,8 @@ class PriorMixin:
     prior: Prior
     log_gradients_every: int = 0
     prior_on_bar: bool = False
-    _prior_was_added = False
+    _prior_was_added = False  # in the evaluation of the loss that is under way
+    _prior_in_batch = False
     _ratios: PriorLog | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -109,6 +110,7 @@ class PriorMixin:
             log_options: For ``LightningModule.log_dict``.
         """
         self._prior_was_added = torch.is_grad_enabled()  # looking at a value adds nothing
+        self._prior_in_batch |= self._prior_was_added
         arguments = self.prior_arguments(batch)
         value, values = evaluate(self.prior, arguments, self)
         options = {"batch_size": len(as_tuple(arguments["inputs"])[0]), **log_options}
@@ -139,9 +141,14 @@ class PriorMixin:
         if ratio is not None:
             self.log(RATIO, ratio)  # type: ignore[attr-defined]  # the framework's
 
+    def on_before_backward(self, *args: Any, **kwargs: Any) -> None:
+        """End one evaluation of the loss: LBFGS asks for several in one batch."""
+        self._prior_was_added = False
+        super().on_before_backward(*args, **kwargs)  # type: ignore[misc]  # the framework's
+
     def on_train_batch_end(self, outputs: Any, *args: Any, **kwargs: Any) -> None:
         """Refuse a step that went without the prior."""
-        if not self._prior_was_added and outputs is not None:
+        if not self._prior_in_batch and outputs is not None:
             raise refusal(
                 RuntimeError,
                 f"{type(self).__name__}.training_step",
@@ -150,7 +157,7 @@ class PriorMixin:
                 "List PriorMixin before the class that has the step, or add "
                 "self.prior_loss(batch) to the loss there.",
             )
-        self._prior_was_added = False
+        self._prior_was_added = self._prior_in_batch = False
         super().on_train_batch_end(outputs, *args, **kwargs)  # type: ignore[misc]  # the framework's
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> None:

@@ -133,6 +133,29 @@ def test_fit_is_the_loop_written_by_hand(kind: Any) -> None:
     assert (plain.net[0].weight - module.net[0].weight).abs().max() > 1e-3
 
 
+class Searches(Regularized):
+    """Its optimizer evaluates the loss several times in each batch."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.net.parameters(), lr=0.1, max_iter=3)
+
+
+def test_each_evaluation_of_the_loss_has_the_prior() -> None:
+    module, model = Searches(), net()
+    trainer(max_epochs=1, accumulate_grad_batches=1).fit(module, batches(8))
+    prior, optimizer = prior_of(model), torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    for x, y in batches(8):
+
+        def loss(x: Any = x, y: Any = y) -> Any:
+            optimizer.zero_grad()
+            value = F.cross_entropy(model(x), y) + prior(x, target=y)
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+    assert_same_parameters(module.net, model, **ROUNDING)
+
+
 def test_logger_gets_every_term(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     fitting = trainer(logger=logger, accumulate_grad_batches=1)
