@@ -188,3 +188,14 @@ def test_buffers_of_the_forward_pass(explainer: str, kind: str, way: str) -> Non
     assert relative_error(gradients_of(value, parameters), expected) < ORDER
     for name, buffer in model.named_buffers():  # and the training's own are where it left them
         assert torch.equal(buffer, after[name]), name
+
+
+def test_buffers_of_a_bare_call() -> None:
+    """Outside a prior nobody else has copies of them."""
+    layers = nn.Linear(4, 8), RunningNorm(in_place=True), nn.Tanh(), nn.Linear(8, 1)
+    model, x = nn.Sequential(*layers).eval(), torch.randn(5, 4)
+    exact = parameter_gradients(attribute(model, x, "double_backprop"), list(model.parameters()))
+    value = attribute(model, x, "recompute")
+    model.train()(5 * torch.randn(16, 4) + 3)
+    found = parameter_gradients(value, list(model.eval().parameters()))
+    assert relative_error(found, exact) < ORDER
