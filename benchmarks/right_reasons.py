@@ -48,15 +48,15 @@ PRIORS: dict[str, Callable[[nn.Module], Any]] = {
 }
 WEIGHTS = {
     "decoy MNIST": {
-        "RRR": (1.0, 10.0, 100.0, 1000.0),
-        "R4 random": (0.1, 1.0, 10.0, 100.0),
-        "R4 pgd": (0.1, 1.0, 10.0, 100.0),
+        "RRR": (10.0, 100.0, 1000.0),
+        "R4 random": (1.0, 10.0, 100.0),
+        "R4 pgd": (1.0, 10.0, 100.0),
     },
     "chest X-rays": {
-        "RRR": (1.0, 10.0, 100.0, 1000.0),
-        "R4 random": (0.1, 1.0, 10.0, 100.0),
-        "R4 pgd": (0.1, 1.0, 10.0, 100.0),
-        "Energy": (0.01, 0.1, 1.0, 10.0),
+        "RRR": (10.0, 100.0, 1000.0),
+        "R4 random": (1.0, 10.0, 100.0),
+        "R4 pgd": (1.0, 10.0, 100.0),
+        "Energy": (0.1, 1.0, 10.0),
     },
 }
 # Average over the labels and worst label, decoy MNIST; * from code without the penalty's gradient.
