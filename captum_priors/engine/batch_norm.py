@@ -47,7 +47,8 @@ class _First:
     run: Callable[[], Any] | None  # takes its statistics, where there are none yet
     graph: bool  # whether they are to have one
 
-    def are(self, model: Any, points: tuple[Any, ...]) -> bool:
+    def matches(self, model: Any, points: tuple[Any, ...]) -> bool:
+        """Whether these are the rows of the batch, through its model, with the graph asked for."""
         can = model is self.model and (torch.is_grad_enabled() or not self.graph)
         return can and len(points) >= len(self.batch) and all(map(_equal, points, self.batch))
 
@@ -129,9 +130,9 @@ class HeldStatistics(TorchFunctionMode):
         for layer in self.layers.values():  # those that run more than once are told by their turn
             layer.runs = 0
         first, before = self._first, self.recording
-        are = first is not None and first.are(model, points)
+        matches = first is not None and first.matches(model, points)
         self.shared = before and self.shared
-        if are and first is not None and first.run is not None:
+        if matches and first is not None and first.run is not None:
             self._first, self.recording, self.shared = None, True, True
         else:
             self._settle()
@@ -140,12 +141,12 @@ class HeldStatistics(TorchFunctionMode):
         finally:
             self.recording = before
         whole = all(layer.runs == len(layer.found) for layer in self.layers.values())
-        self.begins = self.begins or (are and whole)
+        self.begins = self.begins or (matches and whole)
 
     @contextmanager
     def on_calls(self, model: Any, points: tuple[Any, ...]) -> Iterator[None]:
         """Let code that explains these rows run the model by itself."""
-        if self._first is None or not self._first.are(model, points):
+        if self._first is None or not self._first.matches(model, points):
             self._settle()  # before that code changes what the modules do
         if not isinstance(model, nn.Module):
             yield
